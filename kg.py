@@ -1,0 +1,194 @@
+"""kg.py: the task is a table of facts and the grid of all paths through it.
+
+A knowledge graph here is *functional*: a head h and a relation r have one tail at most. Two facts that meet,
+(h, r1) -> b and (b, r2) -> t, make a **path**, which a model reads as three tokens, (h, r1, r2). Under a causal mask
+the state at r1 has seen (h, r1) alone, so its answer is the fact (1-hop: b); the state at r2 has seen all three, so
+its answer is the composition (2-hop: t). One sequence asks both questions.
+
+Which compositions are trained decides what can be asked later [1]. A share of the *facts* is set aside as OOD: they are
+trained as facts, like all others, but no trained composition uses them. The two-hop paths fall into five sets:
+
+    train       both facts ID, and the path is among those trained
+    id          both facts ID, held out
+    ood         both facts OOD: the test of systematic composition, "OOD" without a suffix
+    ood_first   only the first fact is OOD
+    ood_second  only the second fact is OOD
+
+A worked example, which the tests run:
+
+>>> graph = from_table([[1, 2], [2, -1], [0, -1]])        # 3 entities, 2 relations; -1: there is no such fact
+>>> paths = split(graph, ood_fraction=0, train_fraction=1, seed=0)
+>>> paths.facts.tolist()                                  # head, relation, tail
+[[0, 0, 1], [0, 1, 2], [1, 0, 2], [2, 0, 0]]
+>>> paths.tokens.tolist()                                 # relation r is token n_entities + r
+[[0, 3, 3], [0, 4, 3], [1, 3, 3], [2, 3, 3], [2, 3, 4]]
+>>> paths.one_hop.tolist(), paths.two_hop.tolist()
+([1, 2, 2, 0, 0], [2, 0, 0, 1, 2])
+
+Glossary: n_entities — E, n_relations — R, facts of a graph [E, R] (tail or -1), n_facts — F, n_paths — P.
+Left out: several tails per head and relation, paths of three hops and more, natural language.
+
+[1] Wang, Yue, Su, Sun 2024, Grokked Transformers are Implicit Reasoners, arXiv 2405.15071 (ID and OOD facts).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class KnowledgeGraph:
+    """A functional knowledge graph: `facts[h, r]` is the tail of head h under relation r, or -1."""
+    facts: Tensor                       # [n_entities, n_relations], long
+    entities: list[str]
+    relations: list[str]
+    notes: list[str] = field(default_factory=list)      # what was merged or left out when the graph was read
+
+    @property
+    def n_entities(self) -> int:
+        return len(self.entities)
+
+    @property
+    def n_relations(self) -> int:
+        return len(self.relations)
+
+
+def from_table(facts) -> KnowledgeGraph:
+    """A graph from its table [n_entities, n_relations] of tails (-1: none), with names e0, e1, ... and r0, r1, ..."""
+    facts = torch.as_tensor(facts, dtype=torch.long)
+    if facts.dim() != 2 or facts.numel() == 0 or facts.min() < -1 or facts.max() >= len(facts):
+        raise ValueError(f"facts must be [n_entities, n_relations] with tails in -1..n_entities-1, "
+                         f"got shape {list(facts.shape)}")
+    return KnowledgeGraph(facts, [f"e{i}" for i in range(len(facts))], [f"r{i}" for i in range(facts.shape[1])])
+
+
+def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None) -> KnowledgeGraph:
+    """A random functional graph: each tail is uniform over the *other* entities.
+
+    Every entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them).
+    The same seed gives the same graph on every platform. Raises ValueError on sizes that make no graph.
+    """
+    out_degree = n_relations if out_degree is None else out_degree
+    if n_entities < 2 or n_relations < 1 or not 1 <= out_degree <= n_relations:
+        raise ValueError(f"a synthetic graph needs at least 2 entities, 1 relation and an out-degree of "
+                         f"1..n_relations, got {n_entities} entities, {n_relations} relations, out-degree {out_degree}")
+    generator = torch.Generator().manual_seed(4 * seed)      # streams of a seed: graph, split, weights, batches
+    tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
+    tails += tails >= torch.arange(n_entities)[:, None]                          # skip the head itself
+    rank = torch.rand(n_entities, n_relations, generator=generator).argsort(1).argsort(1)
+    return from_table(torch.where(rank < out_degree, tails, -1))
+
+
+def from_triples(path) -> KnowledgeGraph:
+    """Read a UTF-8 file of lines `head <tab> relation <tab> tail`; blank lines and lines that begin with # are skipped.
+
+    Repeated triples are merged. A head and relation with several tails keep none of them: which is right cannot be
+    known, so the question is left out; both are counted in `notes`. Raises ValueError with the line number for a
+    malformed line, OSError where the file cannot be read.
+    """
+    tails: dict[tuple[str, str], set[str]] = {}         # a dict keeps the order of the file
+    n_lines = n_triples = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for n_lines, line in enumerate(file, 1):
+                if not line.strip() or line.startswith("#"):
+                    continue
+                fields = [part.strip() for part in line.rstrip("\r\n").split("\t")]
+                if len(fields) != 3 or not all(fields):
+                    raise ValueError(f"{path}:{n_lines}: expected head<tab>relation<tab>tail, "
+                                     f"got {len(fields)} field(s): {line.strip()[:60]!r}")
+                tails.setdefault((fields[0], fields[1]), set()).add(fields[2])
+                n_triples += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{n_lines + 1}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+
+    kept = [(head, relation, next(iter(t))) for (head, relation), t in tails.items() if len(t) == 1]
+    if not kept:
+        raise ValueError(f"{path}:{n_lines}: the end of the file, and no usable triple in it "
+                         f"({n_triples} read; a head and relation with several tails keep none)")
+    n_distinct, n_ambiguous = sum(map(len, tails.values())), len(tails) - len(kept)
+    notes = [f"{n_triples - n_distinct} repeated triples were merged"] * (n_triples > n_distinct)
+    notes += [f"{n_ambiguous} questions (head, relation) have several tails: "
+              f"none of their {n_distinct - len(kept)} triples is kept"] * (n_ambiguous > 0)
+
+    entities = list(dict.fromkeys(name for head, _, tail in kept for name in (head, tail)))
+    relations = list(dict.fromkeys(relation for _, relation, _ in kept))
+    entity, relation = ({name: i for i, name in enumerate(names)} for names in (entities, relations))
+    index = torch.tensor([(entity[h], relation[r], entity[t]) for h, r, t in kept])
+    facts = torch.full((len(entities), len(relations)), -1)
+    facts[index[:, 0], index[:, 1]] = index[:, 2]
+    if not (facts[index[:, 2]] >= 0).any():
+        raise ValueError(f"{path}:{n_lines}: the end of the file, and no two-hop path in it: no tail of its "
+                         f"{len(kept)} facts is the head of another")
+    return KnowledgeGraph(facts, entities, relations, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths and splits
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Paths:
+    """All paths of a graph, listed fact by fact. A fact whose tail has no outgoing fact has one row, with two_hop -100
+    and its own relation in the third place: a filler, since nothing is asked there."""
+    facts: Tensor                       # [n_facts, 3]: head, relation, tail; sorted by head, then relation
+    tokens: Tensor                      # [n_paths, 3]: h, n_entities + r1, n_entities + r2
+    one_hop: Tensor                     # [n_paths]: the tail of (h, r1)
+    two_hop: Tensor                     # [n_paths]: the tail of (one_hop, r2), -100 where there is none
+    first: Tensor                       # [n_paths]: row in `facts` of the first hop
+    second: Tensor                      # [n_paths]: row in `facts` of the second hop, -1 where there is none
+    ood_fact: Tensor                    # [n_facts], bool: kept out of every trained composition
+    masks: dict[str, Tensor]            # name: bool [n_paths], the five sets above
+
+    def to(self, device) -> "Paths":
+        move = lambda value: {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
+        return Paths(**{name: move(value) for name, value in vars(self).items()})
+
+
+def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, seed: int) -> Paths:
+    """List every path of the graph and divide the two-hop ones into train / id / ood / ood_first / ood_second.
+
+    `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts are trained (both rounded to
+    whole numbers). Cost and memory are linear in the number of paths, so sparse graphs stay small. Raises ValueError
+    where no path would be trained.
+    """
+    if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1:
+        raise ValueError(f"ood_fraction must be in [0, 1) and train_fraction in (0, 1], "
+                         f"got {ood_fraction} and {train_fraction}")
+    generator = torch.Generator().manual_seed(4 * seed + 1)
+    n_entities = graph.n_entities
+    head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
+    tail = graph.facts[head, relation]
+    n_facts = len(head)
+    ood_fact = torch.zeros(n_facts, dtype=torch.bool)
+    ood_fact[torch.randperm(n_facts, generator=generator)[:round(ood_fraction * n_facts)]] = True
+
+    # The facts are sorted by head, so those that leave an entity are a slice: fact i continues with each fact in the
+    # slice of its tail, or has one row of its own where that slice is empty.
+    out_degree = torch.bincount(head, minlength=n_entities)
+    slice_start = out_degree.cumsum(0) - out_degree
+    n_rows = out_degree[tail].clamp(min=1)
+    first = torch.repeat_interleave(torch.arange(n_facts), n_rows)
+    place = torch.arange(len(first)) - (n_rows.cumsum(0) - n_rows)[first]        # 0, 1, ... within the rows of a fact
+    has_second = out_degree[tail[first]] > 0
+    second = torch.where(has_second, slice_start[tail[first]] + place, -1)
+    next_relation = torch.where(has_second, relation[second], relation[first])
+    tokens = torch.stack([head[first], n_entities + relation[first], n_entities + next_relation], 1)
+    two_hop = torch.where(has_second, tail[second], -100)
+
+    ood1, ood2 = ood_fact[first] & has_second, ood_fact[second] & has_second
+    both_id = (has_second & ~ood1 & ~ood2).nonzero().flatten()
+    train = torch.zeros(len(first), dtype=torch.bool)
+    train[both_id[torch.randperm(len(both_id), generator=generator)[:round(train_fraction * len(both_id))]]] = True
+    if not train.any():
+        raise ValueError(f"no two-hop path is left for training: {len(both_id)} of {int(has_second.sum())} paths have "
+                         f"two ID facts at ood_fraction {ood_fraction}, train_fraction {train_fraction}; "
+                         f"lower the first or raise the second")
+    masks = {"train": train, "id": has_second & ~ood1 & ~ood2 & ~train, "ood": ood1 & ood2,
+             "ood_first": ood1 & ~ood2, "ood_second": ood2 & ~ood1}
+    return Paths(torch.stack([head, relation, tail], 1), tokens, tail[first], two_hop, first, second, ood_fact, masks)

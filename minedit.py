@@ -1,0 +1,726 @@
+"""minedit.py: the story, in the order in which it is told.
+
+Train a small transformer on a knowledge graph until it composes facts it never composed in training (grokking), edit
+facts in it in closed form, and see whether what follows from them changes too.
+
+    python minedit.py --arch lmc --edit                train (or load the finished run), edit, report
+    python minedit.py --arch all --seeds 5 --edit      the 2x2 table
+    python minedit.py --triples FILE.tsv --edit        the same on your own facts
+    python minedit.py --quick                          every stage at toy size
+    python minedit.py --report runs/                   one table out of many runs
+
+The recipe [README, "What made it grok"]: Muon [1] on the hidden matrices and AdamW on the embedding, both at a constant
+rate after a warm-up; strong weight decay, label smoothing, a loss that weighs the facts above the compositions, and a
+moving average of the weights, which is what is evaluated and edited. The paths of a batch that share a prefix share its
+computation: a batch is `batch` facts with `branches` continuations each.
+
+[1] Jordan et al. 2024, Muon: an optimizer for hidden layers; torch.optim.Muon.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import edit as editing
+import kg
+from models import ARCHS, Config, Model, count_parameters, flops_per_path
+
+SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
+
+
+class UserError(Exception):
+    """Bad input: one line that names the value and the remedy; exit status 2."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the same for all four cells."""
+    steps: int = 1200
+    batch: int = 128                # facts per step
+    branches: int = 4               # trained continuations of each fact per step
+    one_hop_weight: float = 3.0     # weight of the 1-hop loss; the 2-hop loss has weight 1
+    lr: float = 2e-3                # AdamW, embedding
+    muon_lr: float = 1e-2           # Muon, hidden matrices
+    weight_decay: float = 1.0       # both
+    label_smoothing: float = 0.2
+    warmup: int = 100               # steps to the full rate, constant after it
+    ema: float = 0.99               # moving average of the weights
+    eval_every: int = 100
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "branches", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("one_hop_weight", "lr", "muon_lr", "weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised: every singular value becomes about 1, so that every direction of a matrix
+    moves at the same rate [1].
+
+    torch.optim.Muon is the same rule, but orthogonalises in bfloat16: on CPUs without bfloat16 units it takes 30 times as
+    long (42 ms against 1.3 ms for a 64 x 1024 matrix on one core), more than the rest of a step. This one stays in float32.
+    """
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(m, group["momentum"]))        # Nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
+    """U V^T, nearly, for G = U S V^T: five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X [1]."""
+    X = G.T if G.shape[0] > G.shape[1] else G
+    X = X / (X.norm() + 1e-7)
+    for _ in range(steps):
+        A = X @ X.T
+        B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.addmm(X, B, X, beta=3.4445)
+    return X.T if G.shape[0] > G.shape[1] else X
+
+
+class Batches:
+    """Batches of facts with their trained continuations, drawn on the device without waiting for it."""
+
+    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator):
+        self.paths, self.recipe, self.generator = paths, recipe, generator
+        self.rows = paths.masks["train"].nonzero().flatten()
+        self.count = torch.bincount(paths.first[self.rows], minlength=len(paths.facts))
+        self.start = self.count.cumsum(0) - self.count
+        self.queries = editing.queries(paths)
+        self.positions = torch.tensor([0, 1] + [2] * recipe.branches, device=paths.facts.device)
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [batch, 2 + branches], their positions, and answers [batch, 1 + branches], -100 where none is trained.
+
+        Each fact is drawn once at most; its trained paths are cut into `branches` even strata and one is drawn from each."""
+        device, (b, m) = self.rows.device, (self.recipe.batch, self.recipe.branches)
+        fact = torch.randperm(len(self.count), generator=self.generator, device=device)[:b]
+        count = self.count[fact][:, None]                                        # [batch, 1]
+        u = torch.rand(len(fact), m, generator=self.generator, device=device)
+        place = ((torch.arange(m, device=device) + u) / m * count).long().minimum(count - 1)
+        row = self.rows[(self.start[fact][:, None] + place).clamp(0, len(self.rows) - 1)]        # [batch, branches]
+        tokens = torch.cat([self.queries[fact], self.paths.tokens[row, 2]], 1)
+        two_hop = torch.where(count > 0, self.paths.two_hop[row], -100)
+        return tokens, self.positions, torch.cat([self.paths.facts[fact, 2:], two_hop], 1)
+
+
+def loss_of(logits: Tensor, answers: Tensor, recipe: Recipe) -> Tensor:
+    """Cross entropy of the facts and of the compositions, each a mean over its own answers, weighted w : 1."""
+    loss = lambda x, y: F.cross_entropy(x.flatten(0, -2), y.flatten(), reduction="sum", ignore_index=-100,
+                                        label_smoothing=recipe.label_smoothing) / (y >= 0).sum().clamp(min=1)
+    w = recipe.one_hop_weight
+    return (w * loss(logits[:, 1], answers[:, 0]) + loss(logits[:, 2:], answers[:, 1:])) / (w + 1)
+
+
+@torch.no_grad()
+def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, Tensor]:
+    """The model's answers to every fact [n_facts] and every path [n_paths]; each prefix is computed once per `width` paths."""
+    device, n_paths = paths.facts.device, len(paths.first)
+    n_rows = torch.bincount(paths.first)
+    width = min(int(n_rows.max()), 32)
+    place = torch.arange(n_paths, device=device) - (n_rows.cumsum(0) - n_rows)[paths.first]
+    n_bundles = (n_rows + width - 1) // width
+    first_bundle = n_bundles.cumsum(0) - n_bundles                               # of each fact
+    rows = torch.full((int(n_bundles.sum()), width), -1, device=device)          # path, -1: filler
+    rows[first_bundle[paths.first] + place // width, place % width] = torch.arange(n_paths, device=device)
+    tokens = torch.cat([paths.tokens[rows[:, 0], :2], paths.tokens[rows, 2]], 1)
+    positions = torch.tensor([0, 1] + [2] * width, device=device)
+    out = torch.cat([model(part, positions).argmax(-1) for part in tokens.split(max(1, chunk // (2 + width)))])
+    two_hop = torch.empty(n_paths, dtype=torch.long, device=device)
+    two_hop[rows[rows >= 0]] = out[:, 2:][rows >= 0]
+    return out[first_bundle, 1], two_hop
+
+
+def accuracy(model: Model, paths: kg.Paths) -> dict[str, float | None]:
+    """Share of right answers over all facts and over each split; None for an empty split."""
+    one_hop, two_hop = predict(model, paths)
+    right = {"one_hop": one_hop == paths.facts[:, 2]}
+    right |= {name: (two_hop == paths.two_hop)[paths.masks[name]] for name in SPLITS}
+    return {name: hit.double().mean().item() if len(hit) else None for name, hit in right.items()}
+
+
+class Run:
+    """One model in its folder: config.json, log.jsonl, ckpt.pt, results.json."""
+
+    def __init__(self, args, arch: str, seed: int, folder: Path, graph: kg.KnowledgeGraph | None, data: dict):
+        self.args, self.arch, self.seed, self.folder = args, arch, seed, folder
+        self.device = args.device
+        self.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+        self.graph = graph or kg.synthetic(data["entities"], data["relations"], seed, data["out_degree"])
+        paths = kg.split(self.graph, data["ood_fraction"], data["train_fraction"], seed)
+        sizes = {"n_entities": self.graph.n_entities, "n_relations": self.graph.n_relations} | ARCHS[arch]
+        self.config = Config(**{f.name: sizes.get(f.name, getattr(args, f.name, None)) for f in fields(Config)})
+        self.n_paths = {name: int(mask.sum()) for name, mask in paths.masks.items()}
+        self.paths = paths.to(self.device)
+        self.identity = {"arch": arch, "seed": seed, "data": data, "model": asdict(self.config),
+                         "recipe": asdict(self.recipe)}
+        self.results, self.history, self.state = {}, [], None
+        self.check_folder()
+
+    # -- the folder ---------------------------------------------------------------------------------------------------
+
+    def check_folder(self):
+        """Refuse, before any training, a folder that cannot be used or that holds something else; load a checkpoint."""
+        folder, retrain = self.folder, self.args.retrain
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
+        config = folder / "config.json"
+        if not config.exists():
+            if any(folder.iterdir()):
+                raise UserError(f"--out {folder}: not empty and not a run folder (no config.json); choose another folder")
+            return
+        if retrain:
+            return
+        try:
+            found = json.loads(config.read_text())
+            differs = [f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new.get(key))} asked)"
+                       for old, new in [(flatten(found), flatten(self.identity))]
+                       for key in new | {k: 0 for k in old if k.split(".")[0] in self.identity}
+                       if old.get(key) != new.get(key) and key != "data.triples"]
+        except (OSError, ValueError, AttributeError):
+            raise UserError(f"{config}: not a readable run configuration; use --retrain or another --out") from None
+        if differs:
+            raise UserError(f"--out {folder}: holds another run, which differs in {', '.join(differs)}; "
+                            f"use --retrain or another --out")
+        checkpoint = folder / "ckpt.pt"
+        if checkpoint.exists():
+            self.state = load_checkpoint(checkpoint, self)
+        if not self.finished and not self.args.resume:
+            at = f"step {self.state['step']}" if self.state else "its start"
+            raise UserError(f"--out {folder}: an unfinished run, at {at} of {self.recipe.steps}; use --resume or --retrain")
+        if self.finished and (folder / "results.json").exists():
+            self.results = json.loads((folder / "results.json").read_text())
+
+    @property
+    def finished(self) -> bool:
+        return self.state is not None and self.state["step"] == self.recipe.steps
+
+    def save_results(self):
+        write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1, allow_nan=False).encode())
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def fresh(self) -> dict:
+        """Everything that training changes, at step 0."""
+        model = Model(self.config, torch.Generator().manual_seed(4 * self.seed + 2)).to(self.device)
+        hidden = [p for name, p in model.named_parameters() if name != "embedding.weight"]
+        recipe = self.recipe
+        return {"model": model, "average": copy.deepcopy(model).requires_grad_(False),
+                "adam": torch.optim.AdamW([model.embedding.weight], recipe.lr, (0.9, 0.98),
+                                          weight_decay=recipe.weight_decay),
+                "muon": Muon(hidden, recipe.muon_lr, recipe.weight_decay),
+                "generator": torch.Generator(self.device).manual_seed(4 * self.seed + 3)}
+
+    def train(self) -> Model:
+        """Train to the end of the budget, from the checkpoint where there is one; returns the averaged model."""
+        parts, recipe = self.fresh(), self.recipe
+        step, seconds = 0, 0.0
+        if self.state:
+            step, seconds, self.history = self.state["step"], self.state["seconds"], self.state["history"]
+            for name, part in parts.items():
+                (part.set_state if name == "generator" else part.load_state_dict)(self.state[name])
+        model, average = parts["model"], parts["average"]
+        if self.finished:
+            return average.eval()
+        if not self.state:
+            for name in ("ckpt.pt", "results.json"):
+                (self.folder / name).unlink(missing_ok=True)
+        environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+                       "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
+        write_atomically(self.folder / "config.json",
+                         json.dumps(self.identity | {"environment": environment}, indent=1).encode())
+        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history).encode())
+
+        forward = torch.compile(model) if self.args.compile else model
+        batches = Batches(self.paths, recipe, parts["generator"])
+        total, began = torch.zeros((), device=self.device), time.perf_counter() - seconds
+        while step < recipe.steps:
+            tokens, positions, answers = batches.draw()
+            loss = loss_of(forward(tokens, positions), answers, recipe)
+            loss.backward()
+            rate = min(1.0, (step + 1) / max(1, recipe.warmup))
+            for optimizer, lr in (parts["adam"], recipe.lr), (parts["muon"], recipe.muon_lr):
+                optimizer.param_groups[0]["lr"] = lr * rate
+                optimizer.step()
+                optimizer.zero_grad()
+            keep = min(recipe.ema, (step + 1) / (step + 10))                     # the average starts short
+            with torch.no_grad():
+                for mean, p in zip(average.parameters(), model.parameters()):
+                    mean.lerp_(p, 1 - keep)
+                total += loss
+            step += 1
+            if step % recipe.eval_every == 0 or step == recipe.steps:
+                mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
+                if not math.isfinite(mean_loss):
+                    last = self.history[-1]["step"] if self.history else None
+                    raise RuntimeError(f"the loss is not finite at step {step}; "
+                                       + (f"{self.folder / 'ckpt.pt'} holds step {last}; " if last else "")
+                                       + "lower --lr or --muon-lr and --retrain")
+                total.zero_()
+                record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths)
+                record["seconds"] = round(time.perf_counter() - began, 2)
+                self.history.append(record)
+                print(progress(record, recipe.steps), flush=True)
+                self.checkpoint(step, record["seconds"], parts)
+                with open(self.folder / "log.jsonl", "a") as log:
+                    log.write(json.dumps(record) + "\n")
+        return average.eval()
+
+    def checkpoint(self, step: int, seconds: float, parts: dict):
+        state = {"step": step, "seconds": seconds, "history": self.history}
+        state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
+        write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
+
+    def summarize(self):
+        """The final figures of the training in results.json and on the screen."""
+        last = self.history[-1]
+        first = lambda reached: next((r["step"] for r in self.history if reached(r)), None)
+        self.results |= {
+            "arch": self.arch, "seed": self.seed, "steps": self.recipe.steps, "seconds": last["seconds"],
+            "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
+            "parameters": count_parameters(Model(self.config)), "flops_per_path": flops_per_path(self.config),
+            "accuracy": {name: last[name] for name in ("one_hop",) + SPLITS},
+            "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
+            "memorized_at": first(lambda r: r["train"] >= 0.99),
+            "grokked_at": first(lambda r: r["train"] >= 0.99 and r["ood"] is not None and r["ood"] >= 0.9),
+            "config": json.loads((self.folder / "config.json").read_text())}
+        self.save_results()
+        step = lambda name: f"at step {self.results[name]}" if self.results[name] else "not reached"
+        print("\n" + curve(self.history))
+        print(f"memorized (train >= 0.99) {step('memorized_at')}; grokked (OOD >= 0.9 on {self.n_paths['ood']} paths) "
+              f"{step('grokked_at')}; {last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage: edits
+# ---------------------------------------------------------------------------------------------------------------------
+
+def edit_sites(config: Config) -> list[tuple[str, int, int]]:
+    """(layer, call, pass) of every store: in Dense the block is the pass; a shared weight is called once in every block."""
+    sites, per_pass = [], config.blocks
+    for i in range(config.depth * per_pass):
+        block = i % per_pass if config.loop else i
+        if config.memory:
+            sites.append(("memory.values", i, i // per_pass))
+        if config.feed_forward or not config.memory:
+            sites.append((f"blocks.{block}.feed_forward.down", i // per_pass if config.loop else 0, i // per_pass))
+    return sites
+
+
+def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing.Requests, int]:
+    """n random ID facts and for each a new tail, drawn from the other tails of its relation. Also returns how many ID facts
+    could not be drawn because their relation has one tail only."""
+    facts = run.paths.facts.cpu()
+    id_facts = (~run.paths.ood_fact.cpu()).nonzero().flatten()
+    tails = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
+    editable = torch.tensor([f for f in id_facts.tolist() if len(tails[int(facts[f, 1])]) > 1], dtype=torch.long)
+    fact = editable[torch.randperm(len(editable), generator=generator)[:n]]
+    new = []
+    for _, relation, old in facts[fact].tolist():
+        others = tails[relation][tails[relation] != old]
+        new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
+    return make_requests(run, fact, torch.tensor(new, dtype=torch.long)), len(id_facts) - len(editable)
+
+
+def make_requests(run: Run, fact: Tensor, new: Tensor) -> editing.Requests:
+    fact, new = fact.to(run.device), new.to(run.device)
+    return editing.Requests(fact, editing.queries(run.paths)[fact], run.paths.facts[fact, 2], new)
+
+
+def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
+    """Requests from names; UserError for a name or a fact that the graph does not have."""
+    facts, new = [], []
+    rows = {(h, r): i for i, (h, r, _) in enumerate(run.paths.facts.tolist())}
+    entities, relations = ({name: i for i, name in enumerate(x)} for x in (run.graph.entities, run.graph.relations))
+    for head, relation, tail in wanted:
+        for name, known, kind in (head, entities, "entity"), (relation, relations, "relation"), (tail, entities, "entity"):
+            if name not in known:
+                raise UserError(f"--edit-fact: unknown {kind} {name!r}; the graph has {', '.join(list(known)[:5])}, ...")
+        key = entities[head], relations[relation]
+        if key not in rows:
+            raise UserError(f"--edit-fact: the graph has no fact ({head}, {relation}); only existing facts can be changed")
+        facts.append(rows[key])
+        new.append(entities[tail])
+    return make_requests(run, torch.tensor(facts), torch.tensor(new))
+
+
+def residual(model, at, requests, u, target, tails, known) -> tuple[Tensor, int]:
+    """r of each request for the target asked; a prototype that has no other known fact falls back on the gradient, counted."""
+    if target == "gradient":
+        return editing.gradient_residual(model, at, requests, u), 0
+    r, has_one = editing.prototype_residual(at, requests, tails, known)
+    if not has_one.all():
+        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u))
+    return r, int((~has_one).sum())
+
+
+COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the compositions with
+the edited fact first, second, whose answer is what now follows, among edits with direct success (number of probes
+in brackets). moved: share of answers that changed though they should not: facts, compositions without the edited
+fact, and other facts on the same row of the store (where the key of the fact has its largest entry)."""
+
+
+def edit_stage(run: Run, model: Model):
+    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by both methods and with both targets."""
+    generator = torch.Generator().manual_seed(4 * run.seed + 3)
+    paths, began = run.paths, time.perf_counter()
+    one_hop, two_hop = predict(model, paths)
+    tails, known = paths.facts[:, 2], (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
+    asked = paths.masks["train"] | paths.masks["id"]
+    requests, fixed = draw_requests(run, run.args.n_edits, generator)
+    n, n_known = len(requests.fact), int(known[requests.fact].sum())
+    print(f"\nedits of {n} ID facts, one at a time; {n_known} of them known before"
+          + f"; {fixed} ID facts cannot be edited (their relation has one tail only)" * (fixed > 0))
+    run.results["edits"] = []
+    if not n:
+        return run.save_results()
+    probes, left_out = editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, asked)
+    probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
+    print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, {len(probes['hop2'].edit)} with it "
+          f"second; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
+    ordinary = paths.tokens[torch.randperm(len(paths.tokens), generator=generator)[:2048].to(run.device)]
+    rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
+    for name, call, at_pass in edit_sites(run.config):
+        at = editing.site(model, name, call, editing.queries(paths), ordinary)
+        mates = {"same_row": editing.same_row_probes(requests, at, paths, one_hop)}
+        alive = at.keys[requests.fact].abs().amax(-1) > 0
+        if not alive.all():
+            print(f"{name}, pass {at_pass}: not edited, {int((~alive).sum())} of the facts have a key of zeros there")
+            continue
+        for method in ("rome", "row"):
+            diagnostics = {}
+            u = editing.direction(method, at, requests, diagnostics)
+            for target in ("prototype", "gradient"):
+                r, fallbacks = residual(model, at, requests, u, target, tails, known)
+                entry = {"method": method, "target": target, "site": name, "pass": at_pass}
+                entry |= editing.score(model, at, requests, u, r, probes | mates)
+                entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics
+                run.results["edits"].append(entry)
+                share = lambda key: "-" if entry[key] is None else f"{entry[key]:.3f}"
+                rows.append((name, at_pass, method, target + "*" * (fallbacks > 0), share("direct"),
+                             f"{share('hop1')} ({entry['probes_hop1']})", f"{share('hop2')} ({entry['probes_hop2']})",
+                             share("unrelated_one_hop_moved"), share("unrelated_two_hop_moved"), share("same_row_moved")))
+    run.results["edit_seconds"] = round(time.perf_counter() - began, 2)
+    run.results["edit_left_out"] = left_out
+    run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
+    run.save_results()
+    print(table(rows) + "\n" + COLUMNS)
+    starred = max((entry["gradient_for_want_of_a_prototype"] for entry in run.results["edits"]), default=0)
+    if starred:
+        print(f"* {starred} of the {n} wanted tails belong to no other known fact: there the gradient was used.")
+    print(f"{run.results['edit_seconds']:.0f} s for all edits")
+
+
+def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
+    """Edit facts given by name, one at a time (ROME, first store, prototype), and show what the model answers then."""
+    paths = run.paths
+    requests = named_requests(run, wanted)
+    one_hop, two_hop = predict(model, paths)
+    known = one_hop == paths.facts[:, 2]
+    probes, left_out = editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, paths.second >= 0)
+    name, call, at_pass = edit_sites(run.config)[0]
+    at = editing.site(model, name, call, editing.queries(paths), paths.tokens[:: max(1, len(paths.tokens) // 2048)])
+    u = editing.direction("rome", at, requests)
+    r, fallbacks = residual(model, at, requests, u, "prototype", paths.facts[:, 2], known)
+    word = lambda token: (run.graph.entities + run.graph.relations)[token]
+    row_of = {tuple(tokens): i for i, tokens in enumerate(paths.tokens.tolist())}
+    print(f"\nROME at {name}, pass {at_pass}, prototype target"
+          + " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
+          + "; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
+    for i in range(len(requests.fact)):
+        question = editing.Probes(torch.tensor([i], device=run.device), requests.tokens[i:i + 1], requests.new[i:i + 1])
+        rows = [("question", "before", "after", "right now", "")]
+        for kind, probe in ("fact", question), ("first hop", probes["hop1"]), ("second hop", probes["hop2"]):
+            mine = editing.Probes(*(x[probe.edit == i] for x in (probe.edit, probe.tokens, probe.answer)))
+            after = editing.answers(model, at, u, r, mine)
+            for tokens, now, answer in list(zip(mine.tokens.tolist(), after.tolist(), mine.answer.tolist()))[:10]:
+                before = one_hop[requests.fact[i]] if kind == "fact" else two_hop[row_of[tuple(tokens)]]
+                rows.append((" ".join(map(word, tokens)), word(int(before)), word(now), word(answer), "ok" if now == answer else "NO"))
+            rows.append((f"-- {kind}: {int((after == mine.answer).sum())} of {len(after)} right", "", "", "", ""))
+        print("\n" + table(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+def table(rows: list[tuple]) -> str:
+    """Rows of cells, the first one the header, as aligned columns: text to the left, the rest to the right."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = [not any(row[i][:1].isdigit() for row in rows[1:]) for i in range(len(widths))]
+    line = lambda row: "  ".join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip()
+    return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2)] + [line(row) for row in rows[1:]])
+
+
+def percent(values: list) -> str:
+    """Mean and, for several runs, the standard deviation of shares; '-' where nothing was measured."""
+    values = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
+    if not len(values):
+        return "-"
+    return f"{values.mean():.3f}" + (f" +- {values.std():.3f}" if len(values) > 1 else "")
+
+
+def report(folder: Path):
+    """One table out of all runs below a folder, wherever they were computed: runs that differ in the seed alone are one row."""
+    groups: dict[str, list[dict]] = {}
+    files = sorted(folder.rglob("results.json")) if folder.is_dir() else []
+    for file in files:
+        try:
+            result = json.loads(file.read_text())
+            config = {key: value for key, value in result["config"].items() if key not in ("seed", "environment")}
+            groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
+    if not groups:
+        raise UserError(f"--report {folder}: no results.json in it or below it; train a run there first")
+    ordered = sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
+    rows = [("arch", "runs", "steps", "1-hop", "train", "ID", "OOD (paths)", "first OOD", "second OOD", "grokked at", "s")]
+    for runs in ordered:
+        mean = lambda key: percent([r["accuracy"][key] for r in runs])
+        grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
+        rows.append((runs[0]["arch"], len(runs), runs[0]["steps"], mean("one_hop"), mean("train"), mean("id"),
+                     f"{mean('ood')} ({sum(r['n_paths']['ood'] for r in runs)})", mean("ood_first"), mean("ood_second"),
+                     f"{sum(grokked) / len(grokked):.0f} ({len(grokked)} of {len(runs)})" if grokked else "never",
+                     f"{sum(r['seconds'] for r in runs) / len(runs):.0f}"))
+    print(table(rows))
+    rows = [("arch", "pass", "method", "target", "runs", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
+    for runs in ordered:
+        keys = dict.fromkeys((e["site"], e["pass"], e["method"], e["target"]) for r in runs for e in r.get("edits", []))
+        for key in keys:
+            edits = [e for r in runs for e in r["edits"] if (e["site"], e["pass"], e["method"], e["target"]) == key]
+            mean = lambda name: percent([e[name] for e in edits])
+            rows.append((runs[0]["arch"],) + key[1:] + (len(edits), mean("direct"), mean("hop1"), mean("hop2"),
+                         mean("unrelated_one_hop_moved"), mean("unrelated_two_hop_moved"), mean("same_row_moved")))
+    if len(rows) > 1:
+        print("\n" + table(rows) + "\n" + COLUMNS)
+
+
+def progress(record: dict, steps: int) -> str:
+    """One line per evaluation."""
+    share = lambda name: "  -  " if record[name] is None else f"{record[name]:.3f}"
+    left = record["seconds"] / record["step"] * (steps - record["step"])
+    return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  1-hop {share('one_hop')}  train "
+            f"{share('train')}  ID {share('id')}  OOD {share('ood')}  first {share('ood_first')}  second "
+            f"{share('ood_second')}  {record['seconds']:4.0f} s, {left:3.0f} s to go")
+
+
+def curve(history: list[dict], width: int = 60) -> str:
+    """Accuracy against steps, one character per evaluation: a digit is tenths (9: 0.90 to 0.99), # is 0.99 and above."""
+    shown = [history[i * len(history) // width] for i in range(width)] if len(history) > width else history
+    mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
+    lines = [f"{label:>5} |{''.join(mark(r[name]) for r in shown)}|" for label, name in
+             (("train", "train"), ("ID", "id"), ("OOD", "ood"))]
+    return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), steps {shown[0]['step']} to {shown[-1]['step']}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, machine, command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write_atomically(path: Path, content):
+    """bytes, or a function that writes to a file: the file at `path` is the old one or the new one, never half of it."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        content(file) if callable(content) else file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path, run: Run) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        expected = {name: weight.shape for name, weight in Model(run.config).state_dict().items()}
+        if {name: weight.shape for name, weight in state["average"].items()} != expected \
+                or not {"step", "seconds", "history", "model", "adam", "muon", "generator"} <= state.keys():
+            raise ValueError("it holds something else")
+    except Exception as error:                               # unpickling can raise anything
+        raise UserError(f"{path}: not a checkpoint of this run ({str(error).splitlines()[0][:80] or type(error).__name__}); "
+                        f"use --retrain or another --out") from None
+    return state
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    items = ((f"{prefix}{key}", value) for key, value in tree.items())
+    return {k: v for key, value in items for k, v in (flatten(value, key + ".") if isinstance(value, dict) else {key: value}).items()}
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Peak of the process, or of the accelerator's allocations where the model lives on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    try:
+        import resource
+    except ImportError:                                      # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def choose_device(name: str) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: not available on this machine; use --device auto or cpu")
+    return torch.device(name)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"minedit: {message}; see --help\n")
+
+
+HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads", "depth": "passes",
+        "blocks": "blocks per pass", "d_ff": "width of a feed-forward", "slots": "rows of the shared memory",
+        "top_k": "slots that one read may use", "addressing": "groups (winner of each of top_k groups) or topk",
+        "steps": "training steps", "batch": "facts per step", "branches": "paths per fact and step",
+        "one_hop_weight": "weight of the 1-hop loss", "lr": "rate of AdamW", "muon_lr": "rate of Muon",
+        "weight_decay": "of both optimizers", "label_smoothing": "of both losses", "warmup": "steps to the full rate",
+        "ema": "moving average of the weights", "eval_every": "steps between evaluations"}
+QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "slots": 128, "top_k": 8, "depth": 2,
+         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True}
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="minedit.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Train a small transformer to grok two-hop composition, edit its facts, see what follows.")
+    add = parser.add_argument
+    add("--arch", choices=[*ARCHS, "all"], default="lmc", help="architecture")
+    add("--seed", type=int, default=0, help="first seed: graph, split, weights and batches follow from it")
+    add("--seeds", type=int, default=1, help="number of seeds")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--out", type=Path, help="run folder; for several runs the folder of run folders (default: runs/<arch>-seed<k>)")
+    add("--resume", action="store_true", help="go on with an unfinished run")
+    add("--retrain", action="store_true", help="train again, replacing what the folder holds")
+    add("--compile", action="store_true", help="torch.compile the training step's forward pass")
+    add("--edit", action="store_true", help="stage: edit random facts, one at a time")
+    add("--n-edits", type=int, default=64, help="number of facts for --edit")
+    add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
+    add("--quick", action="store_true", help="every stage at toy size, in runs/quick, trained anew")
+    add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
+    add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
+    add("--entities", type=int, help="entities of the synthetic graph (default: 50)")
+    add("--relations", type=int, help="relations of the synthetic graph (default: 20)")
+    add("--out-degree", type=int, help="facts per entity of the synthetic graph (default: one per relation)")
+    add("--ood-fraction", type=float, default=0.1, help="share of the facts that no trained composition uses")
+    add("--train-fraction", type=float, default=0.8, help="share of the ID paths that is trained")
+    add("--feed-forward", action="store_true", help="keep the private feed-forward beside the memory")
+    for option in (*fields(Config), *fields(Recipe)):
+        if option.name in HELP:
+            add("--" + option.name.replace("_", "-"), type=option.type, default=option.default, help=HELP[option.name])
+    return parser
+
+
+def prepare(args) -> list[Run]:
+    """All runs that were asked for, each checked against its folder; UserError before anything is trained."""
+    args.device = choose_device(args.device)
+    if args.seeds < 1 or args.seed < 0 or args.n_edits < 1:
+        raise UserError(f"--seed must be at least 0, --seeds and --n-edits at least 1, "
+                        f"got {args.seed}, {args.seeds} and {args.n_edits}")
+    if args.resume and args.retrain:
+        raise UserError("--resume goes on with a run and --retrain replaces it; give one of them")
+    graph, data = None, {}
+    if args.triples:
+        if args.entities or args.relations or args.out_degree:
+            raise UserError("--entities, --relations and --out-degree describe a synthetic graph; leave them out with --triples")
+        graph = kg.from_triples(args.triples)
+        data = {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
+        print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, {graph.n_relations} "
+              f"relations" + "".join(f"; {note}" for note in graph.notes))
+    else:
+        data = {"entities": 50 if args.entities is None else args.entities,
+                "relations": 20 if args.relations is None else args.relations, "out_degree": args.out_degree}
+    data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
+    names = [(arch, seed) for arch in (ARCHS if args.arch == "all" else [args.arch])
+             for seed in range(args.seed, args.seed + args.seeds)]
+    parent = args.out or Path("runs/quick" if args.quick else "runs")
+    runs = [Run(args, arch, seed, args.out if args.out and len(names) == 1 else parent / f"{arch}-seed{seed}", graph, data)
+            for arch, seed in names]
+    if args.edit_fact:
+        for run in runs:
+            named_requests(run, args.edit_fact)
+    return runs
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**QUICK, retrain=args.out is None)
+        args = parser.parse_args(argv)
+    try:
+        if args.report:
+            report(args.report)
+            return 0
+        runs = prepare(args)
+    except (UserError, ValueError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"minedit: {message}", file=sys.stderr)
+        return 2
+    try:
+        for run in runs:
+            print(f"\n{run.arch}, seed {run.seed}, on {device_name(run.device)}, in {run.folder}: "
+                  f"{count_parameters(Model(run.config)):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
+                  f"{len(run.paths.facts)} facts, paths: " + ", ".join(f"{n} {name}" for name, n in run.n_paths.items()))
+            if run.finished:
+                print(f"loaded: trained for {run.recipe.steps} steps before (--retrain trains again)")
+            model = run.train()
+            run.summarize()
+            if args.edit:
+                edit_stage(run, model)
+            if args.edit_fact:
+                edit_fact_stage(run, model, args.edit_fact)
+        if len(runs) > 1:
+            print()
+            report(args.out or Path("runs/quick" if args.quick else "runs"))
+    except KeyboardInterrupt:
+        print(f"minedit: interrupted; --resume goes on from the last evaluation of {run.folder}", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        print(f"minedit: {run.folder}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

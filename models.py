@@ -1,0 +1,219 @@
+"""models.py: the 2x2 grid is two booleans on one model.
+
+                     private feed-forward per block      one memory shared by every block
+    `depth` blocks         dense                               dense+mem
+    one block, looped      loop                                lmc (looped, with memory)    after Niu 2026 [1]
+
+Every cell makes `depth` passes over the residual stream, and reads
+
+    x <- x + attention(norm(x))
+    x <- x + store(norm(x))
+
+in each. The two booleans say who owns the weights: without `loop` each pass has a block of its own, with it one block
+is applied again and again; without `memory` the store is the block's own feed-forward layer, with it one store is
+shared by the whole model (norm, query, keys and values), as in Memory Layers at Scale [2], and its addresses are sparse.
+Both stores end in an `nn.Linear` whose input is an address and whose columns hold what is stored there:
+`feed_forward.down` and `memory.values`. These are the edit sites of edit.py.
+
+Glossary: x — residual stream [batch, token, d_model]; slots — rows of the memory, N in [1]; top_k — slots that one read
+may use; blocks — blocks per pass (1; more make a group that is looped or stacked as a whole).
+Reconstruction: only the abstracts of [1] could be read; sizes, addressing and normalisation are our choice (README).
+Left out: dropout, biases, key-value caches, mixed precision.
+
+[1] Niu 2026, Repeated Shared Access Enables Grokking, arXiv 2606.20737.   [2] Berges et al. 2024, arXiv 2412.09764.
+[3] Su et al. 2021, RoFormer (rotary positions), arXiv 2104.09864.          [4] So et al. 2021, Primer (ReLU^2), 2109.08668.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+ARCHS = {
+    "dense": {"loop": False, "memory": False},
+    "loop": {"loop": True, "memory": False},
+    "dense+mem": {"loop": False, "memory": True},
+    "lmc": {"loop": True, "memory": True},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a model; also the legend of the shape comments below. Raises ValueError naming the values that clash."""
+    n_entities: int = 50
+    n_relations: int = 20
+    loop: bool = True               # one group of blocks applied `depth` times, instead of `depth` groups
+    memory: bool = True             # one shared memory in place of every block's feed-forward
+    feed_forward: bool = False      # in a memory cell: keep the private feed-forward beside the memory
+    d_model: int = 64
+    n_heads: int = 4
+    depth: int = 3                  # passes
+    blocks: int = 1                 # blocks per pass
+    d_ff: int = 1024                # width of a private feed-forward
+    slots: int = 1024               # rows of the shared memory
+    top_k: int = 32                 # slots that may answer one read
+    addressing: str = "groups"      # "groups": the winner of each of top_k equal groups; "topk": the top_k largest
+
+    def __post_init__(self):
+        for name in ("n_entities", "n_relations", "d_model", "n_heads", "depth", "blocks", "d_ff", "slots", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"d_model must be a multiple of 2 * n_heads (an even number of dimensions per head), "
+                             f"got d_model {self.d_model} and n_heads {self.n_heads}")
+        if self.addressing not in ("groups", "topk"):
+            raise ValueError(f"addressing must be 'groups' or 'topk', got {self.addressing!r}")
+        if self.memory and (self.top_k > self.slots or (self.addressing == "groups" and self.slots % self.top_k)):
+            raise ValueError(f"slots must be at least top_k, and with addressing 'groups' a multiple of it, "
+                             f"got slots {self.slots} and top_k {self.top_k}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions [3]: the pair (x_i, x_{i + d/2}) is turned by the angle position * frequency_i."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        d_model = config.d_model
+        self.norm = nn.RMSNorm(d_model, elementwise_affine=False)
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key = nn.Linear(d_model, d_model, bias=False)
+        self.value = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
+        x = self.norm(x)
+        q, k, v = (part(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)     # [batch, head, token, d_head]
+                   for part in (self.query, self.key, self.value))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                   # [batch, head, token, token]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(-2))               # [batch, token, d_model]
+
+
+class FeedForward(nn.Module):
+    """down(relu(up(norm(x)))^2): a store whose addresses are dense, owned by one block [4]."""
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.norm(x)).relu().square())
+
+
+class SharedMemory(nn.Module):
+    """values(address(keys(query(norm(x))))): a store whose addresses are sparse, owned by the model.
+
+    The address [slots] of a read is relu(score)^2 where the slot wins its place, 0 elsewhere."""
+    def __init__(self, config: Config):
+        super().__init__()
+        self.top_k, self.addressing = config.top_k, config.addressing
+        self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
+        self.query = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.keys = nn.Linear(config.d_model, config.slots, bias=False)
+        self.values = nn.Linear(config.slots, config.d_model, bias=False)
+
+    def address(self, scores: Tensor) -> Tensor:
+        """[..., slots] -> [..., slots], with at most top_k entries that are not zero (ties aside)."""
+        if self.addressing == "topk":
+            rivals, best = scores, scores.detach().topk(self.top_k, sorted=False).values.amin(-1, keepdim=True)
+        else:                                                                    # slot j belongs to group j % top_k
+            rivals = scores.unflatten(-1, (-1, self.top_k))                      # [..., slots / top_k, top_k]
+            best = rivals.detach().amax(-2, keepdim=True)
+        return torch.where(rivals >= best.clamp(min=0), rivals, 0).square().view_as(scores)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values(self.address(self.keys(self.query(self.norm(x)))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config) if config.feed_forward or not config.memory else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor, memory: SharedMemory | None) -> Tensor:
+        x = x + self.attention(x, cos, sin, hidden)
+        reads = [store(x) for store in (memory, self.feed_forward) if store is not None]
+        return x + sum(reads[1:], reads[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Model(nn.Module):
+    """A causal transformer over entity and relation tokens that answers with an entity at every token."""
+
+    def __init__(self, config: Config, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.n_entities + config.n_relations, config.d_model)
+        self.memory = SharedMemory(config) if config.memory else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks * (1 if config.loop else config.depth)))
+        self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
+        self.init_weights(generator)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None):
+        """Weights ~ N(0, 1 / d_in), those that write to the residual stream five times smaller, embeddings N(0, 0.1^2)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                writes = name.endswith(("attention.out", "feed_forward.down", "memory.values"))
+                module.weight.normal_(0, (0.2 if writes else 1) * module.in_features ** -0.5, generator=generator)
+        self.embedding.weight.normal_(0, 0.1, generator=generator)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens [batch, token] -> logits over entities [batch, token, n_entities].
+
+        A token sees itself and the tokens at earlier `positions` [token] (default 0, 1, 2, ...: causal attention).
+        Tokens that share a position do not see each other, so (h, r1, r2, r2', r2'') at positions (0, 1, 2, 2, 2) is three
+        paths whose common prefix is computed once.
+        """
+        config = self.config
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        d_head = config.d_model // config.n_heads
+        frequency = 10000.0 ** -(torch.arange(0, d_head, 2, device=tokens.device) / d_head)
+        angle = positions[:, None] * frequency                                   # [token, d_head / 2]
+        cos, sin = angle.cos(), angle.sin()
+        itself = torch.eye(len(positions), dtype=torch.bool, device=tokens.device)
+        hidden = ~((positions[:, None] > positions) | itself)                    # [token, token]
+
+        x = self.embedding(tokens)                                               # [batch, token, d_model]
+        for _ in range(config.depth if config.loop else 1):
+            for block in self.blocks:
+                x = block(x, cos, sin, hidden, self.memory)
+        return F.linear(self.norm(x), self.embedding.weight[:config.n_entities])
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_path(config: Config, n_tokens: int = 3) -> int:
+    """Multiply-adds of the matrix products in one forward pass, counted as two FLOPs each.
+
+    FLOPs = 2 T [depth * blocks * (4 d^2 + 2 T d + store) + d E]     with T tokens, d = d_model, E = n_entities,
+    store = 2 d * d_ff for a feed-forward, d^2 + 2 d * slots for a memory read, their sum where a block has both.
+
+    >>> flops_per_path(Config(n_entities=10, d_model=8, n_heads=2, depth=2, memory=False, d_ff=16), n_tokens=3)
+    7200
+    """
+    d = config.d_model                                       # by hand: 2*3 * (2*1 * (4*64 + 2*3*8 + 2*8*16) + 8*10)
+    store = (d * d + 2 * d * config.slots) * config.memory
+    store += 2 * d * config.d_ff * (config.feed_forward or not config.memory)
+    per_token = config.depth * config.blocks * (4 * d * d + 2 * n_tokens * d + store) + d * config.n_entities
+    return 2 * n_tokens * per_token
