@@ -172,12 +172,11 @@ def edit(model: nn.Module, updates: dict[str, Tensor]):
 
 @contextmanager
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor):
-    """Every example of the batch sees its own edit: W + r_b u_b^T at every call of the layer, u [batch, d_in], r [batch, d_out].
+    """Every example of the batch sees its own edit, W + r_b u_b^T at every call of the layer: u [batch, d_in], r [batch, d_out].
 
-    W is untouched. As many edits as the batch is long are tried out, or trained, in one forward pass."""
+    The layer's input is [batch, token, d_in]. W is untouched. As many edits as the batch is long are tried out, or trained, in one forward pass."""
     hook = layer.register_forward_hook(
-        lambda _, inputs, output: output + torch.einsum("b...i,bi->b...", inputs[0], u).unsqueeze(-1)
-        * r.view(len(r), *[1] * (output.dim() - 2), -1))
+        lambda _, inputs, output: output + torch.einsum("bti,bi->bt", inputs[0], u)[..., None] * r[:, None])
     try:
         yield
     finally:
@@ -240,10 +239,18 @@ def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tens
 
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None) -> Tensor:
-    """u [n, d_in] of each request, for the method "row" or "rome"; an edit is W + r u^T."""
+    """u [n, d_in] of each request, for the method "row" or "rome"; an edit is W + r u^T.
+
+    A fact whose key is zero cannot be edited at this site: its u is zero, so that its edit changes nothing and counts as one
+    that failed; `diagnostics["zero_keys"]` says how many there are."""
     keys = at.keys[requests.fact]
-    u = row_direction(keys) if method == "row" else rome_direction(at.C, keys, diagnostics)
-    return u.to(keys)
+    alive = (keys != 0).any(-1)
+    u = torch.zeros_like(keys)
+    if alive.any():
+        u[alive] = (row_direction(keys[alive]) if method == "row" else rome_direction(at.C, keys[alive], diagnostics)).to(keys)
+    if diagnostics is not None:
+        diagnostics["zero_keys"] = int((~alive).sum())
+    return u
 
 
 def prototype_residual(at: Site, requests: Requests, tails: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

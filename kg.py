@@ -93,19 +93,20 @@ def from_triples(path) -> KnowledgeGraph:
     """
     tails: dict[tuple[str, str], set[str]] = {}         # a dict keeps the order of the file
     n_lines = n_triples = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for n_lines, line in enumerate(file, 1):
-                if not line.strip() or line.startswith("#"):
-                    continue
-                fields = [part.strip() for part in line.rstrip("\r\n").split("\t")]
-                if len(fields) != 3 or not all(fields):
-                    raise ValueError(f"{path}:{n_lines}: expected head<tab>relation<tab>tail, "
-                                     f"got {len(fields)} field(s): {line.strip()[:60]!r}")
-                tails.setdefault((fields[0], fields[1]), set()).add(fields[2])
-                n_triples += 1
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{n_lines + 1}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+    with open(path, "rb") as file:
+        for n_lines, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if n_lines == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{n_lines}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+            if not line.strip() or line.startswith("#"):
+                continue
+            fields = [part.strip() for part in line.split("\t")]
+            if len(fields) != 3 or not all(fields):
+                raise ValueError(f"{path}:{n_lines}: expected head<tab>relation<tab>tail, "
+                                 f"got {len(fields)} field(s): {line.strip()[:60]!r}")
+            tails.setdefault((fields[0], fields[1]), set()).add(fields[2])
+            n_triples += 1
 
     kept = [(head, relation, next(iter(t))) for (head, relation), t in tails.items() if len(t) == 1]
     if not kept:

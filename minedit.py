@@ -45,6 +45,10 @@ class UserError(Exception):
     """Bad input: one line that names the value and the remedy; exit status 2."""
 
 
+class Diverged(Exception):
+    """Training reached a loss that is not finite; exit status 1."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; the same for all four cells."""
@@ -287,9 +291,9 @@ class Run:
                 mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
                 if not math.isfinite(mean_loss):
                     last = self.history[-1]["step"] if self.history else None
-                    raise RuntimeError(f"the loss is not finite at step {step}; "
-                                       + (f"{self.folder / 'ckpt.pt'} holds step {last}; " if last else "")
-                                       + "lower --lr or --muon-lr and --retrain")
+                    raise Diverged(f"the loss is not finite at step {step}; "
+                                   + (f"{self.folder / 'ckpt.pt'} holds step {last}; " if last else "")
+                                   + "lower --lr or --muon-lr and --retrain")
                 total.zero_()
                 record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths)
                 record["seconds"] = round(time.perf_counter() - began, 2)
@@ -417,10 +421,6 @@ def edit_stage(run: Run, model: Model):
     for name, call, at_pass in edit_sites(run.config):
         at = editing.site(model, name, call, editing.queries(paths), ordinary)
         mates = {"same_row": editing.same_row_probes(requests, at, paths, one_hop)}
-        alive = at.keys[requests.fact].abs().amax(-1) > 0
-        if not alive.all():
-            print(f"{name}, pass {at_pass}: not edited, {int((~alive).sum())} of the facts have a key of zeros there")
-            continue
         for method in ("rome", "row"):
             diagnostics = {}
             u = editing.direction(method, at, requests, diagnostics)
@@ -570,7 +570,8 @@ def load_checkpoint(path: Path, run: Run) -> dict:
                 or not {"step", "seconds", "history", "model", "adam", "muon", "generator"} <= state.keys():
             raise ValueError("it holds something else")
     except Exception as error:                               # unpickling can raise anything
-        raise UserError(f"{path}: not a checkpoint of this run ({str(error).splitlines()[0][:80] or type(error).__name__}); "
+        why = " ".join(str(error).split())[:80] or type(error).__name__
+        raise UserError(f"{path}: not a checkpoint of this run ({why}); "
                         f"use --retrain or another --out") from None
     return state
 
@@ -716,7 +717,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"minedit: interrupted; --resume goes on from the last evaluation of {run.folder}", file=sys.stderr)
         return 130
-    except RuntimeError as error:
+    except Diverged as error:
         print(f"minedit: {run.folder}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,0 +1,772 @@
+"""The identities and the promises. `pytest -q`; every training here is of toy size."""
+
+import copy
+import doctest
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import edit as editing
+import kg
+import minedit
+import models
+from edit import edit, record, rome_update, row_update, second_moment
+from models import ARCHS, Config, Model
+
+HERE = Path(__file__).parent
+TINY = ["--entities", "10", "--relations", "4", "--d-model", "16", "--n-heads", "2", "--d-ff", "32", "--slots", "32",
+        "--top-k", "4", "--depth", "2", "--steps", "20", "--eval-every", "10", "--batch", "16", "--n-edits", "4",
+        "--device", "cpu"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def tiny_model(arch="lmc", **sizes):
+    sizes = {"n_entities": 10, "n_relations": 4, "d_model": 16, "n_heads": 2, "depth": 3, "d_ff": 24, "slots": 32,
+             "top_k": 4} | ARCHS[arch] | sizes
+    return Model(Config(**sizes), generator()).double().requires_grad_(False)
+
+
+def close(got, want, tolerance=1e-10):
+    """Relative error in the largest entry, with the place where it stands."""
+    error = (got - want).abs()
+    worst, scale = error.max().item(), max(want.abs().max().item(), 1e-300)
+    assert worst <= tolerance * scale, f"off by {worst / scale:.2e} of {scale:.3g} at {error.argmax().item()} (> {tolerance})"
+
+
+# --- documentation ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", [kg, models, editing], ids=lambda m: m.__name__)
+def test_worked_examples(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def readme_commands():
+    for line in (HERE / "README.md").read_text().splitlines():
+        if line.strip().startswith("python minedit.py"):
+            yield line.strip().split("#")[0]
+
+
+def test_readme_commands_parse():
+    commands = list(readme_commands())
+    assert len(commands) >= 4
+    for command in commands:
+        minedit.build_parser().parse_args(shlex.split(command)[2:])
+
+
+def test_modules_that_are_copied_import_torch_alone():
+    imports = [line for line in (HERE / "edit.py").read_text().splitlines() if line.startswith(("import ", "from "))]
+    assert all(line.split()[1].split(".")[0] in ("torch", "contextlib", "dataclasses") for line in imports), imports
+
+
+# --- kg.py ------------------------------------------------------------------------------------------------------------
+
+def brute_force_paths(facts):
+    """Every (h, r1, r2) with its answers, by loops; a fact without continuation has one row."""
+    rows = []
+    for h, row in enumerate(facts):
+        for r1, b in enumerate(row):
+            if b >= 0:
+                second = [(r2, t) for r2, t in enumerate(facts[b]) if t >= 0]
+                rows += [((h, r1, r2), b, t) for r2, t in second] or [((h, r1, r1), b, -100)]
+    return rows
+
+
+@pytest.mark.parametrize("out_degree", [None, 3, 1])
+def test_paths_are_those_of_the_table(out_degree):
+    graph = kg.synthetic(12, 6, seed=3, out_degree=out_degree)
+    facts = graph.facts.clone()
+    facts[5] = -1                                            # an entity without outgoing facts
+    paths = kg.split(kg.from_table(facts), 0.2, 0.7, seed=1)
+    expected = brute_force_paths(facts.tolist())
+    assert [tuple(t) for t in (paths.tokens - torch.tensor([0, 12, 12])).tolist()] == [key for key, _, _ in expected]
+    assert paths.one_hop.tolist() == [b for _, b, _ in expected] and paths.two_hop.tolist() == [t for _, _, t in expected]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_keeps_its_promises(seed):
+    paths = kg.split(kg.synthetic(20, 8, seed, out_degree=5), 0.15, 0.75, seed)
+    masks, second = paths.masks, paths.second >= 0
+    assert torch.equal(sum(mask.long() for mask in masks.values()), second.long()), "every composition is in one set"
+    o1, o2 = paths.ood_fact[paths.first], paths.ood_fact[paths.second]
+    assert not (masks["train"] & (o1 | o2)).any(), "an OOD fact is in a trained composition"
+    assert torch.equal(masks["ood"], o1 & o2 & second) and torch.equal(masks["ood_first"], o1 & ~o2 & second)
+    assert torch.equal(masks["ood_second"], ~o1 & o2 & second)
+    assert int(paths.ood_fact.sum()) == round(0.15 * 100)
+    both_id = int((masks["train"] | masks["id"]).sum())
+    assert int(masks["train"].sum()) == round(0.75 * both_id)
+    assert torch.equal(paths.first.unique(), torch.arange(100)), "every fact has a row, so that it is trained"
+    assert torch.equal(paths.facts[paths.first, 2], paths.one_hop)
+    assert torch.equal(paths.facts[paths.second, 2][second], paths.two_hop[second])
+    assert torch.equal(paths.facts[paths.second, 0][second], paths.one_hop[second]), "the hops meet"
+
+
+def test_graphs_are_the_same_everywhere():
+    graph, other = kg.synthetic(5, 2, seed=7), kg.synthetic(5, 2, seed=8)
+    assert graph.facts.tolist() == GOLDEN_GRAPH and not torch.equal(graph.facts, other.facts)
+    assert kg.split(graph, 0.2, 0.5, seed=7).masks["train"].long().tolist() == GOLDEN_TRAIN
+    assert (graph.facts != torch.arange(5)[:, None]).all(), "no tail is its own head"
+    assert (kg.synthetic(9, 6, seed=0, out_degree=2).facts >= 0).sum(1).tolist() == [2] * 9
+
+
+GOLDEN_GRAPH = [[2, 2], [2, 3], [0, 0], [4, 4], [0, 0]]
+GOLDEN_TRAIN = [0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 0]
+
+
+def test_triples(tmp_path):
+    file = tmp_path / "facts.tsv"
+    file.write_text("# a comment\n\nParis\tcapital of\tFrance\r\nFrance\tin\tEurope\nParis\tcapital of\tFrance\n"
+                    "France\tborders\tSpain\nFrance\tborders\tItaly\nRome\tcapital of\tItaly\nItaly\tin\tEurope\n", "utf-8")
+    graph = kg.from_triples(file)
+    named = {(graph.entities[h], graph.relations[r]): graph.entities[graph.facts[h, r]]
+             for h, r in (graph.facts >= 0).nonzero().tolist()}
+    assert named == {("Paris", "capital of"): "France", ("France", "in"): "Europe", ("Rome", "capital of"): "Italy",
+                     ("Italy", "in"): "Europe"}
+    assert "borders" not in graph.relations and "Spain" not in graph.entities, "no token without a fact"
+    assert len(graph.notes) == 2 and "1 repeated" in graph.notes[0] and "1 questions" in graph.notes[1]
+    paths = kg.split(graph, 0, 1, seed=0)
+    assert len(paths.first) == 4 and int(paths.masks["train"].sum()) == 2
+
+
+@pytest.mark.parametrize("text, line, word", [
+    ("a\tb\n", 1, "2 field"), ("a\tr\tb\n\na\tr\tb\tc\n", 3, "4 field"), ("a\tr\t\n", 1, "expected head"),
+    ("# only this\n", 1, "no usable triple"), ("a\tr\tb\na\tr\tc\n", 2, "no usable triple"),
+    ("a\tr\tb\nc\tr\td\n", 2, "no two-hop path"), (b"a\tr\tb\n\xff\xfe\tr\tb\n", 2, "UTF-8")])
+def test_bad_triples_name_the_line(tmp_path, text, line, word):
+    file = tmp_path / "bad.tsv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=word) as error:
+        kg.from_triples(file)
+    assert f"bad.tsv:{line}:" in str(error.value) and "\n" not in str(error.value)
+
+
+# --- models.py --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_later_tokens_change_nothing(arch):
+    model = tiny_model(arch)
+    tokens = torch.randint(14, (5, 4), generator=generator())
+    whole = model(tokens)
+    for t in range(1, 4):
+        close(model(tokens[:, :t]), whole[:, :t], 1e-12)     # prefix equality: the state at r1 is that of (h, r1)
+    x = model.embedding(tokens).detach().requires_grad_()
+    with torch.enable_grad():
+        hook = model.embedding.register_forward_hook(lambda *_: x)
+        model(tokens)[:, 1].sum().backward()
+        hook.remove()
+    assert x.grad[:, :2].abs().min() > 0 and x.grad[:, 2:].abs().max() == 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_branches_are_paths_that_share_a_prefix(arch):
+    model = tiny_model(arch)
+    tokens = torch.tensor([[1, 10, 11, 12, 13]])
+    branched = model(tokens, torch.tensor([0, 1, 2, 2, 2]))
+    for i, r2 in enumerate([11, 12, 13]):
+        close(branched[:, 2 + i], model(torch.tensor([[1, 10, r2]]))[:, 2], 1e-12)
+
+
+def test_the_grid_shares_what_it_says():
+    for arch, blocks in ("dense", 6), ("loop", 2), ("dense+mem", 6), ("lmc", 2):
+        model = tiny_model(arch, blocks=2)
+        assert len(model.blocks) == blocks
+        layers = [name for name, module in model.named_modules() if name.endswith(("values", "down"))]
+        assert len(layers) == (1 if "mem" in arch or arch == "lmc" else blocks)
+        tokens = torch.tensor([[1, 10, 11]])
+        calls = len(record(model, model.get_submodule(layers[0]), tokens)[0])
+        assert calls == {"dense": 1, "loop": 3, "dense+mem": 6, "lmc": 6}[arch]
+    both = tiny_model("lmc", feed_forward=True)
+    assert both.memory is not None and both.blocks[0].feed_forward is not None
+
+
+def test_a_loop_is_a_stack_whose_blocks_are_equal():
+    loop, dense = tiny_model("loop"), tiny_model("dense")
+    dense.embedding.load_state_dict(loop.embedding.state_dict())
+    for block in dense.blocks:
+        block.load_state_dict(loop.blocks[0].state_dict())
+    tokens = torch.randint(14, (5, 3), generator=generator())
+    close(loop(tokens), dense(tokens), 1e-12)
+
+
+def test_addresses_against_a_slow_reference():
+    scores = normal(7, 32)
+    groups = models.SharedMemory(Config(d_model=16, n_heads=2, slots=32, top_k=4)).address(scores)
+    topk = models.SharedMemory(Config(d_model=16, n_heads=2, slots=32, top_k=4, addressing="topk")).address(scores)
+    for row, got_groups, got_topk in zip(scores.tolist(), groups.tolist(), topk.tolist()):
+        winners = [max(range(g, 32, 4), key=row.__getitem__) for g in range(4)]
+        assert got_groups == [max(s, 0) ** 2 if j in winners else 0 for j, s in enumerate(row)]
+        best = sorted(range(32), key=row.__getitem__)[-4:]
+        assert got_topk == [max(s, 0) ** 2 if j in best else 0 for j, s in enumerate(row)]
+
+
+@pytest.mark.parametrize("arch, more", [(a, {}) for a in ARCHS] + [("lmc", {"feed_forward": True, "blocks": 2})])
+def test_flops_are_those_that_torch_counts(arch, more):
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny_model(arch, **more)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(14, (5, 3)))
+    assert counter.get_total_flops() == 5 * models.flops_per_path(model.config)
+
+
+def test_weights_come_from_the_generator_alone():
+    state = torch.get_rng_state()
+    one, same, other = (Model(Config(), generator(seed)).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ({"d_model": 60, "n_heads": 4}, ["60", "4"]), ({"slots": 100, "top_k": 32}, ["100", "32"]), ({"depth": 0}, ["depth", "0"]),
+    ({"slots": 8, "top_k": 9}, ["8", "9"]), ({"n_entities": -1}, ["n_entities", "-1"]), ({"addressing": "hash"}, ["hash"])])
+def test_config_names_the_values_that_clash(sizes, words):
+    with pytest.raises(ValueError) as error:
+        Config(**sizes)
+    assert all(word in str(error.value) for word in words)
+
+
+# --- edit.py: closed forms --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def problem():
+    """W [d_out, d_in] that is not square, ordinary keys whose moments decay, a key and a value."""
+    K = normal(200, 9) * torch.logspace(0, -2, 9, dtype=torch.float64)
+    return normal(5, 9, seed=1), second_moment(K), normal(9, seed=2), normal(5, seed=3), K
+
+
+def test_second_moment_is_the_mean_of_outer_products(problem):
+    K = problem[-1]
+    close(second_moment(K), sum(torch.outer(k, k) for k in K) / len(K), 1e-13)
+    close(second_moment(K.view(10, 20, 9)), second_moment(K), 1e-13)
+    assert second_moment(K.float()).dtype == torch.float64
+
+
+def test_rome_writes_the_value_and_changes_ordinary_values_least(problem):
+    W, C, k, v, K = problem
+    dW = rome_update(W, C, k, v)
+    close((W + dW) @ k, v)
+    assert torch.linalg.matrix_rank(dW) == 1
+    close(rome_update(W, 7.5 * C, k, v), dW)                 # ROME(C) = ROME(s C)
+    # Independent: minimise E|dW k'|^2 subject to dW k = v - W k, by the KKT system of one row at a time.
+    n = len(k)
+    system = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    system[:n, :n], system[:n, n], system[n, :n] = 2 * C, k, k
+    for i, residual in enumerate(v - W @ k):
+        right = torch.zeros(n + 1, dtype=torch.float64)
+        right[n] = residual
+        close(dW[i], torch.linalg.solve(system, right)[:n], 1e-9)
+    cost = lambda D: (K @ D.T).square().sum()
+    assert cost(dW) < cost(torch.outer(v - W @ k, k / (k @ k))), "worse than the plain projection"
+
+
+def test_row_update_changes_one_column(problem):
+    _, _, k, r, _ = problem
+    dW = row_update(k, r)
+    close(dW @ k, r, 1e-13)
+    assert dW.any(0).nonzero().flatten().tolist() == [k.abs().argmax().item()] and dW.shape == (5, 9)
+
+
+def test_a_singular_second_moment_gets_a_recorded_ridge(problem):
+    W, C, k, v, _ = problem
+    notes = {}
+    rome_update(W, C, k, v, notes)
+    assert notes["ridge"] == 0.0
+    C, k = C.clone(), k.clone()
+    C[3], C[:, 3], k[3] = 0, 0, 0                            # a dead input
+    dW = rome_update(W, C, k, v, notes)
+    assert 0 < notes["ridge"] <= 1e-7 * C.trace() and dW.isfinite().all()
+    close((W + dW) @ k, v)
+    assert dW[:, 3].abs().max() == 0, "a dead input needs no weight"
+    low_rank = second_moment(normal(4, 9))
+    dW = rome_update(W, low_rank, k, v, notes)
+    assert notes["ridge"] > 0
+    close((W + dW) @ k, v, 1e-9)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda W, C, k, v: (W, C, 0 * k, v), "zeros"), (lambda W, C, k, v: (W, C, k * float("nan"), v), "not finite"),
+    (lambda W, C, k, v: (W, C, k, v / 0), "not finite"), (lambda W, C, k, v: (W.T, C, k, v), r"\[5\]"),
+    (lambda W, C, k, v: (W, C[:4, :4], k, v), r"\[4, 4\]"), (lambda W, C, k, v: (W, 0 * C, k, v), "trace"),
+    (lambda W, C, k, v: (W, C, k[None], v), r"\[1, 9\]")])
+def test_bad_requests_are_refused(problem, change, words):
+    with pytest.raises(ValueError, match=words):
+        rome_update(*change(*problem[:4]))
+    _, _, k, v = change(*problem[:4])
+    if k is not problem[2] or not v.isfinite().all():
+        with pytest.raises(ValueError):
+            row_update(k, v)
+
+
+def test_updates_come_in_the_dtype_of_the_weights(problem):
+    W, C, k, v, _ = problem
+    assert rome_update(W.float(), C, k.float(), v.float()).dtype == torch.float32
+    assert row_update(k.float(), v.float()).dtype == torch.float32
+    with pytest.raises(ValueError, match="does not fit torch.float16"):
+        rome_update(W.half(), C, k.half() / 100, 6e4 * torch.ones(5).half())
+    close(rome_update(W.bfloat16(), C, k.bfloat16(), v.bfloat16()).double(),
+          rome_update(W.bfloat16().double(), C, k.bfloat16().double(), v.bfloat16().double()), 0.01)
+
+
+# --- edit.py: putting an edit into a model ----------------------------------------------------------------------------
+
+def test_an_edited_model_is_restored_bit_for_bit():
+    model = tiny_model().float()
+    before = copy.deepcopy(model.state_dict())
+    same = lambda: all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    dW = torch.randn(16, 32, generator=generator())
+    with edit(model, {"memory.values": dW}):
+        assert not same() and model.memory.values.edited > 0
+    assert same() and not hasattr(model.memory.values, "edited")
+    with pytest.raises(KeyError), edit(model, {"memory.values": dW}):
+        raise KeyError
+    assert same()
+    for bad in {"memory.values": dW.T}, {"memory.values": dW / 0}, {"memory.keys": torch.zeros(32, 16), "memory.values": dW.T}:
+        with pytest.raises(ValueError, match="memory.values"), edit(model, bad):
+            pass
+        assert same()
+    old = editing.apply_edit(model, {"memory.values": dW})
+    assert torch.equal(model.memory.values.weight, before["memory.values.weight"] + dW)
+    editing.restore(model, old)
+    assert same()
+
+
+@pytest.mark.parametrize("arch, name", [("lmc", "memory.values"), ("dense", "blocks.1.feed_forward.down"),
+                                        ("loop", "blocks.0.feed_forward.down")])
+def test_many_rank_one_edits_at_once_are_those_edits_one_by_one(arch, name):
+    model = tiny_model(arch)
+    layer = model.get_submodule(name)
+    tokens = torch.randint(10, (6, 3), generator=generator())
+    u, r = normal(6, layer.in_features), normal(6, layer.out_features, seed=1)
+    with editing.rank_one(layer, u, r):
+        together = model(tokens)
+    for i in range(6):
+        with edit(model, {name: torch.outer(r[i], u[i])}):
+            close(together[i], model(tokens[i:i + 1])[0])
+    assert not layer._forward_hooks
+
+
+def test_recording_sees_every_call():
+    model, tokens = tiny_model(), torch.randint(10, (4, 3), generator=generator())
+    keys, values = record(model, model.memory.values, tokens)
+    assert keys.shape == (3, 4, 3, 32) and values.shape == (3, 4, 3, 16)
+    close(values, keys @ model.memory.values.weight.T, 1e-12)
+    C = editing.key_second_moment(model, model.memory.values, tokens, chunk=3)
+    close(C, second_moment(keys), 1e-12)
+    with pytest.raises(ValueError, match="not called"):
+        record(model, nn.Linear(2, 2), tokens)
+    with pytest.raises(ValueError, match="no call 3"):
+        editing.site(model, "memory.values", 3, tokens[:, :2], tokens)
+
+
+# --- edit.py: targets and scores --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world():
+    """A tiny model, its paths, its own answers, and requests against it."""
+    paths = kg.split(kg.synthetic(10, 4, seed=5, out_degree=3), 0.1, 0.8, seed=5)
+    model = tiny_model()
+    fact = (~paths.ood_fact).nonzero().flatten()[[1, 5, 12, 20]]
+    queries = editing.queries(paths)
+    requests = editing.Requests(fact, queries[fact], paths.facts[fact, 2], (paths.facts[fact, 2] + 3) % 10)
+    at = editing.site(model, "memory.values", 0, queries, paths.tokens)
+    return model, paths, requests, at
+
+
+def test_queries_and_site(world):
+    model, paths, requests, at = world
+    assert torch.equal(editing.queries(paths), torch.stack([paths.facts[:, 0], 10 + paths.facts[:, 1]], 1))
+    keys, values = record(model, model.memory.values, editing.queries(paths))
+    close(at.keys, keys[0, :, 1], 1e-12)
+    close(at.values, values[0, :, 1], 1e-12)
+
+
+def test_prototype_is_the_mean_value_of_other_known_facts(world):
+    _, paths, requests, at = world
+    tails, known = paths.facts[:, 2], torch.arange(len(paths.facts)) % 4 != 0
+    r, has_one = editing.prototype_residual(at, requests, tails, known)
+    for i, (f, new) in enumerate(zip(requests.fact.tolist(), requests.new.tolist())):
+        rows = [j for j in range(len(tails)) if tails[j] == new and known[j] and j != f]
+        assert bool(has_one[i]) == bool(rows)
+        if rows:
+            close(at.values[f] + r[i], torch.stack([at.values[j] for j in rows]).mean(0), 1e-12)
+    assert has_one.any()
+
+
+@pytest.mark.parametrize("method", ["rome", "row"])
+def test_gradient_target_answers_through_the_edited_model(world, method):
+    model, paths, requests, at = world
+    u = editing.direction(method, at, requests)
+    close((u * at.keys[requests.fact]).sum(-1), torch.ones(4, dtype=torch.float64))
+    before = copy.deepcopy(model.state_dict())
+    r = editing.gradient_residual(model, at, requests, u)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items()) and model.memory.values.weight.grad is None
+    for i in range(4):                                       # the edit as weights, through every pass
+        with edit(model, {"memory.values": torch.outer(r[i], u[i])}):
+            assert model(requests.tokens[i:i + 1])[0, -1].argmax() == requests.new[i]
+    assert (r.norm(dim=-1) <= 4.001 * at.values[requests.fact].norm(dim=-1)).all()
+
+
+def test_a_key_of_zeros_is_an_edit_that_fails(world):
+    model, paths, requests, at = world
+    dead = copy.copy(at)
+    dead.keys = at.keys.clone()
+    dead.keys[requests.fact[2]] = 0
+    for method in "rome", "row":
+        notes = {}
+        u = editing.direction(method, dead, requests, notes)
+        assert notes["zero_keys"] == 1 and u[2].abs().max() == 0 and u[[0, 1, 3]].abs().amax(-1).min() > 0
+
+
+def test_probes_against_a_slow_reference(world):
+    model, paths, requests, at = world
+    rng = random.Random(0)
+    known = torch.tensor([rng.random() < 0.9 for _ in paths.facts])
+    right = torch.tensor([rng.random() < 0.8 for _ in paths.first])
+    asked = paths.masks["train"] | paths.masks["id"]
+    probes, left_out = editing.propagation_probes(requests, paths, known, right, asked)
+    table = {(h, r): (i, t) for i, (h, r, t) in enumerate(paths.facts.tolist())}
+    expected, n_left_out = {"hop1": [], "hop2": []}, 0
+    for i, (f, new) in enumerate(zip(requests.fact.tolist(), requests.new.tolist())):
+        for p, (h, r1, r2) in enumerate((paths.tokens - torch.tensor([0, 10, 10])).tolist()):
+            if not asked[p]:
+                continue
+            (first, middle), edited = table[h, r1], {f: new}
+            second, old = table[middle, r2]
+            if f not in (first, second):
+                continue
+            middle_now = edited.get(first, middle)
+            second_now, answer_now = table.get((middle_now, r2), (None, None))
+            answer_now = edited.get(second_now, answer_now)
+            other = second_now if first == f else first
+            fine = (first != second and first != second_now and other is not None and bool(known[other])
+                    and answer_now != old and bool(right[p]))
+            if fine:
+                expected["hop1" if first == f else "hop2"].append((i, (h, 10 + r1, 10 + r2), answer_now))
+            n_left_out += not fine
+    for hop, probe in probes.items():
+        got = list(zip(probe.edit.tolist(), map(tuple, probe.tokens.tolist()), probe.answer.tolist()))
+        assert sorted(got) == sorted(expected[hop]) and got
+    # a path that uses the edited fact twice is met once as first and once as second hop
+    twice = int(((paths.first == paths.second) & asked & torch.isin(paths.first, requests.fact)).sum())
+    assert sum(left_out.values()) == n_left_out + twice
+
+
+def test_unrelated_probes_do_not_use_the_edited_fact(world):
+    model, paths, requests, at = world
+    one_hop, two_hop = minedit.predict(model, paths)
+    asked = paths.masks["train"] | paths.masks["id"]
+    probes = editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 1000, generator())
+    n_facts = len(paths.facts)
+    assert len(probes["one_hop"].edit) == 4 * (n_facts - 1), "all other facts, once"
+    uses = ((paths.first == requests.fact[:, None]) | (paths.second == requests.fact[:, None])) & asked
+    assert len(probes["two_hop"].edit) == 4 * int(asked.sum()) - int(uses.sum())
+    for probe in probes.values():                            # the answers are the model's own
+        assert torch.equal(model(probe.tokens)[:, -1].argmax(-1), probe.answer)
+    mates = editing.same_row_probes(requests, at, paths, one_hop)
+    slot = at.keys.abs().argmax(-1)
+    assert len(mates.edit) == sum(int((slot == slot[f]).sum()) - 1 for f in requests.fact)
+
+
+def test_score_of_edits_that_do_nothing_and_of_an_edit_that_breaks_everything(world):
+    model, paths, requests, at = world
+    one_hop, two_hop = minedit.predict(model, paths)
+    everything = torch.ones(len(paths.first), dtype=torch.bool)
+    probes, _ = editing.propagation_probes(requests, paths, everything[:len(paths.facts)], everything, paths.second >= 0)
+    probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, paths.second >= 0, 50, generator())
+    probes["same_row"] = editing.same_row_probes(requests, at, paths, one_hop)
+    u = editing.direction("rome", at, requests)
+    nothing = editing.score(model, at, requests, u, torch.zeros(4, 16, dtype=torch.float64), probes)
+    assert nothing["unrelated_one_hop_moved"] == nothing["unrelated_two_hop_moved"] == 0
+    assert nothing["direct"] == (one_hop[requests.fact] == requests.new).double().mean()
+    own = editing.Requests(requests.fact, requests.tokens, requests.old, one_hop[requests.fact])
+    assert editing.score(model, at, own, u, torch.zeros(4, 16, dtype=torch.float64), probes)["direct"] == 1
+    broken = editing.score(model, at, requests, torch.ones_like(u), 1e3 * normal(4, 16), probes)
+    assert broken["unrelated_one_hop_moved"] > 0.5
+    none = editing.Requests(requests.fact, requests.tokens, requests.old, torch.full_like(requests.new, -1))
+    failed = editing.score(model, at, none, u, torch.zeros(4, 16, dtype=torch.float64), probes)
+    assert failed["direct"] == 0 and failed["hop1"] is None and failed["probes_hop1"] == 0, "conditioned on direct success"
+
+
+# --- minedit.py: training ---------------------------------------------------------------------------------------------
+
+def run_main(*arguments):
+    return minedit.main([str(a) for a in arguments])
+
+
+def weights(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[part][name], other[part][name]) for part in ("model", "average") for name in one[part])
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)])
+def test_muon_makes_singular_values_equal(shape):
+    values = torch.linalg.svdvals(minedit.orthogonalize(normal(*shape)))
+    assert 0.6 < values.min() and values.max() < 1.3
+    U, _, V = torch.linalg.svd(normal(*shape), full_matrices=False)
+    got = minedit.orthogonalize(normal(*shape))
+    assert (got * (U @ V)).sum() / (got.norm() * (U @ V).norm()) > 0.97
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
+def test_muon_is_that_of_torch_but_for_bfloat16(shape):
+    start, grads = torch.randn(shape, generator=generator()), torch.randn(5, *shape, generator=generator(1))
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    a, b = minedit.Muon([ours], 0.02, 0.5), torch.optim.Muon([theirs], 0.02, 0.5)
+    for g in grads:
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        a.step(), b.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.03 * moved, f"{(ours - theirs).norm() / moved}"
+
+
+def test_batches_hold_trained_answers_only():
+    paths = kg.split(kg.synthetic(15, 6, seed=2, out_degree=4), 0.2, 0.6, seed=2)
+    recipe = minedit.Recipe(batch=40, branches=3)
+    batches, trained, seen = minedit.Batches(paths, recipe, generator()), {}, set()
+    for row, mask in zip(zip(paths.tokens.tolist(), paths.two_hop.tolist()), paths.masks["train"].tolist()):
+        if mask:
+            trained[tuple(row[0])] = row[1]
+    for _ in range(60):
+        tokens, positions, answers = batches.draw()
+        assert tokens.shape == (40, 5) and answers.shape == (40, 4) and positions.tolist() == [0, 1, 2, 2, 2]
+        assert len(tokens[:, :2].unique(dim=0)) == 40, "a fact is drawn once"
+        for row, answer in zip(tokens.tolist(), answers.tolist()):
+            assert answer[0] == paths.facts[(paths.facts[:, 0] == row[0]) & (15 + paths.facts[:, 1] == row[1]), 2].item()
+            for r2, a in zip(row[2:], answer[1:]):
+                if a != -100:
+                    assert trained[row[0], row[1], r2] == a
+                    seen.add((row[0], row[1], r2))
+                else:
+                    assert not any(key[:2] == tuple(row[:2]) for key in trained), "an answer was left out"
+    assert seen == set(trained), "some trained path never comes up"
+
+
+def test_loss_weighs_facts_and_compositions():
+    logits, answers = normal(4, 5, 7), torch.randint(7, (4, 4), generator=generator())
+    answers[0, 1:] = -100
+    recipe = minedit.Recipe(one_hop_weight=3.0, label_smoothing=0.1)
+    kept = torch.cat([logits[i, 2:] for i in range(1, 4)])
+    expected = (3 * F.cross_entropy(logits[:, 1], answers[:, 0], label_smoothing=0.1)
+                + F.cross_entropy(kept, answers[1:, 1:].flatten(), label_smoothing=0.1)) / 4
+    close(minedit.loss_of(logits, answers, recipe), expected, 1e-12)
+    answers[:, 1:] = -100
+    assert minedit.loss_of(logits, answers, recipe).isfinite(), "a batch without a trained composition"
+
+
+@pytest.mark.parametrize("out_degree", [None, 2])
+def test_predict_is_the_model_path_by_path(out_degree):
+    paths = kg.split(kg.synthetic(10, 4, seed=5, out_degree=out_degree), 0.1, 0.8, seed=5)
+    model = tiny_model()
+    one_hop, two_hop = minedit.predict(model, paths, chunk=20)
+    logits = model(paths.tokens)
+    assert torch.equal(two_hop, logits[:, 2].argmax(-1)) and torch.equal(one_hop[paths.first], logits[:, 1].argmax(-1))
+    shares = minedit.accuracy(model, paths)
+    assert shares["id"] == (logits[:, 2].argmax(-1) == paths.two_hop)[paths.masks["id"]].double().mean()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted tiny run with its edits."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    assert run_main(*TINY, "--edit", "--out", folder) == 0
+    return folder
+
+
+def test_a_run_writes_what_it_promises(finished):
+    def no_constant(name):
+        raise AssertionError(f"{name} in a JSON file")
+    results = json.loads((finished / "results.json").read_text(), parse_constant=no_constant)
+    assert {"arch", "seed", "steps", "seconds", "peak_memory_mib", "accuracy", "memorized_at", "grokked_at", "edits"} <= results.keys()
+    assert results["accuracy"].keys() == {"one_hop", "train", "id", "ood", "ood_first", "ood_second"}
+    assert len(results["edits"]) == 2 * 2 * 2                # passes, methods, targets
+    for entry in results["edits"]:
+        assert {"method", "target", "site", "pass", "n", "direct", "hop1", "hop2", "probes_hop1", "probes_hop2",
+                "unrelated_one_hop_moved", "unrelated_two_hop_moved"} <= entry.keys()
+        assert entry["n"] == 4 and entry["site"] == "memory.values"
+        assert (entry["hop1"] is None) == (entry["probes_hop1"] == 0)
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == [10, 20]
+    assert json.loads((finished / "config.json").read_text())["environment"]["device"] == "cpu"
+    assert sorted(f.name for f in finished.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl", "results.json"]
+
+
+def test_a_run_is_repeatable_and_resumes_bit_for_bit(finished, tmp_path):
+    assert run_main(*TINY, "--out", tmp_path / "again") == 0
+    assert same_weights(weights(finished), weights(tmp_path / "again"))
+    draw, calls = minedit.Batches.draw, []
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return draw(self)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minedit.Batches, "draw", interrupted)
+        assert run_main(*TINY, "--out", tmp_path / "b") == 130
+    assert weights(tmp_path / "b")["step"] == 10
+    assert run_main(*TINY, "--out", tmp_path / "b") == 2, "an unfinished run wants --resume"
+    assert run_main(*TINY, "--out", tmp_path / "b", "--resume") == 0
+    assert same_weights(weights(finished), weights(tmp_path / "b"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert steps == [10, 20]
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    size = [*TINY, "--steps", "300"]
+    command = [sys.executable, "minedit.py", *size, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()                                           # kill -9
+    process.wait()
+    assert weights(tmp_path / "killed")["step"] < 300
+    for folder, more in ("killed", ["--resume"]), ("whole", []):     # one process each: equal numbers of threads
+        subprocess.run([sys.executable, "minedit.py", *size, "--out", str(tmp_path / folder), *more], cwd=HERE, check=True,
+                       stdout=subprocess.DEVNULL)
+    assert same_weights(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_loaded_and_keeps_its_stages(finished, tmp_path, capsys, monkeypatch):
+    before = weights(finished)
+    monkeypatch.setattr(minedit.Batches, "draw", lambda self: pytest.fail("trained again"))
+    assert run_main(*TINY, "--out", finished) == 0
+    assert "loaded" in capsys.readouterr().out and same_weights(before, weights(finished))
+    assert "edits" in json.loads((finished / "results.json").read_text())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    loss_of, calls = minedit.loss_of, []
+    def bad_loss(*arguments):
+        calls.append(1)
+        return loss_of(*arguments) * (float("nan") if len(calls) > 12 else 1)
+    monkeypatch.setattr(minedit, "loss_of", bad_loss)
+    assert run_main(*TINY, "--out", tmp_path / "c") == 1
+    error = capsys.readouterr().err
+    assert "not finite at step 20" in error and "holds step 10" in error and error.count("\n") == 1
+    state = weights(tmp_path / "c")
+    assert state["step"] == 10 and all(value.isfinite().all() for value in state["average"].values())
+
+
+def test_training_learns(tmp_path):
+    arguments = ["--entities", "12", "--relations", "4", "--d-model", "32", "--slots", "128", "--top-k", "8", "--depth", "2",
+                 "--steps", "150", "--eval-every", "50", "--warmup", "20", "--device", "cpu"]
+    assert run_main(*arguments, "--out", tmp_path / "d") == 0
+    accuracy = json.loads((tmp_path / "d" / "results.json").read_text())["accuracy"]
+    assert accuracy["one_hop"] >= 0.95 and accuracy["train"] >= 0.9 and accuracy["id"] > 0.2
+
+
+# --- minedit.py: command line -----------------------------------------------------------------------------------------
+
+def refused(capsys, *arguments):
+    """The command ends with status 2 and one line on stderr, which is returned."""
+    try:
+        status = run_main(*arguments)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and error.startswith("minedit: "), (status, error)
+    return error
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--arch", "sparse"], ["sparse", "lmc"]), (["--entities", "0"], ["0 entities"]), (["--relations", "-3"], ["-3 relations"]),
+    (["--d-model", "30", "--n-heads", "4"], ["30", "4"]), (["--steps", "0"], ["steps", "0"]), (["--batch", "-1"], ["batch", "-1"]),
+    (["--triples", "nowhere.tsv"], ["nowhere.tsv"]), (["--edi"], ["--edi"]), (["--seeds", "0"], ["--seeds"]), (["--lr", "-1"], ["lr"]),
+    (["--edit-fact", "e0", "r0", "nobody"], ["nobody", "e0"]), (["--edit-fact", "e0", "r99", "e1"], ["r99"]),
+    (["--device", "cuda"], ["cuda"]), (["--out", "/dev/null/x"], ["/dev/null/x"]), (["--ood-fraction", "1.5"], ["1.5"]),
+    (["--resume", "--retrain"], ["--resume", "--retrain"]), (["--report", "/nonexistent"], ["/nonexistent"])])
+def test_bad_input_is_one_line(capsys, tmp_path, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = [] if "--out" in arguments else ["--out", tmp_path / "x"]
+    error = refused(capsys, *out, *arguments)
+    assert all(word in error for word in words)
+    assert not (tmp_path / "x" / "ckpt.pt").exists()
+
+
+def test_a_run_folder_is_protected(finished, tmp_path, capsys):
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    error = refused(capsys, *TINY, "--out", finished, "--steps", "30", "--seed", "1")
+    assert "recipe.steps (20 there, 30 asked)" in error and "seed (0 there, 1 asked)" in error
+    refused(capsys, *TINY, "--out", finished, "--arch", "dense")
+    assert before == {file.name: file.read_bytes() for file in finished.iterdir()}
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("...")
+    assert "not a run folder" in refused(capsys, *TINY, "--out", foreign, "--retrain")
+    assert [file.name for file in foreign.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign", "object"])
+def test_a_bad_checkpoint_is_refused_and_kept(finished, tmp_path, capsys, content):
+    import shutil
+    folder = tmp_path / "e"
+    shutil.copytree(finished, folder)
+    whole = (folder / "ckpt.pt").read_bytes()
+    if content == "truncated":
+        content = whole[:len(whole) // 2]
+    if isinstance(content, bytes):
+        (folder / "ckpt.pt").write_bytes(content)
+    else:
+        torch.save({"average": {"w": torch.ones(2)}} if content == "foreign" else nn.Linear(2, 2), folder / "ckpt.pt")
+    before = (folder / "ckpt.pt").read_bytes()
+    assert "ckpt.pt" in refused(capsys, *TINY, "--out", folder, "--edit")
+    assert (folder / "ckpt.pt").read_bytes() == before
+
+
+def test_edit_fact_by_name(finished, capsys):
+    facts = kg.synthetic(10, 4, seed=0).facts
+    new = (int(facts[3, 1]) + 1) % 10
+    assert run_main(*TINY, "--out", finished, "--edit-fact", "e3", "r1", f"e{new}") == 0
+    out = capsys.readouterr().out
+    assert "ROME at memory.values, pass 0" in out and "e3 r1" in out and "first hop" in out and "second hop" in out
+
+
+def test_every_cell_runs_and_reports(tmp_path, capsys):
+    assert run_main(*TINY, "--arch", "all", "--edit", "--out", tmp_path / "all") == 0
+    out = capsys.readouterr().out
+    for arch in ARCHS:
+        assert (tmp_path / "all" / f"{arch}-seed0" / "results.json").exists()
+        assert f"\n{arch}, seed 0" in out
+    sites = {e["site"] for e in json.loads((tmp_path / "all" / "dense-seed0" / "results.json").read_text())["edits"]}
+    assert sites == {"blocks.0.feed_forward.down", "blocks.1.feed_forward.down"}
+    assert run_main("--report", tmp_path / "all") == 0
+    assert capsys.readouterr().out.count("dense+mem") > 4
+
+
+def test_blocks_per_pass_and_a_feed_forward_beside_the_memory():
+    config = Config(loop=True, memory=True, feed_forward=True, blocks=2, depth=2)
+    assert minedit.edit_sites(config) == [
+        ("memory.values", 0, 0), ("blocks.0.feed_forward.down", 0, 0), ("memory.values", 1, 0), ("blocks.1.feed_forward.down", 0, 0),
+        ("memory.values", 2, 1), ("blocks.0.feed_forward.down", 1, 1), ("memory.values", 3, 1), ("blocks.1.feed_forward.down", 1, 1)]
+    dense = Config(loop=False, memory=False, depth=3)
+    assert minedit.edit_sites(dense) == [(f"blocks.{i}.feed_forward.down", 0, i) for i in range(3)]
+
+
+def test_a_sparse_graph_of_triples_runs_to_a_report(tmp_path, capsys):
+    """Few facts continue, one relation has one tail, no OOD composition is left."""
+    file = tmp_path / "cities.tsv"
+    file.write_text("".join(f"city{i}\tcapital of\tland{i}\nland{i}\tin\tEurope\n" for i in range(12)))
+    assert run_main(*TINY[4:], "--triples", file, "--edit", "--out", tmp_path / "f") == 0
+    results = json.loads((tmp_path / "f" / "results.json").read_text())
+    out = capsys.readouterr().out
+    assert results["n_paths"]["ood"] == 0 and results["accuracy"]["ood"] is None and results["grokked_at"] is None
+    assert "cannot be edited" in out and "no other known fact" in out
+    assert all(e["gradient_for_want_of_a_prototype"] == 4 for e in results["edits"] if e["target"] == "prototype")
