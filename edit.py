@@ -381,7 +381,7 @@ def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, 
     everyone = torch.arange(len(requests.fact), device=requests.fact.device)
     success = answers(model, at, u, r, Probes(everyone, requests.tokens, requests.new)) == requests.new
     hits = {name: answers(model, at, u, r, probe) == probe.answer for name, probe in probes.items()}
-    share = lambda hit: hit.double().mean().item() if len(hit) else None
+    share = lambda hit: int(hit.sum()) / len(hit) if len(hit) else None
     result = {"n": len(success), "direct": share(success)}
     for name in ("hop1", "hop2"):
         hit = hits[name][success[probes[name].edit]]

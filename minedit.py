@@ -170,7 +170,7 @@ def accuracy(model: Model, paths: kg.Paths) -> dict[str, float | None]:
     one_hop, two_hop = predict(model, paths)
     right = {"one_hop": one_hop == paths.facts[:, 2]}
     right |= {name: (two_hop == paths.two_hop)[paths.masks[name]] for name in SPLITS}
-    return {name: hit.double().mean().item() if len(hit) else None for name, hit in right.items()}
+    return {name: int(hit.sum()) / len(hit) if len(hit) else None for name, hit in right.items()}
 
 
 class Run:
@@ -612,13 +612,14 @@ class Parser(argparse.ArgumentParser):
 
 
 HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads", "depth": "passes",
-        "blocks": "blocks per pass", "d_ff": "width of a feed-forward", "slots": "rows of the shared memory",
+        "blocks": "blocks per pass", "d_ff": "width of a feed-forward", "ff_top_k": "units of it that one token may use, 0: all",
+        "slots": "rows of the shared memory",
         "top_k": "slots that one read may use", "addressing": "groups (winner of each of top_k groups) or topk",
         "steps": "training steps", "batch": "facts per step", "branches": "paths per fact and step",
         "one_hop_weight": "weight of the 1-hop loss", "lr": "rate of AdamW", "muon_lr": "rate of Muon",
         "weight_decay": "of both optimizers", "label_smoothing": "of both losses", "warmup": "steps to the full rate",
         "ema": "moving average of the weights", "eval_every": "steps between evaluations"}
-QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "slots": 128, "top_k": 8, "depth": 2,
+QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8, "depth": 2,
          "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True}
 
 

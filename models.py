@@ -11,12 +11,14 @@ Every cell makes `depth` passes over the residual stream, and reads
 
 in each. The two booleans say who owns the weights: without `loop` each pass has a block of its own, with it one block
 is applied again and again; without `memory` the store is the block's own feed-forward layer, with it one store is
-shared by the whole model (norm, query, keys and values), as in Memory Layers at Scale [2], and its addresses are sparse.
-Both stores end in an `nn.Linear` whose input is an address and whose columns hold what is stored there:
-`feed_forward.down` and `memory.values`. These are the edit sites of edit.py.
+shared by the whole model (norm, query, keys and values), as in Memory Layers at Scale [2].
+Both stores are of one kind, so that the cells differ in who owns them and in little else: a sparse address of positive
+numbers, then an `nn.Linear` whose columns hold what is stored there, `feed_forward.down` or `memory.values`. These two are
+the edit sites of edit.py. A feed-forward with the usual dense addresses is `ff_top_k=0`.
 
 Glossary: x — residual stream [batch, token, d_model]; slots — rows of the memory, N in [1]; top_k — slots that one read
-may use; blocks — blocks per pass (1; more make a group that is looped or stacked as a whole).
+may use; blocks — blocks per pass (1; more make a group that is looped or stacked as a whole). With one block per pass a
+loop's feed-forward is called in every pass and so is shared too: it lacks the memory's query matrix and nothing more.
 Reconstruction: only the abstracts of [1] could be read; sizes, addressing and normalisation are our choice (README).
 Left out: dropout, biases, key-value caches, mixed precision.
 
@@ -52,8 +54,9 @@ class Config:
     depth: int = 3                  # passes
     blocks: int = 1                 # blocks per pass
     d_ff: int = 1024                # width of a private feed-forward
+    ff_top_k: int = 64              # units of it that one token may use, 0: all
     slots: int = 1024               # rows of the shared memory
-    top_k: int = 32                 # slots that may answer one read
+    top_k: int = 64                 # slots that one read may use
     addressing: str = "groups"      # "groups": the winner of each of top_k equal groups; "topk": the top_k largest
 
     def __post_init__(self):
@@ -65,9 +68,11 @@ class Config:
                              f"got d_model {self.d_model} and n_heads {self.n_heads}")
         if self.addressing not in ("groups", "topk"):
             raise ValueError(f"addressing must be 'groups' or 'topk', got {self.addressing!r}")
-        if self.memory and (self.top_k > self.slots or (self.addressing == "groups" and self.slots % self.top_k)):
-            raise ValueError(f"slots must be at least top_k, and with addressing 'groups' a multiple of it, "
-                             f"got slots {self.slots} and top_k {self.top_k}")
+        for width, k in ("slots", "top_k"), ("d_ff", "ff_top_k"):
+            n, n_kept = getattr(self, width), getattr(self, k)
+            if n_kept < 0 or n_kept > n or (n_kept and self.addressing == "groups" and n % n_kept):
+                raise ValueError(f"{width} must be at least {k}, and with addressing 'groups' a multiple of it, "
+                                 f"got {width} {n} and {k} {n_kept}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,22 +106,36 @@ class Attention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).flatten(-2))               # [batch, token, d_model]
 
 
+def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
+    """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width].
+
+    At most top_k entries are not zero (ties aside): the largest ones, or the winner of each of top_k equal groups, entry j
+    being in group j % top_k. The groups cost a fraction of the sort and learn as well. top_k = 0 keeps every entry."""
+    if not top_k:
+        return scores.relu().square()
+    if addressing == "topk":
+        rivals, best = scores, scores.detach().topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        rivals = scores.unflatten(-1, (-1, top_k))                               # [..., width / top_k, top_k]
+        best = rivals.detach().amax(-2, keepdim=True)
+    return torch.where(rivals >= best.clamp(min=0), rivals, 0).square().view_as(scores)
+
+
 class FeedForward(nn.Module):
-    """down(relu(up(norm(x)))^2): a store whose addresses are dense, owned by one block [4]."""
+    """down(address(up(norm(x)))): a store owned by one block."""
     def __init__(self, config: Config):
         super().__init__()
+        self.top_k, self.addressing = config.ff_top_k, config.addressing
         self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
         self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(self.norm(x)).relu().square())
+        return self.down(address(self.up(self.norm(x)), self.top_k, self.addressing))
 
 
 class SharedMemory(nn.Module):
-    """values(address(keys(query(norm(x))))): a store whose addresses are sparse, owned by the model.
-
-    The address [slots] of a read is relu(score)^2 where the slot wins its place, 0 elsewhere."""
+    """values(address(keys(query(norm(x))))): a store owned by the model and read by every block."""
     def __init__(self, config: Config):
         super().__init__()
         self.top_k, self.addressing = config.top_k, config.addressing
@@ -125,17 +144,8 @@ class SharedMemory(nn.Module):
         self.keys = nn.Linear(config.d_model, config.slots, bias=False)
         self.values = nn.Linear(config.slots, config.d_model, bias=False)
 
-    def address(self, scores: Tensor) -> Tensor:
-        """[..., slots] -> [..., slots], with at most top_k entries that are not zero (ties aside)."""
-        if self.addressing == "topk":
-            rivals, best = scores, scores.detach().topk(self.top_k, sorted=False).values.amin(-1, keepdim=True)
-        else:                                                                    # slot j belongs to group j % top_k
-            rivals = scores.unflatten(-1, (-1, self.top_k))                      # [..., slots / top_k, top_k]
-            best = rivals.detach().amax(-2, keepdim=True)
-        return torch.where(rivals >= best.clamp(min=0), rivals, 0).square().view_as(scores)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.values(self.address(self.keys(self.query(self.norm(x)))))
+        return self.values(address(self.keys(self.query(self.norm(x))), self.top_k, self.addressing))
 
 
 class Block(nn.Module):
@@ -209,7 +219,7 @@ def flops_per_path(config: Config, n_tokens: int = 3) -> int:
     FLOPs = 2 T [depth * blocks * (4 d^2 + 2 T d + store) + d E]     with T tokens, d = d_model, E = n_entities,
     store = 2 d * d_ff for a feed-forward, d^2 + 2 d * slots for a memory read, their sum where a block has both.
 
-    >>> flops_per_path(Config(n_entities=10, d_model=8, n_heads=2, depth=2, memory=False, d_ff=16), n_tokens=3)
+    >>> flops_per_path(Config(n_entities=10, d_model=8, n_heads=2, depth=2, memory=False, d_ff=16, ff_top_k=4))
     7200
     """
     d = config.d_model                                       # by hand: 2*3 * (2*1 * (4*64 + 2*3*8 + 2*8*16) + 8*10)
