@@ -70,6 +70,13 @@ def test_readme_commands_parse():
         minedit.build_parser().parse_args(shlex.split(command)[2:])
 
 
+def test_readme_code_runs():
+    blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(block.split("```")[0], {})
+
+
 def test_modules_that_are_copied_import_torch_alone():
     imports = [line for line in (HERE / "edit.py").read_text().splitlines() if line.startswith(("import ", "from "))]
     assert all(line.split()[1].split(".")[0] in ("torch", "contextlib", "dataclasses") for line in imports), imports
@@ -213,6 +220,12 @@ def test_addresses_against_a_slow_reference():
         assert got_groups == [max(s, 0) ** 2 if j in winners else 0 for j, s in enumerate(row)]
         best = sorted(range(32), key=row.__getitem__)[-4:]
         assert got_topk == [max(s, 0) ** 2 if j in best else 0 for j, s in enumerate(row)]
+
+
+@pytest.mark.parametrize("top_k, addressing", [(4, "groups"), (4, "topk"), (0, "groups")])
+def test_the_gradient_of_an_address(top_k, addressing):
+    scores = normal(5, 16).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: models.address(x, top_k, addressing), scores, eps=1e-7)
 
 
 @pytest.mark.parametrize("arch, more", [(a, {}) for a in ARCHS] + [("lmc", {"feed_forward": True, "blocks": 2})])
@@ -528,7 +541,7 @@ def test_muon_makes_singular_values_equal(shape):
 def test_muon_is_that_of_torch_but_for_bfloat16(shape):
     start, grads = torch.randn(shape, generator=generator()), torch.randn(5, *shape, generator=generator(1))
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    a, b = minedit.Muon([ours], 0.02, 0.5), torch.optim.Muon([theirs], 0.02, 0.5)
+    a, b = minedit.Muon([ours], 0.02, 0.5, 0.9), torch.optim.Muon([theirs], 0.02, 0.5, momentum=0.9)
     for g in grads:
         ours.grad, theirs.grad = g.clone(), g.clone()
         a.step(), b.step()
@@ -568,6 +581,22 @@ def test_loss_weighs_facts_and_compositions():
     close(minedit.loss_of(logits, answers, recipe), expected, 1e-12)
     answers[:, 1:] = -100
     assert minedit.loss_of(logits, answers, recipe).isfinite(), "a batch without a trained composition"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_does_not_wait_for_the_gpu():
+    paths = kg.split(kg.synthetic(10, 4, seed=5), 0.1, 0.8, seed=5).to("cuda")
+    recipe, model = minedit.Recipe(batch=16), Model(Config(10, 4), generator()).to("cuda")
+    batches = minedit.Batches(paths, recipe, torch.Generator("cuda").manual_seed(0))
+    optimizer = minedit.Muon([p for p in model.parameters()], 0.01, 1.0, 0.9)
+    for mode in ("default", "error"):                        # the first round may allocate and compile
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            tokens, positions, answers = batches.draw()
+            minedit.loss_of(model(tokens, positions), answers, recipe).backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("out_degree", [None, 2])
