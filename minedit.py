@@ -52,18 +52,18 @@ class Diverged(Exception):
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; the same for all four cells."""
-    steps: int = 1600
+    steps: int = 2200
     batch: int = 128                # facts per step
     branches: int = 4               # trained continuations of each fact per step
     one_hop_weight: float = 2.0     # weight of the 1-hop loss; the 2-hop loss has weight 1
-    lr: float = 8e-3                # AdamW, embedding
+    lr: float = 5e-3                # AdamW, embedding
     muon_lr: float = 1e-2           # Muon, hidden matrices
     momentum: float = 0.99          # of Muon
     weight_decay: float = 1.0       # both
     label_smoothing: float = 0.2
     warmup: int = 100               # steps to the full rate, constant after it
-    ema: float = 0.99               # moving average of the weights
-    eval_every: int = 100
+    ema: float = 0.995              # moving average of the weights
+    eval_every: int = 200
 
     def __post_init__(self):
         for name in ("steps", "batch", "branches", "eval_every"):

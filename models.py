@@ -54,9 +54,9 @@ class Config:
     depth: int = 3                  # passes
     blocks: int = 1                 # blocks per pass
     d_ff: int = 1024                # width of a private feed-forward
-    ff_top_k: int = 64              # units of it that one token may use, 0: all
+    ff_top_k: int = 32              # units of it that one token may use, 0: all
     slots: int = 1024               # rows of the shared memory
-    top_k: int = 64                 # slots that one read may use
+    top_k: int = 128                # slots that one read may use
     addressing: str = "groups"      # "groups": the winner of each of top_k equal groups; "topk": the top_k largest
 
     def __post_init__(self):
@@ -194,12 +194,12 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None):
-        """Weights ~ N(0, 1 / d_in), those that write to the residual stream twenty times smaller,
+        """Weights ~ N(0, 1 / d_in), those that write to the residual stream five times smaller,
         embeddings N(0, 0.1^2)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 writes = name.endswith(("attention.out", "feed_forward.down", "memory.values"))
-                module.weight.normal_(0, (0.05 if writes else 1) * module.in_features ** -0.5, generator=generator)
+                module.weight.normal_(0, (0.2 if writes else 1) * module.in_features ** -0.5, generator=generator)
         self.embedding.weight.normal_(0, 0.1, generator=generator)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
