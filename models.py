@@ -54,7 +54,7 @@ class Config:
     depth: int = 3                  # passes
     blocks: int = 1                 # blocks per pass
     d_ff: int = 1024                # width of a private feed-forward
-    ff_top_k: int = 32              # units of it that one token may use, 0: all
+    ff_top_k: int = 64              # units of it that one token may use, 0: all
     slots: int = 1024               # rows of the shared memory
     top_k: int = 128                # slots that one read may use
     addressing: str = "groups"      # "groups": the winner of each of top_k equal groups; "topk": the top_k largest
