@@ -205,7 +205,7 @@ class Run:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
         config = folder / "config.json"
         if not config.exists():
-            if any(folder.iterdir()):
+            if any(file.suffix != ".part" for file in folder.iterdir()):
                 raise UserError(f"--out {folder}: not empty and not a run folder (no config.json); choose another folder")
             return
         if retrain:
@@ -227,8 +227,15 @@ class Run:
         if not self.finished and not self.args.resume:
             at = f"step {self.state['step']}" if self.state else "its start"
             raise UserError(f"--out {folder}: an unfinished run, at {at} of {self.recipe.steps}; use --resume or --retrain")
+        began_on, device = found.get("environment", {}).get("device"), device_name(self.device)
+        if self.state and not self.finished and began_on != device:
+            raise UserError(f"--out {folder}: began on {began_on} and cannot go on on {device}, whose random numbers differ; "
+                            f"choose the same --device or --retrain")
         if self.finished and (folder / "results.json").exists():
-            self.results = json.loads((folder / "results.json").read_text())
+            try:
+                self.results = json.loads((folder / "results.json").read_text())
+            except ValueError:
+                raise UserError(f"{folder / 'results.json'}: not readable; remove it and run the stages again") from None
 
     @property
     def finished(self) -> bool:
@@ -253,15 +260,17 @@ class Run:
     def train(self) -> Model:
         """Train to the end of the budget, from the checkpoint where there is one; returns the averaged model."""
         parts, recipe = self.fresh(), self.recipe
+        model, average = parts["model"], parts["average"]
         step, seconds = 0, 0.0
         if self.state:
             step, seconds, self.history = self.state["step"], self.state["seconds"], self.state["history"]
+        if self.finished:                                    # perhaps on another device
+            average.load_state_dict(self.state["average"])
+            return average.eval()
+        if self.state:
             for name, part in parts.items():
                 (part.set_state if name == "generator" else part.load_state_dict)(self.state[name])
-        model, average = parts["model"], parts["average"]
-        if self.finished:
-            return average.eval()
-        if not self.state:
+        else:
             for name in ("ckpt.pt", "results.json"):
                 (self.folder / name).unlink(missing_ok=True)
         environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
@@ -395,8 +404,8 @@ def residual(model, at, requests, u, target, tails, known) -> tuple[Tensor, int]
 
 COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the compositions with
 the edited fact first, second, whose answer is what now follows, among edits with direct success (number of probes
-in brackets). moved: share of answers that changed though they should not: facts, compositions without the edited
-fact, and other facts on the same row of the store (where the key of the fact has its largest entry)."""
+in brackets). facts, comps., row: share of answers that moved though they should not: of other facts, of compositions
+without the edited fact, of facts on the same row of the store (where the key of a fact has its largest entry)."""
 
 
 def edit_stage(run: Run, model: Model):
@@ -432,7 +441,7 @@ def edit_stage(run: Run, model: Model):
                 entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics
                 run.results["edits"].append(entry)
                 share = lambda key: "-" if entry[key] is None else f"{entry[key]:.3f}"
-                rows.append((name, at_pass, method, target + "*" * (fallbacks > 0), share("direct"),
+                rows.append((name.replace("feed_forward", "ff"), at_pass, method, target + "*" * (fallbacks > 0), share("direct"),
                              f"{share('hop1')} ({entry['probes_hop1']})", f"{share('hop2')} ({entry['probes_hop2']})",
                              share("unrelated_one_hop_moved"), share("unrelated_two_hop_moved"), share("same_row_moved")))
     run.results["edit_seconds"] = round(time.perf_counter() - began, 2)
