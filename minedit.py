@@ -402,10 +402,11 @@ def residual(model, at, requests, u, target, tails, known) -> tuple[Tensor, int]
     return r, int((~has_one).sum())
 
 
-COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the compositions with
-the edited fact first, second, whose answer is what now follows, among edits with direct success (number of probes
-in brackets). facts, comps., row: share of answers that moved though they should not: of other facts, of compositions
-without the edited fact, of facts on the same row of the store (where the key of a fact has its largest entry)."""
+COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the
+compositions with the edited fact first, second, whose answer is what now follows, among edits with
+direct success (number of probes). facts, comps., row: share of answers that moved though they should
+not: of other facts, of compositions without the edited fact, of facts on the same row of the store
+(the row where the key of a fact has its largest entry)."""
 
 
 def edit_stage(run: Run, model: Model):
@@ -497,19 +498,19 @@ def table(rows: list[tuple]) -> str:
     return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2)] + [line(row) for row in rows[1:]])
 
 
-def percent(values: list) -> str:
-    """Mean and, for several runs, the standard deviation of shares; '-' where nothing was measured."""
-    values = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    if not len(values):
+def mean(values: list, lowest: bool = False) -> str:
+    """Mean of shares and, if asked, the lowest of several; '-' where nothing was measured."""
+    values = [v for v in values if v is not None]
+    if not values:
         return "-"
-    return f"{values.mean():.3f}" + (f" +- {values.std():.3f}" if len(values) > 1 else "")
+    text = f"{sum(values) / len(values):.3f}"
+    return text + f" ({min(values):.3f})" if lowest and len(values) > 1 else text
 
 
 def report(folder: Path):
     """One table out of all runs below a folder, wherever they were computed: runs that differ in the seed alone are one row."""
     groups: dict[str, list[dict]] = {}
-    files = sorted(folder.rglob("results.json")) if folder.is_dir() else []
-    for file in files:
+    for file in sorted(folder.rglob("results.json")) if folder.is_dir() else []:
         try:
             result = json.loads(file.read_text())
             config = {key: value for key, value in result["config"].items() if key not in ("seed", "environment")}
@@ -519,23 +520,27 @@ def report(folder: Path):
     if not groups:
         raise UserError(f"--report {folder}: no results.json in it or below it; train a run there first")
     ordered = sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
-    rows = [("arch", "runs", "steps", "1-hop", "train", "ID", "OOD (paths)", "first OOD", "second OOD", "grokked at", "s")]
+    rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "first", "second", "grokked at", "s")]
     for runs in ordered:
-        mean = lambda key: percent([r["accuracy"][key] for r in runs])
+        share = lambda key, lowest=False: mean([r["accuracy"][key] for r in runs], lowest)
         grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
-        rows.append((runs[0]["arch"], len(runs), runs[0]["steps"], mean("one_hop"), mean("train"), mean("id"),
-                     f"{mean('ood')} ({sum(r['n_paths']['ood'] for r in runs)})", mean("ood_first"), mean("ood_second"),
+        rows.append((runs[0]["arch"], len(runs), share("one_hop"), share("train"), share("id"), share("ood", True),
+                     sum(r["n_paths"]["ood"] for r in runs), share("ood_first"), share("ood_second"),
                      f"{sum(grokked) / len(grokked):.0f} ({len(grokked)} of {len(runs)})" if grokked else "never",
                      f"{sum(r['seconds'] for r in runs) / len(runs):.0f}"))
     print(table(rows))
-    rows = [("arch", "pass", "method", "target", "runs", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
+    print("means over the runs that differ in the seed alone (in brackets the lowest run); paths: OOD paths of all runs;\n"
+          "first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD >= 0.9, mean of the\n"
+          "runs that reach it; s: seconds of training")
+    rows = [("arch", "site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row")]
     for runs in ordered:
-        keys = dict.fromkeys((e["site"], e["pass"], e["method"], e["target"]) for r in runs for e in r.get("edits", []))
-        for key in keys:
-            edits = [e for r in runs for e in r["edits"] if (e["site"], e["pass"], e["method"], e["target"]) == key]
-            mean = lambda name: percent([e[name] for e in edits])
-            rows.append((runs[0]["arch"],) + key[1:] + (len(edits), mean("direct"), mean("hop1"), mean("hop2"),
-                         mean("unrelated_one_hop_moved"), mean("unrelated_two_hop_moved"), mean("same_row_moved")))
+        key_of = lambda e: (e["site"], e["pass"], e["method"], e["target"])
+        for key in dict.fromkeys(key_of(e) for r in runs for e in r.get("edits", [])):
+            edits = [e for r in runs for e in r.get("edits", []) if key_of(e) == key]
+            share = lambda name, lowest=False: mean([e[name] for e in edits], lowest)
+            rows.append((runs[0]["arch"], "memory" if "memory" in key[0] else "ff", *key[1:],
+                         share("direct"), share("hop1", True), share("hop2", True), share("unrelated_one_hop_moved"),
+                         share("unrelated_two_hop_moved"), share("same_row_moved")))
     if len(rows) > 1:
         print("\n" + table(rows) + "\n" + COLUMNS)
 
