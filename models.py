@@ -18,7 +18,7 @@ the edit sites of edit.py. A feed-forward with the usual dense addresses is `ff_
 
 Glossary: x — residual stream [batch, token, d_model]; slots — rows of the memory, N in [1]; top_k — slots that one read
 may use; blocks — blocks per pass (1; more make a group that is looped or stacked as a whole). With one block per pass a
-loop's feed-forward is called in every pass and so is shared too: it lacks the memory's query matrix and nothing more.
+loop's feed-forward is called in every pass and so is shared too: what it lacks is the memory's query matrix.
 Reconstruction: only the abstracts of [1] could be read; sizes, addressing and normalisation are our choice (README).
 Left out: dropout, biases, key-value caches, mixed precision.
 
