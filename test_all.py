@@ -444,8 +444,11 @@ def test_a_key_of_zeros_is_an_edit_that_fails(world):
         assert notes["zero_keys"] == 1 and u[2].abs().max() == 0 and u[[0, 1, 3]].abs().amax(-1).min() > 0
 
 
-def test_probes_against_a_slow_reference(world):
-    model, paths, requests, at = world
+@pytest.mark.parametrize("shift", range(1, 10))
+def test_probes_against_a_slow_reference(world, shift):
+    model, paths, _, at = world
+    fact = (~paths.ood_fact).nonzero().flatten()             # every ID fact, with every other tail: loops come up too
+    requests = editing.Requests(fact, editing.queries(paths)[fact], paths.facts[fact, 2], (paths.facts[fact, 2] + shift) % 10)
     rng = random.Random(0)
     known = torch.tensor([rng.random() < 0.9 for _ in paths.facts])
     right = torch.tensor([rng.random() < 0.8 for _ in paths.first])
