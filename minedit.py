@@ -224,6 +224,8 @@ class Run:
         checkpoint = folder / "ckpt.pt"
         if checkpoint.exists():
             self.state = load_checkpoint(checkpoint, self)
+        elif (folder / "results.json").exists():
+            raise UserError(f"--out {folder}: holds results, but no ckpt.pt to go on from; use --retrain or another --out")
         if not self.finished and not self.args.resume:
             at = f"step {self.state['step']}" if self.state else "its start"
             raise UserError(f"--out {folder}: an unfinished run, at {at} of {self.recipe.steps}; use --resume or --retrain")
@@ -514,8 +516,9 @@ def report(folder: Path):
         try:
             result = json.loads(file.read_text())
             config = {key: value for key, value in result["config"].items() if key not in ("seed", "environment")}
+            assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
     if not groups:
         raise UserError(f"--report {folder}: no results.json in it or below it; train a run there first")
@@ -703,7 +706,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.quick:
-        parser.set_defaults(**QUICK, retrain=args.out is None)
+        parser.set_defaults(**QUICK, retrain=args.out is None and not args.resume)
+        if args.triples:
+            parser.set_defaults(entities=None, relations=None)
         args = parser.parse_args(argv)
     try:
         if args.report:
@@ -733,6 +738,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"minedit: interrupted; --resume goes on from the last evaluation of {run.folder}", file=sys.stderr)
         return 130
+    except UserError as error:                               # the report met a file that is no run's
+        print(f"minedit: {error}", file=sys.stderr)
+        return 2
     except Diverged as error:
         print(f"minedit: {run.folder}: {error}", file=sys.stderr)
         return 1

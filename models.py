@@ -117,6 +117,7 @@ class SquaredWinners(torch.autograd.Function):
         return kept.square()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         kept, = ctx.saved_tensors
         return torch.mul(grad, kept).mul_(2), None

@@ -764,6 +764,16 @@ def test_a_bad_checkpoint_is_refused_and_kept(finished, tmp_path, capsys, conten
     assert (folder / "ckpt.pt").read_bytes() == before
 
 
+def test_results_without_a_checkpoint_are_kept(finished, tmp_path, capsys):
+    import shutil
+    shutil.copytree(finished, tmp_path / "g")
+    (tmp_path / "g" / "ckpt.pt").unlink()
+    assert "no ckpt.pt" in refused(capsys, *TINY, "--out", tmp_path / "g", "--resume")
+    assert (tmp_path / "g" / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+    (tmp_path / "g" / "results.json").write_text('{"config": {"a": 1}}')
+    assert "not the results of a run" in refused(capsys, "--report", tmp_path)
+
+
 def test_edit_fact_by_name(finished, capsys):
     facts = kg.synthetic(10, 4, seed=0).facts
     new = (int(facts[3, 1]) + 1) % 10
