@@ -317,7 +317,7 @@ class Run:
         return average.eval()
 
     def checkpoint(self, step: int, seconds: float, parts: dict):
-        state = {"step": step, "seconds": seconds, "history": self.history}
+        state = {"identity": self.identity, "step": step, "seconds": seconds, "history": self.history}
         state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
         write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
 
@@ -587,6 +587,9 @@ def load_checkpoint(path: Path, run: Run) -> dict:
         if {name: weight.shape for name, weight in state["average"].items()} != expected \
                 or not {"step", "seconds", "history", "model", "adam", "muon", "generator"} <= state.keys():
             raise ValueError("it holds something else")
+        theirs, ours = flatten(state["identity"]), flatten(run.identity)
+        if any(theirs.get(key) != value for key, value in ours.items() if key != "data.triples"):
+            raise ValueError("it belongs to a run with other settings")
     except Exception as error:                               # unpickling can raise anything
         why = " ".join(str(error).split())[:80] or type(error).__name__
         raise UserError(f"{path}: not a checkpoint of this run ({why}); "

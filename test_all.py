@@ -764,6 +764,14 @@ def test_a_bad_checkpoint_is_refused_and_kept(finished, tmp_path, capsys, conten
     assert (folder / "ckpt.pt").read_bytes() == before
 
 
+def test_the_checkpoint_of_another_seed_is_refused(finished, tmp_path, capsys):
+    import shutil
+    assert run_main(*TINY, "--seed", "1", "--out", tmp_path / "h") == 0
+    capsys.readouterr()
+    shutil.copy(finished / "ckpt.pt", tmp_path / "h" / "ckpt.pt")
+    assert "other settings" in refused(capsys, *TINY, "--seed", "1", "--out", tmp_path / "h")
+
+
 def test_results_without_a_checkpoint_are_kept(finished, tmp_path, capsys):
     import shutil
     shutil.copytree(finished, tmp_path / "g")
