@@ -212,10 +212,7 @@ class Run:
             return
         try:
             found = json.loads(config.read_text())
-            differs = [f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new.get(key))} asked)"
-                       for old, new in [(flatten(found), flatten(self.identity))]
-                       for key in new | {k: 0 for k in old if k.split(".")[0] in self.identity}
-                       if old.get(key) != new.get(key) and key != "data.triples"]
+            differs = differences(found, self.identity)
         except (OSError, ValueError, AttributeError):
             raise UserError(f"{config}: not a readable run configuration; use --retrain or another --out") from None
         if differs:
@@ -587,14 +584,21 @@ def load_checkpoint(path: Path, run: Run) -> dict:
         if {name: weight.shape for name, weight in state["average"].items()} != expected \
                 or not {"step", "seconds", "history", "model", "adam", "muon", "generator"} <= state.keys():
             raise ValueError("it holds something else")
-        theirs, ours = flatten(state["identity"]), flatten(run.identity)
-        if any(theirs.get(key) != value for key, value in ours.items() if key != "data.triples"):
+        if differences(state["identity"], run.identity):
             raise ValueError("it belongs to a run with other settings")
     except Exception as error:                               # unpickling can raise anything
         why = " ".join(str(error).split())[:80] or type(error).__name__
         raise UserError(f"{path}: not a checkpoint of this run ({why}); "
                         f"use --retrain or another --out") from None
     return state
+
+
+def differences(found: dict, identity: dict) -> list[str]:
+    """What determines the training and differs between a run found on disk and the one asked for; the place of the triples
+    does not count, their content does."""
+    old, new = flatten({key: found.get(key) for key in identity}), flatten(identity)
+    return [f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new.get(key))} asked)"
+            for key in new | old if old.get(key) != new.get(key) and key != "data.triples"]
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
