@@ -189,7 +189,9 @@ class Run:
         self.paths = paths.to(self.device)
         self.identity = {"arch": arch, "seed": seed, "data": data, "model": asdict(self.config),
                          "recipe": asdict(self.recipe)}
-        self.results, self.history, self.state = {}, [], None
+        with torch.device("meta"):                           # names and shapes, no memory
+            self.blank = Model(self.config)
+        self.results, self.history, self.state, self.environment = {}, [], None, None
         self.check_folder()
 
     # -- the folder ---------------------------------------------------------------------------------------------------
@@ -208,14 +210,15 @@ class Run:
             if any(file.suffix != ".part" for file in folder.iterdir()):
                 raise UserError(f"--out {folder}: not empty and not a run folder (no config.json); choose another folder")
             return
-        if retrain:
-            return
         try:
             found = json.loads(config.read_text())
-            differs = differences(found, self.identity)
+            if not self.identity.keys() <= found.keys():
+                raise ValueError
         except (OSError, ValueError, AttributeError):
-            raise UserError(f"{config}: not a readable run configuration; use --retrain or another --out") from None
-        if differs:
+            raise UserError(f"{config}: not the configuration of a run; choose another --out") from None
+        if self.args.retrain:
+            return
+        if differs := differences(found, self.identity):
             raise UserError(f"--out {folder}: holds another run, which differs in {', '.join(differs)}; "
                             f"use --retrain or another --out")
         checkpoint = folder / "ckpt.pt"
@@ -226,14 +229,11 @@ class Run:
         if not self.finished and not self.args.resume:
             at = f"step {self.state['step']}" if self.state else "its start"
             raise UserError(f"--out {folder}: an unfinished run, at {at} of {self.recipe.steps}; use --resume or --retrain")
-        began_on, device = found.get("environment", {}).get("device"), device_name(self.device)
-        if self.state and not self.finished and began_on != device:
-            raise UserError(f"--out {folder}: began on {began_on} and cannot go on on {device}, whose random numbers differ; "
-                            f"choose the same --device or --retrain")
         if self.finished and (folder / "results.json").exists():
             try:
                 self.results = json.loads((folder / "results.json").read_text())
-            except ValueError:
+                self.environment = self.results["config"]["environment"]         # that of the training
+            except (ValueError, KeyError, TypeError):
                 raise UserError(f"{folder / 'results.json'}: not readable; remove it and run the stages again") from None
 
     @property
@@ -265,18 +265,12 @@ class Run:
             step, seconds, self.history = self.state["step"], self.state["seconds"], self.state["history"]
         if self.finished:                                    # perhaps on another device
             average.load_state_dict(self.state["average"])
+            self.write_config()
             return average.eval()
         if self.state:
-            for name, part in parts.items():
-                (part.set_state if name == "generator" else part.load_state_dict)(self.state[name])
-        else:
-            for name in ("ckpt.pt", "results.json"):
-                (self.folder / name).unlink(missing_ok=True)
-        environment = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-                       "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
-        write_atomically(self.folder / "config.json",
-                         json.dumps(self.identity | {"environment": environment}, indent=1).encode())
-        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history).encode())
+            load_parts(parts, self.state)
+        if self.state or not (self.folder / "config.json").exists():
+            self.write_config()                              # with --retrain not before there is something to replace the old run
 
         forward = torch.compile(model) if self.args.compile else model
         batches = Batches(self.paths, recipe, parts["generator"])
@@ -298,9 +292,9 @@ class Run:
             step += 1
             if step % recipe.eval_every == 0 or step == recipe.steps:
                 mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
-                if not math.isfinite(mean_loss):
+                if not math.isfinite(mean_loss) or not all(p.isfinite().all() for p in model.parameters()):
                     last = self.history[-1]["step"] if self.history else None
-                    raise Diverged(f"the loss is not finite at step {step}; "
+                    raise Diverged(f"the loss or a weight is not finite at step {step}; "
                                    + (f"{self.folder / 'ckpt.pt'} holds step {last}; " if last else "")
                                    + "lower --lr or --muon-lr and --retrain")
                 total.zero_()
@@ -309,14 +303,26 @@ class Run:
                 self.history.append(record)
                 print(progress(record, recipe.steps), flush=True)
                 self.checkpoint(step, record["seconds"], parts)
-                with open(self.folder / "log.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
         return average.eval()
 
     def checkpoint(self, step: int, seconds: float, parts: dict):
-        state = {"identity": self.identity, "step": step, "seconds": seconds, "history": self.history}
+        state = {"identity": self.identity, "step": step, "seconds": seconds, "history": self.history,
+                 "device": self.device.type}
         state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
         write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
+        (self.folder / "results.json").unlink(missing_ok=True)                   # of a run that this one replaces
+        self.write_config()
+        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history).encode())
+
+    def write_config(self):
+        """What determines the training (compared when a folder is met again), and what is only recorded."""
+        args = self.args
+        self.environment = self.environment or {
+            "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
+            "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
+        stages = {name: getattr(args, name) for name in ("compile", "edit", "n_edits", "edit_fact")}
+        write_atomically(self.folder / "config.json", json.dumps(
+            self.identity | {"stages": stages, "environment": self.environment}, indent=1).encode())
 
     def summarize(self):
         """The final figures of the training in results.json and on the screen."""
@@ -325,7 +331,7 @@ class Run:
         self.results |= {
             "arch": self.arch, "seed": self.seed, "steps": self.recipe.steps, "seconds": last["seconds"],
             "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
-            "parameters": count_parameters(Model(self.config)), "flops_per_path": flops_per_path(self.config),
+            "parameters": count_parameters(self.blank), "flops_per_path": flops_per_path(self.config),
             "accuracy": {name: last[name] for name in ("one_hop",) + SPLITS},
             "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
             "memorized_at": first(lambda r: r["train"] >= 0.99),
@@ -410,7 +416,7 @@ not: of other facts, of compositions without the edited fact, of facts on the sa
 
 def edit_stage(run: Run, model: Model):
     """Edit `--n-edits` random ID facts one at a time, at every store and pass, by both methods and with both targets."""
-    generator = torch.Generator().manual_seed(4 * run.seed + 3)
+    generator = torch.Generator().manual_seed(-run.seed - 1)                     # a stream that no part of the training uses
     paths, began = run.paths, time.perf_counter()
     one_hop, two_hop = predict(model, paths)
     tails, known = paths.facts[:, 2], (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
@@ -506,19 +512,20 @@ def mean(values: list, lowest: bool = False) -> str:
     return text + f" ({min(values):.3f})" if lowest and len(values) > 1 else text
 
 
-def report(folder: Path):
-    """One table out of all runs below a folder, wherever they were computed: runs that differ in the seed alone are one row."""
+def report(folders: list[Path]):
+    """One table out of all runs in or below the folders, wherever they were computed: runs that differ in the seed alone are
+    one row."""
     groups: dict[str, list[dict]] = {}
-    for file in sorted(folder.rglob("results.json")) if folder.is_dir() else []:
+    for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
         try:
             result = json.loads(file.read_text())
-            config = {key: value for key, value in result["config"].items() if key not in ("seed", "environment")}
+            config = {key: value for key, value in result["config"].items() if key not in ("seed", "environment", "stages")}
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
     if not groups:
-        raise UserError(f"--report {folder}: no results.json in it or below it; train a run there first")
+        raise UserError(f"--report {folders[0]}: no results.json in it or below it; train a run there first")
     ordered = sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
     rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "first", "second", "grokked at", "s")]
     for runs in ordered:
@@ -556,7 +563,7 @@ def progress(record: dict, steps: int) -> str:
 
 def curve(history: list[dict], width: int = 60) -> str:
     """Accuracy against steps, one character per evaluation: a digit is tenths (9: 0.90 to 0.99), # is 0.99 and above."""
-    shown = [history[i * len(history) // width] for i in range(width)] if len(history) > width else history
+    shown = [history[round(i * (len(history) - 1) / (width - 1))] for i in range(width)] if len(history) > width else history
     mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
     lines = [f"{label:>5} |{''.join(mark(r[name]) for r in shown)}|" for label, name in
              (("train", "train"), ("ID", "id"), ("OOD", "ood"))]
@@ -578,19 +585,34 @@ def write_atomically(path: Path, content):
 
 
 def load_checkpoint(path: Path, run: Run) -> dict:
+    """The state in a checkpoint; UserError unless it is whole and of this run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        expected = {name: weight.shape for name, weight in Model(run.config).state_dict().items()}
-        if {name: weight.shape for name, weight in state["average"].items()} != expected \
-                or not {"step", "seconds", "history", "model", "adam", "muon", "generator"} <= state.keys():
-            raise ValueError("it holds something else")
         if differences(state["identity"], run.identity):
             raise ValueError("it belongs to a run with other settings")
+        load_parts(run.fresh(), state)                       # what does not fit says so here, before anything is done
+        last = state["history"][-1]
+        if last["step"] != state["step"] or not {"one_hop", "loss", "seconds", *SPLITS} <= last.keys() or state["seconds"] < 0:
+            raise ValueError("its history does not end where it does")
     except Exception as error:                               # unpickling can raise anything
         why = " ".join(str(error).split())[:80] or type(error).__name__
         raise UserError(f"{path}: not a checkpoint of this run ({why}); "
                         f"use --retrain or another --out") from None
     return state
+
+
+def load_parts(parts: dict, state: dict):
+    """Put a checkpoint into the parts of a training. Random numbers differ from one kind of device to another: a run that goes
+    on on another kind draws its batches from a stream of its own."""
+    for name, part in parts.items():
+        if name != "generator":
+            part.load_state_dict(state[name])
+        elif state["device"] == part.device.type:
+            part.set_state(state[name])
+        if isinstance(part, torch.optim.Optimizer):
+            for p, kept in part.state.items():
+                if any(x.dim() and x.shape != p.shape for x in kept.values()):
+                    raise ValueError(f"the state of {name} does not fit its weights")
 
 
 def differences(found: dict, identity: dict) -> list[str]:
@@ -663,7 +685,7 @@ def build_parser() -> Parser:
     add("--edit", action="store_true", help="stage: edit random facts, one at a time")
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
-    add("--quick", action="store_true", help="every stage at toy size, in runs/quick, trained anew")
+    add("--quick", action="store_true", help="all four cells, trained and edited at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
     add("--entities", type=int, help="entities of the synthetic graph (default: 50)")
@@ -680,9 +702,18 @@ def build_parser() -> Parser:
 
 def prepare(args) -> list[Run]:
     """All runs that were asked for, each checked against its folder; UserError before anything is trained."""
+    try:
+        return checked_runs(args)
+    except (ValueError, MemoryError, RuntimeError) as error:                     # of kg.py and models.py; sizes beyond all memory
+        raise UserError(str(error).split("\n")[0] or "not enough memory for these sizes") from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}" if error.filename else error) from None
+
+
+def checked_runs(args) -> list[Run]:
     args.device = choose_device(args.device)
-    if args.seeds < 1 or args.seed < 0 or args.n_edits < 1:
-        raise UserError(f"--seed must be at least 0, --seeds and --n-edits at least 1, "
+    if args.seeds < 1 or not 0 <= args.seed < 2**60 or args.n_edits < 1:
+        raise UserError(f"--seed must be in 0..2^60, --seeds and --n-edits at least 1, "
                         f"got {args.seed}, {args.seeds} and {args.n_edits}")
     if args.resume and args.retrain:
         raise UserError("--resume goes on with a run and --retrain replaces it; give one of them")
@@ -717,19 +748,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.triples:
             parser.set_defaults(entities=None, relations=None)
         args = parser.parse_args(argv)
+    run = None
     try:
         if args.report:
-            report(args.report)
+            report([args.report])
             return 0
         runs = prepare(args)
-    except (UserError, ValueError, OSError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"minedit: {message}", file=sys.stderr)
-        return 2
-    try:
         for run in runs:
             print(f"\n{run.arch}, seed {run.seed}, on {device_name(run.device)}, in {run.folder}: "
-                  f"{count_parameters(Model(run.config)):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
+                  f"{count_parameters(run.blank):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
                   f"{len(run.paths.facts)} facts, paths: " + ", ".join(f"{n} {name}" for name, n in run.n_paths.items()))
             if run.finished:
                 print(f"loaded: trained for {run.recipe.steps} steps before (--retrain trains again)")
@@ -741,11 +768,12 @@ def main(argv: list[str] | None = None) -> int:
                 edit_fact_stage(run, model, args.edit_fact)
         if len(runs) > 1:
             print()
-            report(args.out or Path("runs/quick" if args.quick else "runs"))
+            report([run.folder for run in runs])
     except KeyboardInterrupt:
-        print(f"minedit: interrupted; --resume goes on from the last evaluation of {run.folder}", file=sys.stderr)
+        print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
+              file=sys.stderr)
         return 130
-    except UserError as error:                               # the report met a file that is no run's
+    except UserError as error:
         print(f"minedit: {error}", file=sys.stderr)
         return 2
     except Diverged as error:

@@ -17,8 +17,9 @@ numbers, then an `nn.Linear` whose columns hold what is stored there, `feed_forw
 the edit sites of edit.py. A feed-forward with the usual dense addresses is `ff_top_k=0`.
 
 Glossary: x — residual stream [batch, token, d_model]; slots — rows of the memory, N in [1]; top_k — slots that one read
-may use; blocks — blocks per pass (1; more make a group that is looped or stacked as a whole). With one block per pass a
-loop's feed-forward is called in every pass and so is shared too: what it lacks is the memory's query matrix.
+may use, ff_top_k — units of a feed-forward that one token may use; blocks — blocks per pass (1; more make a group that is
+looped or stacked as a whole). With one block per pass a loop's feed-forward is called in every pass and so is shared too:
+what it lacks is the memory's query matrix.
 Reconstruction: only the abstracts of [1] could be read; sizes, addressing and normalisation are our choice (README).
 Left out: dropout, biases, key-value caches, mixed precision.
 
@@ -68,7 +69,8 @@ class Config:
                              f"got d_model {self.d_model} and n_heads {self.n_heads}")
         if self.addressing not in ("groups", "topk"):
             raise ValueError(f"addressing must be 'groups' or 'topk', got {self.addressing!r}")
-        for width, k in ("slots", "top_k"), ("d_ff", "ff_top_k"):
+        used = [("slots", "top_k")] * self.memory + [("d_ff", "ff_top_k")] * (self.feed_forward or not self.memory)
+        for width, k in used:
             n, n_kept = getattr(self, width), getattr(self, k)
             if n_kept < 0 or n_kept > n or (n_kept and self.addressing == "groups" and n % n_kept):
                 raise ValueError(f"{width} must be at least {k}, and with addressing 'groups' a multiple of it, "

@@ -245,7 +245,8 @@ def test_weights_come_from_the_generator_alone():
 
 @pytest.mark.parametrize("sizes, words", [
     ({"d_model": 60, "n_heads": 4}, ["60", "4"]), ({"slots": 100, "top_k": 32}, ["100", "32"]), ({"depth": 0}, ["depth", "0"]),
-    ({"slots": 8, "top_k": 9}, ["8", "9"]), ({"d_ff": 100}, ["d_ff", "100"]), ({"n_entities": -1}, ["n_entities", "-1"]), ({"addressing": "hash"}, ["hash"])])
+    ({"slots": 8, "top_k": 9}, ["8", "9"]), ({"d_ff": 100, "memory": False}, ["d_ff", "100"]),
+    ({"n_entities": -1}, ["n_entities", "-1"]), ({"addressing": "hash"}, ["hash"])])
 def test_config_names_the_values_that_clash(sizes, words):
     with pytest.raises(ValueError) as error:
         Config(**sizes)
@@ -636,7 +637,8 @@ def test_a_run_writes_what_it_promises(finished):
         assert (entry["hop1"] is None) == (entry["probes_hop1"] == 0)
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log] == [10, 20]
-    assert json.loads((finished / "config.json").read_text())["environment"]["device"] == "cpu"
+    config = json.loads((finished / "config.json").read_text())
+    assert config["environment"]["device"] == "cpu" and config["stages"]["edit"] and config["stages"]["n_edits"] == 4
     assert sorted(f.name for f in finished.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl", "results.json"]
 
 
@@ -697,6 +699,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     assert state["step"] == 10 and all(value.isfinite().all() for value in state["average"].values())
 
 
+def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
+    step, calls = minedit.Muon.step, []
+    def bad_step(self):
+        step(self)
+        calls.append(1)
+        if len(calls) == 20:                                 # the last step before an evaluation: its loss is still finite
+            self.param_groups[0]["params"][0][0, 0] = float("inf")
+    monkeypatch.setattr(minedit.Muon, "step", torch.no_grad()(bad_step))
+    assert run_main(*TINY, "--out", tmp_path / "c") == 1
+    assert weights(tmp_path / "c")["step"] == 10
+
+
 def test_training_learns(tmp_path):
     arguments = ["--entities", "12", "--relations", "4", "--d-model", "32", "--slots", "128", "--top-k", "8", "--depth", "2",
                  "--steps", "150", "--eval-every", "50", "--warmup", "20", "--device", "cpu"]
@@ -721,7 +735,8 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize("arguments, words", [
     (["--arch", "sparse"], ["sparse", "lmc"]), (["--entities", "0"], ["0 entities"]), (["--relations", "-3"], ["-3 relations"]),
     (["--d-model", "30", "--n-heads", "4"], ["30", "4"]), (["--steps", "0"], ["steps", "0"]), (["--batch", "-1"], ["batch", "-1"]),
-    (["--triples", "nowhere.tsv"], ["nowhere.tsv"]), (["--edi"], ["--edi"]), (["--seeds", "0"], ["--seeds"]), (["--lr", "-1"], ["lr"]),
+    (["--triples", "nowhere.tsv"], ["nowhere.tsv"]), (["--edi"], ["--edi"]), (["--seeds", "0"], ["--seeds"]), (["--seed", str(2**63)], ["--seed"]),
+    (["--entities", "10000000000"], ["memory"]), (["--lr", "-1"], ["lr"]),
     (["--edit-fact", "e0", "r0", "nobody"], ["nobody", "e0"]), (["--edit-fact", "e0", "r99", "e1"], ["r99"]),
     (["--device", "cuda"], ["cuda"]), (["--out", "/dev/null/x"], ["/dev/null/x"]), (["--ood-fraction", "1.5"], ["1.5"]),
     (["--resume", "--retrain"], ["--resume", "--retrain"]), (["--report", "/nonexistent"], ["/nonexistent"])])
@@ -770,6 +785,46 @@ def test_the_checkpoint_of_another_seed_is_refused(finished, tmp_path, capsys):
     capsys.readouterr()
     shutil.copy(finished / "ckpt.pt", tmp_path / "h" / "ckpt.pt")
     assert "other settings" in refused(capsys, *TINY, "--seed", "1", "--out", tmp_path / "h")
+
+
+@pytest.mark.parametrize("damage", ["model", "average", "adam", "muon", "generator", "history", "shape"])
+def test_a_checkpoint_with_a_damaged_part_is_refused(finished, tmp_path, capsys, damage):
+    import shutil
+    shutil.copytree(finished, tmp_path / "i")
+    state = weights(finished)
+    if damage == "shape":
+        state["muon"]["state"][0]["momentum"] = torch.ones(3, 3)
+    else:
+        state[damage] = {} if damage == "history" else None
+    torch.save(state, tmp_path / "i" / "ckpt.pt")
+    assert "not a checkpoint" in refused(capsys, *TINY, "--out", tmp_path / "i", "--resume")
+
+
+def test_a_run_goes_on_on_another_kind_of_device(finished, tmp_path):
+    """As far as a CPU can show it: the random state of the other device is not asked for."""
+    run, = minedit.prepare(minedit.build_parser().parse_args([*TINY, "--out", str(tmp_path / "j")]))
+    state, parts = weights(finished) | {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)}, run.fresh()
+    stream = parts["generator"].get_state()
+    minedit.load_parts(parts, state)
+    assert torch.equal(parts["generator"].get_state(), stream)
+    assert torch.equal(parts["average"].embedding.weight, state["average"]["embedding.weight"])
+
+
+def test_retrain_replaces_a_run_only_when_it_has_something_better(finished, tmp_path, capsys, monkeypatch):
+    import shutil
+    shutil.copytree(finished, tmp_path / "k")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "k").iterdir()}
+    def interrupted(self):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(minedit.Batches, "draw", interrupted)
+        assert run_main(*TINY, "--steps", "30", "--out", tmp_path / "k", "--retrain") == 130
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "k").iterdir()}
+    capsys.readouterr()
+    assert run_main(*TINY, "--steps", "30", "--out", tmp_path / "k", "--retrain") == 0
+    assert weights(tmp_path / "k")["step"] == 30 and "edits" not in json.loads((tmp_path / "k" / "results.json").read_text())
+    (tmp_path / "k" / "config.json").write_text('{"name": "another program"}')
+    assert "not the configuration of a run" in refused(capsys, *TINY, "--out", tmp_path / "k", "--retrain")
 
 
 def test_results_without_a_checkpoint_are_kept(finished, tmp_path, capsys):
