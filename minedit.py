@@ -54,7 +54,7 @@ class Recipe:
     """How a model is trained; the same for all four cells."""
     steps: int = 2200
     batch: int = 128                # facts per step
-    branches: int = 4               # trained continuations of each fact per step
+    branches: int = 4               # trained continuations of each fact per step; 0: the facts alone are trained
     one_hop_weight: float = 2.0     # weight of the 1-hop loss; the 2-hop loss has weight 1
     lr: float = 5e-3                # AdamW, embedding
     muon_lr: float = 1e-2           # Muon, hidden matrices
@@ -66,10 +66,10 @@ class Recipe:
     eval_every: int = 200
 
     def __post_init__(self):
-        for name in ("steps", "batch", "branches", "eval_every"):
+        for name in ("steps", "batch", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("one_hop_weight", "lr", "muon_lr", "weight_decay", "warmup"):
+        for name in ("branches", "one_hop_weight", "lr", "muon_lr", "weight_decay", "warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("momentum", "label_smoothing", "ema"):
@@ -114,10 +114,13 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Batches:
-    """Batches of facts with their trained continuations, drawn on the device without waiting for it."""
+    """Batches of facts with their trained continuations, drawn on the device without waiting for it.
 
-    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator):
-        self.paths, self.recipe, self.generator = paths, recipe, generator
+    With `alias`, the number of relations of a graph whose relations have two tokens each, half of the relations are asked for
+    by the second, which stands `alias` after the first."""
+
+    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0):
+        self.paths, self.recipe, self.generator, self.alias = paths, recipe, generator, alias
         self.rows = paths.masks["train"].nonzero().flatten()
         self.count = torch.bincount(paths.first[self.rows], minlength=len(paths.facts))
         self.start = self.count.cumsum(0) - self.count
@@ -135,6 +138,8 @@ class Batches:
         place = ((torch.arange(m, device=device) + u) / m * count).long().minimum(count - 1)
         row = self.rows[(self.start[fact][:, None] + place).clamp(0, len(self.rows) - 1)]        # [batch, branches]
         tokens = torch.cat([self.queries[fact], self.paths.tokens[row, 2]], 1)
+        if self.alias:
+            tokens[:, 1:] += self.alias * torch.randint(2, tokens[:, 1:].shape, generator=self.generator, device=device)
         two_hop = torch.where(count > 0, self.paths.two_hop[row], -100)
         return tokens, self.positions, torch.cat([self.paths.facts[fact, 2:], two_hop], 1)
 
@@ -166,12 +171,16 @@ def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, T
     return out[first_bundle, 1], two_hop
 
 
-def accuracy(model: Model, paths: kg.Paths) -> dict[str, float | None]:
-    """Share of right answers over all facts and over each split; None for an empty split."""
-    one_hop, two_hop = predict(model, paths)
-    right = {"one_hop": one_hop == paths.facts[:, 2]}
-    right |= {name: (two_hop == paths.two_hop)[paths.masks[name]] for name in SPLITS}
-    return {name: int(hit.sum()) / len(hit) if len(hit) else None for name, hit in right.items()}
+def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, float | None]:
+    """Share of right answers over all facts and, with `compose`, over each split; None for an empty split."""
+    if compose:
+        one_hop, two_hop = predict(model, paths)
+        hits = {"one_hop": one_hop == paths.facts[:, 2]}
+        hits |= {name: (two_hop == paths.two_hop)[paths.masks[name]] for name in SPLITS}
+    else:
+        one_hop = torch.cat([model(part)[:, -1].argmax(-1) for part in editing.queries(paths).split(4096)])
+        hits = {"one_hop": one_hop == paths.facts[:, 2]} | {name: paths.facts[:0, 2] for name in SPLITS}
+    return {name: int(hit.sum()) / len(hit) if len(hit) else None for name, hit in hits.items()}
 
 
 class Run:
@@ -273,7 +282,7 @@ class Run:
             self.write_config()                              # with --retrain not before there is something to replace the old run
 
         forward = torch.compile(model) if self.args.compile else model
-        batches = Batches(self.paths, recipe, parts["generator"])
+        batches = Batches(self.paths, recipe, parts["generator"], self.config.aliases * self.config.n_relations)
         total, began = torch.zeros((), device=self.device), time.perf_counter() - seconds
         while step < recipe.steps:
             tokens, positions, answers = batches.draw()
@@ -298,7 +307,7 @@ class Run:
                                    + (f"{self.folder / 'ckpt.pt'} holds step {last}; " if last else "")
                                    + "lower --lr or --muon-lr and --retrain")
                 total.zero_()
-                record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths)
+                record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths, recipe.branches > 0)
                 record["seconds"] = round(time.perf_counter() - began, 2)
                 self.history.append(record)
                 print(progress(record, recipe.steps), flush=True)
@@ -334,8 +343,8 @@ class Run:
             "parameters": count_parameters(self.blank), "flops_per_path": flops_per_path(self.config),
             "accuracy": {name: last[name] for name in ("one_hop",) + SPLITS},
             "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
-            "memorized_at": first(lambda r: r["train"] >= 0.99),
-            "grokked_at": first(lambda r: r["train"] >= 0.99 and r["ood"] is not None and r["ood"] >= 0.9),
+            "memorized_at": first(lambda r: (r["train"] if self.recipe.branches else r["one_hop"]) >= 0.99),
+            "grokked_at": first(lambda r: r["ood"] is not None and r["train"] >= 0.99 and r["ood"] >= 0.9),
             "config": json.loads((self.folder / "config.json").read_text())}
         self.save_results()
         step = lambda name: f"at step {self.results[name]}" if self.results[name] else "not reached"
@@ -566,7 +575,7 @@ def curve(history: list[dict], width: int = 60) -> str:
     shown = [history[round(i * (len(history) - 1) / (width - 1))] for i in range(width)] if len(history) > width else history
     mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
     lines = [f"{label:>5} |{''.join(mark(r[name]) for r in shown)}|" for label, name in
-             (("train", "train"), ("ID", "id"), ("OOD", "ood"))]
+             (("1-hop", "one_hop"), ("train", "train"), ("ID", "id"), ("OOD", "ood")) if shown[-1][name] is not None]
     return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), steps {shown[0]['step']} to {shown[-1]['step']}"
 
 
@@ -662,7 +671,8 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "blocks": "blocks per pass", "d_ff": "width of a feed-forward", "ff_top_k": "units of it that one token may use, 0: all",
         "slots": "rows of the shared memory",
         "top_k": "slots that one read may use", "addressing": "groups (winner of each of top_k groups) or topk",
-        "steps": "training steps", "batch": "facts per step", "branches": "paths per fact and step",
+        "steps": "training steps", "batch": "facts per step",
+        "branches": "paths per fact and step, 0: train the facts alone",
         "one_hop_weight": "weight of the 1-hop loss", "lr": "rate of AdamW", "muon_lr": "rate of Muon", "momentum": "of Muon",
         "weight_decay": "of both optimizers", "label_smoothing": "of both losses", "warmup": "steps to the full rate",
         "ema": "moving average of the weights", "eval_every": "steps between evaluations"}
@@ -691,6 +701,7 @@ def build_parser() -> Parser:
     add("--entities", type=int, help="entities of the synthetic graph (default: 50)")
     add("--relations", type=int, help="relations of the synthetic graph (default: 20)")
     add("--out-degree", type=int, help="facts per entity of the synthetic graph (default: one per relation)")
+    add("--aliases", action="store_true", help="train every relation under two tokens")
     add("--ood-fraction", type=float, default=0.1, help="share of the facts that no trained composition uses")
     add("--train-fraction", type=float, default=0.8, help="share of the ID paths that is trained")
     add("--feed-forward", action="store_true", help="keep the private feed-forward beside the memory")

@@ -47,6 +47,7 @@ class Config:
     """Sizes of a model; also the legend of the shape comments below. Raises ValueError naming the values that clash."""
     n_entities: int = 50
     n_relations: int = 20
+    aliases: bool = False           # every relation has a second token, n_relations after the first
     loop: bool = True               # one group of blocks applied `depth` times, instead of `depth` groups
     memory: bool = True             # one shared memory in place of every block's feed-forward
     feed_forward: bool = False      # in a memory cell: keep the private feed-forward beside the memory
@@ -189,7 +190,7 @@ class Model(nn.Module):
     def __init__(self, config: Config, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.n_entities + config.n_relations, config.d_model)
+        self.embedding = nn.Embedding(config.n_entities + config.n_relations * (1 + config.aliases), config.d_model)
         self.memory = SharedMemory(config) if config.memory else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks * (1 if config.loop else config.depth)))
         self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)

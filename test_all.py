@@ -575,6 +575,25 @@ def test_batches_hold_trained_answers_only():
     assert seen == set(trained), "some trained path never comes up"
 
 
+def test_aliases_are_second_names_of_relations():
+    paths = kg.split(kg.synthetic(10, 4, seed=5), 0.1, 0.8, seed=5)
+    plain, aliased = (minedit.Batches(paths, minedit.Recipe(batch=20, branches=3), generator(), alias) for alias in (0, 4))
+    tokens, positions, answers = aliased.draw()
+    heads, relations = tokens[:, 0], tokens[:, 1:]
+    assert heads.max() < 10 and relations.min() >= 10 and 14 <= relations.max() < 18 and 0.3 < (relations >= 14).float().mean() < 0.7
+    same_tokens, _, same_answers = plain.draw()
+    assert torch.equal(same_tokens[:, 0], heads) and torch.equal(same_tokens[:, 1:], (relations - 10) % 4 + 10)
+    assert torch.equal(same_answers, answers)
+    model = tiny_model(aliases=True)
+    assert model(tokens, positions).shape == (20, 5, 10) and len(model.embedding.weight) == 18
+
+
+def test_facts_alone_can_be_trained(tmp_path):
+    assert run_main(*TINY, "--branches", "0", "--aliases", "--steps", "200", "--out", tmp_path / "l") == 0
+    results = json.loads((tmp_path / "l" / "results.json").read_text())
+    assert results["accuracy"]["ood"] is None and results["accuracy"]["one_hop"] > 0.5 and results["grokked_at"] is None
+
+
 def test_loss_weighs_facts_and_compositions():
     logits, answers = normal(4, 5, 7), torch.randint(7, (4, 4), generator=generator())
     answers[0, 1:] = -100
