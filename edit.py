@@ -72,7 +72,7 @@ def cast(update: Tensor, like: Tensor) -> Tensor:
     error, size = (double(result).to(update.device) - update).abs().max(), update.abs().max()
     kind = torch.finfo(like.dtype if like.is_floating_point() else update.dtype)
     if not error <= 4 * kind.eps * size + kind.tiny:
-        raise ValueError(f"entries up to {size:.3g} do not fit {like.dtype}: the cast is off by {error:.3g}")
+        raise ValueError(f"a matrix with entries up to {size:.3g} does not fit {like.dtype}: off by {error:.3g}")
     return result
 
 
@@ -91,27 +91,27 @@ def check_request(name: str, vector: Tensor, size: int):
         raise ValueError(f"{name} holds a value that is not finite")
 
 
-def check_keys(K: Tensor):
-    refuse(~K.isfinite().all(-1), "its key holds a value that is not finite")
-    refuse((K == 0).all(-1), "a key of zeros cannot be edited: the layer returns nothing for it, whatever its weights")
-
-
-def check_moment(C: Tensor, d_in: int):
-    if C.shape != (d_in, d_in):
-        raise ValueError(f"C must have shape [{d_in}, {d_in}] to fit keys of {d_in}, got {list(C.shape)}")
-    if not C.isfinite().all() or not C.diagonal().sum() > 0:
+def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None = None, lam: float = 1.0):
+    """ValueError that names the shapes that clash, or the first request whose key or residual cannot be used."""
+    if K.dim() != 2 or R.dim() != 2 or len(K) != len(R) or not len(K):
+        raise ValueError(f"K must be [n, d_in] and R [n, d_out], a row for each of n >= 1 requests, "
+                         f"got {list(K.shape)} and {list(R.shape)}")
+    for name, matrix, height in ("C", C, K.shape[1]), ("W", W, R.shape[1]):
+        if matrix is not None and matrix.shape != (height, K.shape[1]):
+            raise ValueError(f"{name} must be [{height}, {K.shape[1]}] to fit the requests, got {list(matrix.shape)}")
+    if C is not None and (not C.isfinite().all() or not C.diagonal().sum() > 0):
         raise ValueError("C must be finite with a positive trace: the second moment of ordinary keys")
-
-
-def refuse(bad: Tensor, why: str):
-    """ValueError that names the first request for which `bad` [n] holds."""
-    if bad.any():
-        raise ValueError(f"request {int(bad.nonzero()[0])}: {why}")
+    if not 0 < lam < float("inf"):
+        raise ValueError(f"lam must be positive, got {lam}; emmet_update writes every value exactly")
+    for bad, why in (~K.isfinite().all(1), "its key holds a value that is not finite"), \
+                    (~R.isfinite().all(1), "its residual holds a value that is not finite"), \
+                    ((K == 0).all(1), "a key of zeros cannot be edited: the layer returns nothing, whatever its weights"):
+        if bad.any():
+            raise ValueError(f"request {int(bad.nonzero()[0])}: {why}")
 
 
 def row_direction(K: Tensor) -> Tensor:
     """u = e_j / k_j with j = argmax |k_j|, for every row of K [n, d_in]; u k = 1."""
-    check_keys(K)
     K = double(K)
     j = K.abs().argmax(-1, keepdim=True)
     return torch.zeros_like(K).scatter(-1, j, 1 / K.gather(-1, j))
@@ -119,24 +119,22 @@ def row_direction(K: Tensor) -> Tensor:
 
 def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None) -> Tensor:
     """u = C^-1 k / (k^T C^-1 k) for every row of K [n, d_in]; u k = 1. One factorisation of C serves all rows."""
-    check_keys(K)
-    K, B = double(K), inverse_factor(C, K.shape[-1], diagnostics)
+    K, B = double(K), inverse_factor(C, diagnostics)
     U = K @ B @ B.T                                                              # C^-1 k as rows
     return U / (U * K).sum(-1, keepdim=True)
 
 
-def inverse_factor(C: Tensor, d_in: int, diagnostics: dict | None = None) -> Tensor:
+def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
     """B [d_in, d_in] with B B^T = C^-1, in float64: B = L^-T where C = L L^T (Cholesky).
 
     C is solved as given. Only where it is numerically singular (dead or dependent inputs) a ridge of
     1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it, 0.0 where there is none.
     """
-    check_moment(C, d_in)
     C, ridge = double(C), 0.0
-    identity = torch.eye(d_in, dtype=C.dtype, device=C.device)
+    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     L, failed = torch.linalg.cholesky_ex(C)
     pivots = L.diagonal().square()
-    if failed or not pivots.min() > d_in * torch.finfo(C.dtype).eps * pivots.max():
+    if failed or not pivots.min() > len(C) * torch.finfo(C.dtype).eps * pivots.max():
         ridge = 1e-8 * float(C.diagonal().mean())
         L, failed = torch.linalg.cholesky_ex(C + ridge * identity)
         if failed:
@@ -152,6 +150,7 @@ def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
     k [d_in], r [d_out]. Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros."""
     check_request("the key k", k, k.shape[-1] if k.dim() else 1)
     check_request("the residual r", r, r.shape[-1] if r.dim() else 1)
+    check_batch(k[None], r[None])
     dW = torch.outer(double(r), row_direction(k[None])[0])
     return finish(dW, k[None], r[None], r, None, diagnostics)
 
@@ -166,6 +165,7 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
     check_request("the key k", k, W.shape[1])
     check_request("the value v", v, W.shape[0])
     r = double(v) - double(W) @ double(k)
+    check_batch(k[None], r[None], C, W)
     dW = torch.outer(r, rome_direction(C, k[None], diagnostics)[0])
     return finish(dW, k[None], r[None], W, W, diagnostics)
 
@@ -191,16 +191,16 @@ def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
 
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request (`check_batch`),
     for keys that coincide and for more requests than the keys have rank. `diagnostics` and W: see `solve`."""
-    check_batch(K, R, W)
+    check_batch(K, R, C, W)
     if len(K) > K.shape[1]:
         raise ValueError(f"{len(K)} requests are more than the rank of their keys, at most {K.shape[1]}, so that not "
                          f"every value can be written; use memit_update or leave requests out")
-    return solve(K, R, inverse_factor(C, K.shape[1], diagnostics), 0.0, "dual", W, diagnostics)
+    return solve(K, R, inverse_factor(C, diagnostics), 0.0, "dual", W, diagnostics)
 
 
 def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | None = None, carried: Tensor | None = None,
                  W: Tensor | None = None, diagnostics: dict | None = None) -> Tensor:
-    """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], equation 14.
+    """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], eq. 14.
 
     K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean, so lam counts in requests: all
     ordinary keys together weigh as much as lam requests. `form`: "primal" solves a system of size d_in, "dual" one of
@@ -209,13 +209,12 @@ def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | Non
     One batch after another: with `carried` = K_p^T K_p [d_in, d_in] of all earlier keys, lam C + K_p^T K_p takes the
     place of lam C. Each residual taken on the edited W, the updates then add up to that of one batch.
     `diagnostics` and W: see `solve`."""
-    check_batch(K, R, W, lam)
-    check_moment(C, K.shape[1])
+    check_batch(K, R, C, W, lam)
     if carried is not None:
         if carried.shape != C.shape:
             raise ValueError(f"carried must have the shape of C, {list(C.shape)}, got {list(carried.shape)}")
         C = double(C) + double(carried) / lam
-    return solve(K, R, inverse_factor(C, K.shape[1], diagnostics), lam, form, W, diagnostics)
+    return solve(K, R, inverse_factor(C, diagnostics), lam, form, W, diagnostics)
 
 
 def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: float = 1e-2, W: Tensor | None = None,
@@ -228,8 +227,7 @@ def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: 
     a request has outside the null space is of no use. The paper's term for earlier edits is left out. Raises ValueError
     where the null space is empty and for a bad request (`check_batch`).
     `diagnostics["null_space"]` is its dimension; for the rest and W see `solve`."""
-    check_batch(K, R, W, lam)
-    check_moment(C, K.shape[1])
+    check_batch(K, R, C, W, lam)
     eigenvalues, eigenvectors = torch.linalg.eigh(double(C))
     share = eigenvalues / eigenvalues.mean()
     U = eigenvectors[:, share < threshold]                                       # P = U U^T
@@ -265,7 +263,7 @@ def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tens
     L, failed = torch.linalg.cholesky_ex(system)
     if failed or (L.diagonal().square() <= max(X.shape) * torch.finfo(L.dtype).eps * system.diagonal()).any():
         if lam:
-            raise ValueError(f"lam {lam:.3g} is lost in rounding beside k^T P k = {X.square().sum(1).max():.2g}; raise it")
+            raise ValueError(f"lam {lam:.3g} is lost in rounding beside k^T P k, {X.square().sum(1).max():.2g}; raise it")
         cosine, i, j = largest_cosine(X)
         why = f"requests {i} and {j} have the same key up to a factor" if cosine > 1 - 1e-12 else \
             f"the rank of the keys is less than {len(X)}, their number"
@@ -281,19 +279,6 @@ def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tens
         diagnostics |= {"condition": float(eigenvalues.max() / eigenvalues.min()),
                         "residual_predicted": left.norm(dim=-1), "largest_cosine": largest_cosine(X @ B.T)[0]}
     return finish((B @ Y).T, K, R, R, W, diagnostics)
-
-
-def check_batch(K: Tensor, R: Tensor, W: Tensor | None = None, lam: float = 1.0):
-    """ValueError that names the shapes that clash, or the request whose key or residual cannot be used."""
-    if K.dim() != 2 or R.dim() != 2 or len(K) != len(R) or not len(K):
-        raise ValueError(f"K must be [n, d_in] and R [n, d_out], a row for each of n >= 1 requests, "
-                         f"got {list(K.shape)} and {list(R.shape)}")
-    if W is not None and W.shape != (R.shape[1], K.shape[1]):
-        raise ValueError(f"W must be [{R.shape[1]}, {K.shape[1]}] to fit K and R, got {list(W.shape)}")
-    if not 0 < lam < float("inf"):
-        raise ValueError(f"lam must be positive, got {lam}; emmet_update writes every value exactly")
-    refuse(~R.isfinite().all(-1), "its residual holds a value that is not finite")
-    check_keys(K)
 
 
 def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
@@ -402,7 +387,7 @@ class Requests:
     old: Tensor                         # [n] the answer now
     new: Tensor                         # [n] the answer wanted
 
-    def check_batch(self):
+    def check_distinct(self):
         """ValueError that names both requests where two are for one fact, which cannot have two answers at once."""
         first = {}
         for j, fact in enumerate(self.fact.tolist()):
@@ -456,7 +441,7 @@ def direction(method: str, at: Site, requests: Requests, diagnostics: dict | Non
 
 def prototype_residual(at: Site, requests: Requests, tails: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """r = v* - W k with v* the mean value over the other known facts (`known` [n_facts], bool) whose answer in `tails`
-    [n_facts] is the wanted one. Returns r [n, d_out] and which requests have such a fact [n]; r is 0 for the others."""
+    [n_facts] is the wanted one: r [n, d_out], and which requests have such a fact [n]; r is 0 for the others."""
     fact, (_, row) = requests.fact, torch.cat([tails, requests.new]).unique(return_inverse=True)
     answer, wanted = row.split([len(tails), len(fact)])                          # numbered from 0 without gaps
     values = torch.cat([at.values, torch.ones_like(at.values[:, :1])], 1)        # [n_facts, d_out + 1], the 1 counts
@@ -516,11 +501,12 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     whose key is zero at a site is left to the others. The model is as before when this returns. diagnostics[name, call]
     is what `memit_update` tells of that site. Raises ValueError where two requests are for one fact.
 
-    In a loop, several sites are calls of one weight, and dW is the sum of the writes, each of which acts at all calls. What
-    is missing is measured with these effects, and the keys of the calls already written are carried along, so that the
-    next solve leaves what they return; what its own write does at other calls a solve does not foresee."""
-    requests.check_batch()
-    moments = {name: key_second_moment(model, model.get_submodule(name), ordinary) for name, _ in sites}
+    In a loop, several sites are calls of one weight: dW is the sum of the writes, and each of them acts at all calls.
+    What is missing is measured with these effects, and the keys of the calls already written are carried along, so that
+    the next solve leaves what they return. What its own write does at other calls a solve does not foresee: more sites
+    bring the stream nearer in a stack, but need not do so in a loop."""
+    requests.check_distinct()
+    moments = {name: key_second_moment(model, model.get_submodule(name), ordinary) for name in dict(sites)}
     wanted = last_token(model, *stream, requests.tokens)[0] + r
     updates, carried = {}, {}
     with ExitStack() as edits:

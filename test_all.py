@@ -328,7 +328,7 @@ def test_updates_come_in_the_dtype_of_the_weights(problem):
     W, C, k, v, _ = problem
     assert rome_update(W.float(), C, k.float(), v.float()).dtype == torch.float32
     assert row_update(k.float(), v.float()).dtype == torch.float32
-    with pytest.raises(ValueError, match="not fit torch.float16"):
+    with pytest.raises(ValueError, match="does not fit torch.float16"):
         rome_update(W.half(), C, k.half() / 100, 6e4 * torch.ones(5).half())
     close(rome_update(W.bfloat16(), C, k.bfloat16(), v.bfloat16()).double(),
           rome_update(W.bfloat16().double(), C, k.bfloat16().double(), v.bfloat16().double()), 0.01)
@@ -517,7 +517,7 @@ def test_bad_batches_are_refused(problem, update):
     for dtype in torch.float32, torch.bfloat16:
         assert update(K.to(dtype), R.to(dtype), C).dtype == dtype
         close(update(K.to(dtype), R.to(dtype), C).double(), update(K.to(dtype).double(), R.to(dtype).double(), C), 0.01)
-    with pytest.raises(ValueError, match="not fit torch.float16"):
+    with pytest.raises(ValueError, match="does not fit torch.float16"):
         update(K / 100, (6e4 * R / R.abs().max()).half(), C)
 
 
@@ -555,7 +555,7 @@ def test_an_edited_model_is_restored_bit_for_bit():
             pass
         assert same()
     huge = {"memory.keys": torch.zeros(32, 16), "memory.values": torch.full((16, 32), 1e300, dtype=torch.float64)}
-    with pytest.raises(ValueError, match="not fit torch.float32"), edit(model, huge):
+    with pytest.raises(ValueError, match="does not fit torch.float32"), edit(model, huge):
         pass
     assert same() and not hasattr(model.memory.keys, "edited")
     with edit(model, {"memory.values": dW}):
@@ -687,9 +687,9 @@ def test_a_gradient_target_in_small_batches_and_near_the_values_of_the_store(wor
 
 def test_a_batch_asks_for_a_fact_once(world):
     model, paths, requests, at = world
-    requests.check_batch()
+    requests.check_distinct()
     twice = editing.Requests(*(x[[0, 1, 2, 1, 2]] for x in (requests.fact, requests.tokens, requests.old, requests.new)))
-    for check in twice.check_batch, lambda: editing.memit_layers(model, [], twice, None, 1.0, paths.tokens, ("norm", 0)):
+    for check in twice.check_distinct, lambda: editing.memit_layers(model, [], twice, None, 1.0, paths.tokens, ("norm", 0)):
         with pytest.raises(ValueError, match=f"requests 1 and 3 .* fact, {requests.fact[1]};"):
             check()
 
