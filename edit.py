@@ -105,7 +105,7 @@ def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None 
         raise ValueError(f"lam must be positive, got {lam}; emmet_update writes every value exactly")
     for bad, why in (~K.isfinite().all(1), "its key holds a value that is not finite"), \
                     (~R.isfinite().all(1), "its residual holds a value that is not finite"), \
-                    ((K == 0).all(1), "a key of zeros cannot be edited: the layer returns nothing, whatever its weights"):
+                    ((K == 0).all(1), "a key of zeros cannot be edited: the layer returns 0 whatever its weights"):
         if bad.any():
             raise ValueError(f"request {int(bad.nonzero()[0])}: {why}")
 
@@ -263,7 +263,8 @@ def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tens
     L, failed = torch.linalg.cholesky_ex(system)
     if failed or (L.diagonal().square() <= max(X.shape) * torch.finfo(L.dtype).eps * system.diagonal()).any():
         if lam:
-            raise ValueError(f"lam {lam:.3g} is lost in rounding beside k^T P k, {X.square().sum(1).max():.2g}; raise it")
+            most = X.square().sum(1).max()                                       # k^T P k
+            raise ValueError(f"lam {lam:.3g} is lost in rounding beside k^T P k, {most:.3g} at most; raise it")
         cosine, i, j = largest_cosine(X)
         why = f"requests {i} and {j} have the same key up to a factor" if cosine > 1 - 1e-12 else \
             f"the rank of the keys is less than {len(X)}, their number"
@@ -497,8 +498,8 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     `stream` (module name, call) reads the residual stream after all sites: its input at the last token (in models.py
     the next block's "attention", or "norm" after the last block), which should change by r [n, d_out]. Site after site,
     with the edits so far in place: what is missing there, divided by the number of sites left, is written by
-    `memit_update` for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. A request
-    whose key is zero at a site is left to the others. The model is as before when this returns. diagnostics[name, call]
+    `memit_update` for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests
+    whose key is zero at a site are left to the others. The model is as before when this returns. diagnostics[name, call]
     is what `memit_update` tells of that site. Raises ValueError where two requests are for one fact.
 
     In a loop, several sites are calls of one weight: dW is the sum of the writes, and each of them acts at all calls.
