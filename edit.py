@@ -1,12 +1,18 @@
 """edit.py: a linear layer is an associative memory; an edit is a small closed-form change of it.
 
-A layer W [d_out, d_in] that is handed a key k returns the value W k. To change what it returns for one key and, as far as
-possible, nothing else, add a rank-one matrix. Two of them differ in the direction that must recognise the key:
+A layer W [d_out, d_in] that is handed a key k returns the value W k. To change what it returns for one key and, as far
+as possible, nothing else, add a rank-one matrix. Two of them differ in the direction that must recognise the key:
 
     row    dW = r e_j^T / k_j                  j: the entry of k of largest magnitude. One column of W, one slot [1]
-    ROME   dW = r (C^-1 k)^T / (k^T C^-1 k)    C: second moment of ordinary keys, so that those keep their values [2]
+    ROME   dW = r (P k)^T / (k^T P k)          P = C^-1, C: second moment of ordinary keys, to keep their values [2]
 
-with r = v* - W k, what is missing from the wanted value v*. Where v* comes from is a choice of its own:
+with r = v* - W k, what is missing from the wanted value v*. For n keys at once, the rows of K, and n residuals, of R:
+
+    EMMET      dW = R^T (K P K^T)^-1 K P              P = C^-1. Every value is written exactly; ROME is n = 1 [5]
+    MEMIT      dW = R^T (K P K^T + lam I)^-1 K P      P = C^-1. Least squares: lam weighs ordinary values against R [4]
+    AlphaEdit  dW = R^T (K P K^T + lam I)^-1 K P      P projects on the null space of C, which holds no ordinary key [6]
+
+Where v* comes from is a choice of its own:
 
     prototype   the mean value that the layer returns for known facts with the wanted answer: closed form end to end
     gradient    r by gradient descent on -log p(wanted answer) of the model with the edit in place [2]
@@ -21,17 +27,28 @@ An edited fact should change the answers that follow from it and no others; the 
     >>> row_update(k, v - W @ k)               # the largest entry of k is k_1 = 2
     tensor([[0., 0.],
             [0., 2.]], dtype=torch.float64)
+    >>> K = torch.tensor([[1., 2.], [1., -2.]], dtype=torch.float64)
+    >>> R = torch.tensor([[0., 2.], [2., 0.]], dtype=torch.float64)
+    >>> emmet_update(K, R, C)                  # K C^-1 = [[1, 1/2], [1, -1/2]], K C^-1 K^T = 2 I: R^T K C^-1 / 2
+    tensor([[ 1.0000, -0.5000],
+            [ 1.0000,  0.5000]], dtype=torch.float64)
+    >>> memit_update(K, R, C, lam=2.0)         # R^T K C^-1 / (2 + 2): half of each residual is written
+    tensor([[ 0.5000, -0.2500],
+            [ 0.5000,  0.2500]], dtype=torch.float64)
 
-Glossary: K — keys [n, d_in], one a row; R — residuals [n, d_out]; C — `second_moment` E[k k^T] [d_in, d_in]; a **site** is
-an `nn.Linear` by name and the number of its call within one forward pass (a loop calls the same layer several times).
+Glossary: K — keys [n, d_in], one a row; R — residuals [n, d_out]; C — `second_moment` E[k k^T] [d_in, d_in]; lam — the
+weight λ of C in MEMIT; a **site** is an `nn.Linear` by name and the number of its call within one forward pass (a loop
+calls the same layer several times).
 The file needs torch alone. It works on any model called as `model(tokens) -> logits [batch, token, answers]`.
-Left out: several facts in one update (MEMIT, EMMET), biases (they are no part of a key).
+Left out: biases (they are no part of a key), several keys averaged for one fact (prefixes, as in [2] and [4]).
 
 [1] Niu 2026, arXiv 2606.20737 (the single-row edit).   [2] Meng et al. 2022, ROME, arXiv 2202.05262, equation 2.
 [3] Gupta et al. 2024, arXiv 2403.07175: two different keys in one ROME update make disabling edits; here there is one.
+[4] Meng et al. 2022, MEMIT, arXiv 2210.07229, equation 14.   [5] Gupta et al. 2024, EMMET, arXiv 2403.14236.
+[6] Fang et al. 2024, AlphaEdit, arXiv 2410.02355.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +67,12 @@ def double(x: Tensor) -> Tensor:
 
 
 def cast(update: Tensor, like: Tensor) -> Tensor:
-    """A float64 update in the dtype and on the device of `like`; ValueError where rounding loses it."""
+    """A float64 matrix in the dtype and on the device of `like`; ValueError where rounding loses it."""
     result = update.to(like.device, like.dtype)
-    error, size = (double(result).to(update.device) - update).norm(), update.norm()
-    if not error <= 4 * torch.finfo(like.dtype).eps * size + torch.finfo(like.dtype).tiny:
-        raise ValueError(f"an update of norm {size:.3g} does not fit {like.dtype}: the cast is off by {error:.3g}")
+    error, size = (double(result).to(update.device) - update).abs().max(), update.abs().max()
+    kind = torch.finfo(like.dtype if like.is_floating_point() else update.dtype)
+    if not error <= 4 * kind.eps * size + kind.tiny:
+        raise ValueError(f"a matrix with entries up to {size:.3g} does not fit {like.dtype}: off by {error:.3g}")
     return result
 
 
@@ -73,90 +91,243 @@ def check_request(name: str, vector: Tensor, size: int):
         raise ValueError(f"{name} holds a value that is not finite")
 
 
+def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None = None, lam: float = 1.0):
+    """ValueError that names the shapes that clash, or the first request whose key or residual cannot be used."""
+    if K.dim() != 2 or R.dim() != 2 or len(K) != len(R) or not len(K):
+        raise ValueError(f"K must be [n, d_in] and R [n, d_out], a row for each of n >= 1 requests, "
+                         f"got {list(K.shape)} and {list(R.shape)}")
+    for name, matrix, height in ("C", C, K.shape[1]), ("W", W, R.shape[1]):
+        if matrix is not None and matrix.shape != (height, K.shape[1]):
+            raise ValueError(f"{name} must be [{height}, {K.shape[1]}] to fit the requests, got {list(matrix.shape)}")
+    if C is not None and (not C.isfinite().all() or not C.diagonal().sum() > 0):
+        raise ValueError("C must be finite with a positive trace: the second moment of ordinary keys")
+    if not 0 < lam < float("inf"):
+        raise ValueError(f"lam must be positive, got {lam}; emmet_update writes every value exactly")
+    for bad, why in (~K.isfinite().all(1), "its key holds a value that is not finite"), \
+                    (~R.isfinite().all(1), "its residual holds a value that is not finite"), \
+                    ((K == 0).all(1), "a key of zeros cannot be edited: the layer returns 0 whatever its weights"):
+        if bad.any():
+            raise ValueError(f"request {int(bad.nonzero()[0])}: {why}")
+
+
 def row_direction(K: Tensor) -> Tensor:
     """u = e_j / k_j with j = argmax |k_j|, for every row of K [n, d_in]; u k = 1."""
     K = double(K)
     j = K.abs().argmax(-1, keepdim=True)
-    if (K.gather(-1, j) == 0).any():
-        raise ValueError("a key of zeros cannot be edited: the layer returns nothing for it, whatever its weights")
     return torch.zeros_like(K).scatter(-1, j, 1 / K.gather(-1, j))
 
 
 def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """u = C^-1 k / (k^T C^-1 k) for every row of K [n, d_in]; u k = 1. One factorisation of C serves all rows.
-
-    C is solved as given. Only where it is numerically singular (dead or dependent inputs) a ridge of 1e-8 trace(C) / d_in
-    is added; `diagnostics["ridge"]` records it, 0.0 where there is none.
-    """
-    C, K = double(C), double(K)
-    d_in = K.shape[-1]
-    if C.shape != (d_in, d_in):
-        raise ValueError(f"C must have shape [{d_in}, {d_in}] to fit keys of {d_in}, got {list(C.shape)}")
-    if not C.isfinite().all() or not C.diagonal().sum() > 0:
-        raise ValueError("C must be finite with a positive trace: the second moment of ordinary keys")
-    if (K == 0).all(-1).any():
-        raise ValueError("a key of zeros cannot be edited: the layer returns nothing for it, whatever its weights")
-    L, failed = torch.linalg.cholesky_ex(C)
-    pivots, ridge = L.diagonal().square(), 0.0
-    if failed or not pivots.min() > d_in * torch.finfo(C.dtype).eps * pivots.max():
-        ridge = 1e-8 * float(C.diagonal().mean())
-        L = torch.linalg.cholesky(C + ridge * torch.eye(d_in, dtype=C.dtype, device=C.device))
-    if diagnostics is not None:
-        diagnostics["ridge"] = ridge
-    U = torch.cholesky_solve(K.T, L).T                                           # C^-1 k as rows
+    """u = C^-1 k / (k^T C^-1 k) for every row of K [n, d_in]; u k = 1. One factorisation of C serves all rows."""
+    K, B = double(K), inverse_factor(C, diagnostics)
+    U = K @ B @ B.T                                                              # C^-1 k as rows
     return U / (U * K).sum(-1, keepdim=True)
 
 
-def row_update(k: Tensor, r: Tensor) -> Tensor:
+def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
+    """B [d_in, d_in] with B B^T = C^-1, in float64: B = L^-T where C = L L^T (Cholesky).
+
+    C is solved as given. Only where it is numerically singular (dead or dependent inputs) a ridge of
+    1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it, 0.0 where there is none.
+    """
+    C, ridge = double(C), 0.0
+    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    L, failed = torch.linalg.cholesky_ex(C)
+    pivots = L.diagonal().square()
+    if failed or not pivots.min() > len(C) * torch.finfo(C.dtype).eps * pivots.max():
+        ridge = 1e-8 * float(C.diagonal().mean())
+        L, failed = torch.linalg.cholesky_ex(C + ridge * identity)
+        if failed:
+            raise ValueError("C has a negative eigenvalue, so that it is no second moment")
+    if diagnostics is not None:
+        diagnostics["ridge"] = ridge
+    return torch.linalg.solve_triangular(L.T, identity, upper=True)
+
+
+def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
     """dW [d_out, d_in] that changes one column, k's entry of largest magnitude, so that dW k = r [1].
 
     k [d_in], r [d_out]. Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros."""
     check_request("the key k", k, k.shape[-1] if k.dim() else 1)
     check_request("the residual r", r, r.shape[-1] if r.dim() else 1)
-    return cast(torch.outer(double(r), row_direction(k[None])[0]), r)
+    check_batch(k[None], r[None])
+    dW = torch.outer(double(r), row_direction(k[None])[0])
+    return finish(dW, k[None], r[None], r, None, diagnostics)
 
 
 def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | None = None) -> Tensor:
     """dW = (v - W k) (C^-1 k)^T / (k^T C^-1 k), so that (W + dW) k = v: ROME [2], equation 2, with one key [3].
 
     W [d_out, d_in], C [d_in, d_in], k [d_in], v [d_out] -> dW [d_out, d_in]. Of all matrices that put v at k, W + dW is
-    the one that changes the values of ordinary keys least, in the mean square. `diagnostics`: see `rome_direction`.
-    Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros.
+    the one that changes the values of ordinary keys least, in the mean square. `diagnostics`: see `inverse_factor` and
+    `finish`. Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros.
     """
     check_request("the key k", k, W.shape[1])
     check_request("the value v", v, W.shape[0])
-    residual = double(v) - double(W) @ double(k)
-    return cast(torch.outer(residual, rome_direction(C, k[None], diagnostics)[0]), W)
+    r = double(v) - double(W) @ double(k)
+    check_batch(k[None], r[None], C, W)
+    dW = torch.outer(r, rome_direction(C, k[None], diagnostics)[0])
+    return finish(dW, k[None], r[None], W, W, diagnostics)
+
+
+def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, diagnostics: dict | None) -> Tensor:
+    """dW in the dtype and on the device of `like`. Measured on what is returned, rounding included, where `diagnostics`
+    is a dict: "residual_left" [n], |r - dW k| of each request, and, with W at hand, "relative_norm", |dW| / |W|."""
+    dW = cast(dW, like)
+    if diagnostics is not None:
+        diagnostics["residual_left"] = (double(R) - double(K) @ double(dW).T).norm(dim=-1)
+        if W is not None:
+            diagnostics["relative_norm"] = float(double(dW).norm() / double(W).norm())
+    return dW
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P
+# ---------------------------------------------------------------------------------------------------------------------
+
+def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
+                 diagnostics: dict | None = None) -> Tensor:
+    """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n facts at once.
+
+    K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request (`check_batch`),
+    for keys that coincide and for more requests than the keys have rank. `diagnostics` and W: see `solve`."""
+    check_batch(K, R, C, W)
+    if len(K) > K.shape[1]:
+        raise ValueError(f"{len(K)} requests are more than the rank of their keys, at most {K.shape[1]}, so that not "
+                         f"every value can be written; use memit_update or leave requests out")
+    return solve(K, R, inverse_factor(C, diagnostics), 0.0, "dual", W, diagnostics)
+
+
+def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | None = None, carried: Tensor | None = None,
+                 W: Tensor | None = None, diagnostics: dict | None = None) -> Tensor:
+    """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], eq. 14.
+
+    K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean, so lam counts in requests: all
+    ordinary keys together weigh as much as lam requests. `form`: "primal" solves a system of size d_in, "dual" one of
+    size n; the default is the smaller one. Keys may coincide. Raises ValueError for a bad request (`check_batch`).
+
+    One batch after another: with `carried` = K_p^T K_p [d_in, d_in] of all earlier keys, lam C + K_p^T K_p takes the
+    place of lam C. Each residual taken on the edited W, the updates then add up to that of one batch.
+    `diagnostics` and W: see `solve`."""
+    check_batch(K, R, C, W, lam)
+    if carried is not None:
+        if carried.shape != C.shape:
+            raise ValueError(f"carried must have the shape of C, {list(C.shape)}, got {list(carried.shape)}")
+        C = double(C) + double(carried) / lam
+    return solve(K, R, inverse_factor(C, diagnostics), lam, form, W, diagnostics)
+
+
+def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: float = 1e-2, W: Tensor | None = None,
+                     diagnostics: dict | None = None) -> Tensor:
+    """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit [6], for one batch.
+
+    K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in squared lengths of a key (the paper: 1).
+    The null space is spanned by the eigenvectors of C with an eigenvalue below bound = threshold * trace(C) / d_in (the
+    paper: below 1e-2, whatever the scale of the keys). Over ordinary keys, E |dW k|^2 <= bound * |dW|^2; what a key of
+    a request has outside the null space is of no use. The paper's term for earlier edits is left out. Raises ValueError
+    where the null space is empty and for a bad request (`check_batch`).
+    `diagnostics["null_space"]` is its dimension; for the rest and W see `solve`."""
+    check_batch(K, R, C, W, lam)
+    eigenvalues, eigenvectors = torch.linalg.eigh(double(C))
+    share = eigenvalues / eigenvalues.mean()
+    U = eigenvectors[:, share < threshold]                                       # P = U U^T
+    if not U.shape[1]:
+        raise ValueError(f"the null space of C is empty: its smallest eigenvalue is {share[0]:.3g} of their mean, the "
+                         f"threshold {threshold:.3g}; raise the threshold or use memit_update")
+    if diagnostics is not None:
+        diagnostics |= {"null_space": U.shape[1], "ridge": 0.0}
+    return solve(K, R, U, lam, None, W, diagnostics)
+
+
+def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tensor | None,
+          diagnostics: dict | None) -> Tensor:
+    """dW = R^T (K P K^T + lam I)^-1 K P with P = B B^T, B [d_in, m], for the keys X = K B [n, m]:
+
+        dual     dW^T = B X^T (X X^T + lam I)^-1 R              a system of size n
+        primal   dW^T = B (X^T X + lam I)^-1 X^T R              a system of size m
+
+    With C = L L^T and B = L^-T the primal form is R^T K (lam C + K^T K)^-1 with its matrix multiplied by L^-1 and L^-T
+    from the sides: the wide spectrum of C is no longer in the system, only in B. `diagnostics` gets, beside "ridge" of
+    `inverse_factor` and what `finish` measures,
+
+        condition            condition number of the system solved
+        residual_predicted   [n] norms of the rows of lam (K P K^T + lam I)^-1 R, what is left in exact arithmetic
+        largest_cosine       largest |cosine| between the directions P k of two requests
+    """
+    if form not in (None, "primal", "dual"):
+        raise ValueError(f"form must be 'primal', 'dual' or None for the smaller system, got {form!r}")
+    X, residuals = double(K) @ B, double(R)
+    dual = form == "dual" or form is None and len(X) <= X.shape[1]
+    system = X @ X.T if dual else X.T @ X
+    system.diagonal().add_(lam)
+    L, failed = torch.linalg.cholesky_ex(system)
+    if failed or (L.diagonal().square() <= max(X.shape) * torch.finfo(L.dtype).eps * system.diagonal()).any():
+        if lam:
+            most = X.square().sum(1).max()                                       # k^T P k
+            raise ValueError(f"lam {lam:.3g} is lost in rounding beside k^T P k, {most:.3g} at most; raise it")
+        cosine, i, j = largest_cosine(X)
+        why = f"requests {i} and {j} have the same key up to a factor" if cosine > 1 - 1e-12 else \
+            f"the rank of the keys is less than {len(X)}, their number"
+        raise ValueError(f"{why}, so that not every value can be written; use memit_update or leave a request out")
+    if dual:
+        solved = torch.cholesky_solve(residuals, L)
+        Y, left = X.T @ solved, lam * solved
+    else:
+        Y = torch.cholesky_solve(X.T @ residuals, L)
+        left = residuals - X @ Y                                                 # lam (X X^T + lam I)^-1 R by Woodbury
+    if diagnostics is not None:
+        eigenvalues = torch.linalg.eigvalsh(system).abs()
+        diagnostics |= {"condition": float(eigenvalues.max() / eigenvalues.min()),
+                        "residual_predicted": left.norm(dim=-1), "largest_cosine": largest_cosine(X @ B.T)[0]}
+    return finish((B @ Y).T, K, R, R, W, diagnostics)
+
+
+def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
+    """The largest |cosine| between two rows of U [n, d], and which two: (0.0, 0, 0) where there is one row."""
+    U = U / U.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(U.dtype).tiny)
+    best = 0.0, 0, 0
+    for start in range(0, len(U), chunk):
+        cosines = (U[start:start + chunk] @ U[start:].T).abs_().triu_(1)         # each pair once: row < column
+        value, place = cosines.flatten().max(0)
+        i, j = divmod(int(place), cosines.shape[1])
+        best = max(best, (float(value), start + i, start + j))
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Putting an edit into a model
 # ---------------------------------------------------------------------------------------------------------------------
 
-def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add updates {layer name: dW} to the weights for good; returns the old weights, for `restore`.
+def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, tuple[Tensor, float | None]]:
+    """Add updates {layer name: dW} to the weights for good; returns (old weight, old mark) of each, for `restore`.
 
-    An edited layer says so: `layer.edited` is ||dW|| / ||W||. Nothing is changed where any request is bad (ValueError)."""
-    layers = {name: model.get_submodule(name) for name in updates}
+    An edited layer says so: the mark `layer.edited` is ||dW|| / ||W||. Nothing is changed where an update is bad
+    (ValueError): not finite, not of the weight's shape, or with a sum that the weight's dtype cannot hold."""
+    layers, new = {name: model.get_submodule(name) for name in updates}, {}
     for name, dW in updates.items():
-        if layers[name].weight.shape != dW.shape or not dW.isfinite().all():
-            raise ValueError(f"the update of {name} must be finite and {list(layers[name].weight.shape)}, "
+        layer = layers[name]
+        if layer.weight.shape != dW.shape or not dW.isfinite().all():
+            raise ValueError(f"the update of {name} must be finite and {list(layer.weight.shape)}, "
                              f"got {list(dW.shape)}")
-    old = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        weight = double(new.get(layer, layer.weight))                            # two names may mean one layer
+        new[layer] = cast(weight + double(dW).to(weight.device), layer.weight)
+    old = {name: (layer.weight.detach().clone(), vars(layer).get("edited")) for name, layer in layers.items()}
     with torch.no_grad():
-        for name, dW in updates.items():
-            layers[name].weight += dW.to(old[name])
-            layers[name].edited = float(dW.norm() / old[name].norm())
+        for name, layer in layers.items():
+            layer.weight.copy_(new[layer])
+            layer.edited = float(double(updates[name]).norm() / double(old[name][0]).norm())
     return old
 
 
-def restore(model: nn.Module, old: dict[str, Tensor]):
-    """Put back the weights that `apply_edit` returned, bit for bit."""
+def restore(model: nn.Module, old: dict[str, tuple[Tensor, float | None]]):
+    """Put back the weights that `apply_edit` returned, bit for bit, and the marks that they had."""
     with torch.no_grad():
-        for name, weight in old.items():
+        for name, (weight, mark) in old.items():
             layer = model.get_submodule(name)
             layer.weight.copy_(weight)
-            layer.__dict__.pop("edited", None)
+            layer.edited = mark
+            if mark is None:                                                     # it was not edited
+                del layer.edited
 
 
 @contextmanager
@@ -172,9 +343,10 @@ def edit(model: nn.Module, updates: dict[str, Tensor]):
 
 @contextmanager
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor):
-    """Every example of the batch sees its own edit, W + r_b u_b^T at every call of the layer: u [batch, d_in], r [batch, d_out].
+    """Every example of the batch sees its own edit, W + r_b u_b^T at every call of the layer.
 
-    The layer's input is [batch, token, d_in]. W is untouched. As many edits as the batch is long are tried out, or trained, in one forward pass."""
+    u [batch, d_in], r [batch, d_out]; the layer's input is [batch, token, d_in]. W is untouched. As many edits as the
+    batch is long are tried out, or trained, in one forward pass."""
     hook = layer.register_forward_hook(
         lambda _, inputs, output: output + torch.einsum("bti,bi->bt", inputs[0], u)[..., None] * r[:, None])
     try:
@@ -216,6 +388,13 @@ class Requests:
     old: Tensor                         # [n] the answer now
     new: Tensor                         # [n] the answer wanted
 
+    def check_distinct(self):
+        """ValueError that names both requests where two are for one fact, which cannot have two answers at once."""
+        first = {}
+        for j, fact in enumerate(self.fact.tolist()):
+            if first.setdefault(fact, j) != j:
+                raise ValueError(f"requests {first[fact]} and {j} change the same fact, {fact}; leave one out")
+
 
 @dataclass
 class Site:
@@ -231,11 +410,19 @@ class Site:
 def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor, chunk: int = 1024) -> Site:
     """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are inputs whose values to keep."""
     layer = model.get_submodule(name)
-    recorded = [record(model, layer, part) for part in queries.split(chunk)]
-    if not 0 <= call < len(recorded[0][0]):
-        raise ValueError(f"{name} is called {len(recorded[0][0])} time(s) in a forward pass, so there is no call {call}")
-    keys, values = (torch.cat([part[i][call, :, -1] for part in recorded]) for i in (0, 1))
+    keys, values = last_token(model, name, call, queries, chunk)
     return Site(name, call, layer, key_second_moment(model, layer, ordinary), keys, values)
+
+
+def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Input [n, d_in] and output [n, d_out] of one call of a module at the last token of each row of `tokens`."""
+    parts = []
+    for part in tokens.split(chunk):
+        keys, values = record(model, model.get_submodule(name), part)
+        if not 0 <= call < len(keys):
+            raise ValueError(f"{name} is called {len(keys)} time(s) in a forward pass, so there is no call {call}")
+        parts.append((keys[call, :, -1], values[call, :, -1]))
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None) -> Tensor:
@@ -254,34 +441,88 @@ def direction(method: str, at: Site, requests: Requests, diagnostics: dict | Non
 
 
 def prototype_residual(at: Site, requests: Requests, tails: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """r = v* - W k with v* the mean value over the known facts (`known` [n_facts], bool; answers `tails` [n_facts]) whose
-    answer is the wanted one. Returns r [n, d_out] and which requests have such a fact [n]; r is 0 for the others."""
-    same = (tails[None] == requests.new[:, None]) & known                        # [n, n_facts]
-    same[torch.arange(len(same)), requests.fact] = False
-    weights = same / same.sum(1, keepdim=True).clamp(min=1)
-    has_one = same.any(1)
-    return (weights.to(at.values) @ at.values - at.values[requests.fact]) * has_one[:, None], has_one
+    """r = v* - W k with v* the mean value over the other known facts (`known` [n_facts], bool) whose answer in `tails`
+    [n_facts] is the wanted one: r [n, d_out], and which requests have such a fact [n]; r is 0 for the others."""
+    fact, (_, row) = requests.fact, torch.cat([tails, requests.new]).unique(return_inverse=True)
+    answer, wanted = row.split([len(tails), len(fact)])                          # numbered from 0 without gaps
+    values = torch.cat([at.values, torch.ones_like(at.values[:, :1])], 1)        # [n_facts, d_out + 1], the 1 counts
+    total = values.new_zeros(int(row.max()) + 1, values.shape[1]).index_add(0, answer[known], values[known])
+    others = total[wanted] - values[fact] * (known[fact] & (answer[fact] == wanted))[:, None]
+    has_one = others[:, -1] > 0
+    mean = others[:, :-1] / others[:, -1:].clamp(min=1)
+    return (mean - at.values[fact]) * has_one[:, None], has_one
+
+
+def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
+    """[n]: how far each row of v [n, d_out] is from the nearest row of `values` [m, d_out], such as a store's own."""
+    with torch.no_grad():
+        nearest = torch.cat([torch.cdist(part, values).argmin(1) for part in v.split(chunk)])
+    return (v - values[nearest]).norm(dim=-1)
 
 
 def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor, steps: int = 40, lr: float = 0.1,
-                      decay: float = 1e-3, clamp: float = 4.0) -> Tensor:
+                      decay: float = 1e-3, clamp: float = 4.0, batch: int | None = None, near: Tensor | None = None,
+                      pull: float = 1.0) -> Tensor:
     """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, with |r| <= clamp |v0| (v0 = W k), by Adam.
 
     The model runs with W + r u^T at every call of the layer, as it will after the edit: in a loop, what the changed
-    weight does at the other passes is part of the loss. All requests are optimised in one batch, each for itself.
+    weight does at the other passes is part of the loss. Each request is optimised for itself, `batch` of them at a time
+    (None: all). With `near` [m, d_out], values that the store holds, pull * distance^2 / |v0|^2 is added to the loss,
+    the distance of v0 + r to the nearest of them: at first v0 itself, past the middle way to another that one.
     """
-    size = at.values[requests.fact].norm(dim=-1, keepdim=True)
-    size = torch.where(size > 0, size, at.values.norm(dim=-1).mean())            # the site may return nothing for a fact
-    scaled = torch.zeros_like(at.values[requests.fact], requires_grad=True)      # r in units of |v0|
-    optimizer = torch.optim.Adam([scaled], lr=lr)
-    for _ in range(steps):
-        with rank_one(at.layer, u, scaled * size):
-            loss = F.cross_entropy(model(requests.tokens)[:, -1], requests.new, reduction="sum")
-        scaled.grad, = torch.autograd.grad(loss + decay * scaled.square().sum(), scaled)
-        optimizer.step()
-        with torch.no_grad():
-            scaled *= (clamp / scaled.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-    return (scaled * size).detach()
+    parts, usual = [], at.values.norm(dim=-1).mean()
+    for i in torch.arange(len(u), device=u.device).split(batch or max(1, len(u))):
+        v0 = at.values[requests.fact[i]]
+        size = v0.norm(dim=-1, keepdim=True)
+        size = torch.where(size > 0, size, usual)                                # the site may return nothing
+        scaled = torch.zeros_like(v0, requires_grad=True)                        # r in units of |v0|
+        optimizer = torch.optim.Adam([scaled], lr=lr)
+        for _ in range(steps):
+            with rank_one(at.layer, u[i], scaled * size):
+                loss = F.cross_entropy(model(requests.tokens[i])[:, -1], requests.new[i], reduction="sum")
+            loss = loss + decay * scaled.square().sum()
+            if near is not None:
+                loss = loss + pull * (distance_to_values(near, v0 + scaled * size) / size[:, 0]).square().sum()
+            scaled.grad, = torch.autograd.grad(loss, scaled)
+            optimizer.step()
+            with torch.no_grad():
+                scaled *= (clamp / scaled.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        parts.append((scaled * size).detach())
+    return torch.cat(parts)
+
+
+def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Requests, r: Tensor, lam: float,
+                 ordinary: Tensor, stream: tuple[str, int], diagnostics: dict | None = None) -> dict[str, Tensor]:
+    """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer name: dW}, for `edit`.
+
+    `stream` (module name, call) reads the residual stream after all sites: its input at the last token (in models.py
+    the next block's "attention", or "norm" after the last block), which should change by r [n, d_out]. Site after site,
+    with the edits so far in place: what is missing there, divided by the number of sites left, is written by
+    `memit_update` for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests
+    whose key is zero at a site are left to the others. The model is as before when this returns. diagnostics[name, call]
+    is what `memit_update` tells of that site. Raises ValueError where two requests are for one fact.
+
+    In a loop, several sites are calls of one weight: dW is the sum of the writes, and each of them acts at all calls.
+    What is missing is measured with these effects, and the keys of the calls already written are carried along, so that
+    the next solve leaves what they return. What its own write does at other calls a solve does not foresee: more sites
+    bring the stream nearer in a stack, but need not do so in a loop."""
+    requests.check_distinct()
+    moments = {name: key_second_moment(model, model.get_submodule(name), ordinary) for name in dict(sites)}
+    wanted = last_token(model, *stream, requests.tokens)[0] + r
+    updates, carried = {}, {}
+    with ExitStack() as edits:
+        for i, (name, call) in enumerate(sites):
+            share = (wanted - last_token(model, *stream, requests.tokens)[0]) / (len(sites) - i)
+            keys = last_token(model, name, call, requests.tokens)[0]
+            alive = (keys != 0).any(-1)
+            if alive.any():
+                notes = None if diagnostics is None else diagnostics.setdefault((name, call), {})
+                dW = memit_update(keys[alive], share[alive], moments[name], lam, carried=carried.get(name),
+                                  W=model.get_submodule(name).weight, diagnostics=notes)
+                edits.enter_context(edit(model, {name: dW}))
+                updates[name] = updates.get(name, 0) + dW
+                carried[name] = carried.get(name, 0) + double(keys).T @ double(keys)
+    return updates
 
 
 # ---------------------------------------------------------------------------------------------------------------------
