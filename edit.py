@@ -170,6 +170,18 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
     return finish(dW, k[None], r[None], W, W, diagnostics)
 
 
+def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None) -> Tensor:
+    """ROME for one request after another, each on the weight that the last one left: the sum of the updates, of which only
+    the last is sure to hold. W, C as in `rome_update`, K [n, d_in], V [n, d_out]. The keys are taken as given: they stay
+    what they are where no earlier layer or call is edited."""
+    check_batch(K, V, C, W)
+    U, now = rome_direction(C, K, diagnostics), double(W).clone()
+    for k, v, u in zip(double(K), double(V), U):
+        now.addr_(v - now @ k, u)
+    R = double(V) - double(K) @ double(W).T
+    return finish(now - double(W), K, R, W, W, diagnostics)
+
+
 def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, diagnostics: dict | None) -> Tensor:
     """dW in the dtype and on the device of `like`. Measured on what is returned, rounding included, where `diagnostics`
     is a dict: "residual_left" [n], |r - dW k| of each request, and, with W at hand, "relative_norm", |dW| / |W|."""
@@ -489,6 +501,30 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
                 scaled *= (clamp / scaled.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
         parts.append((scaled * size).detach())
     return torch.cat(parts)
+
+
+def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, steps: int = 25,
+                    batch: int | None = None) -> Tensor:
+    """dW by gradient descent on -log p(wanted answer), in the one layer, no entry of dW above bound * rms(W): the constrained
+    fine-tuning that [2] compares with. Adam, at a rate that can reach the bound in five steps. The model is as before."""
+    W, device = layer.weight.detach(), layer.weight.device
+    limit = bound * float(W.square().mean().sqrt())
+    dW = torch.zeros_like(W, requires_grad=True)
+    optimizer = torch.optim.Adam([dW], lr=limit / 5)
+    hook = layer.register_forward_hook(lambda _, inputs, output: output + inputs[0] @ dW.T)
+    try:
+        for _ in range(steps):
+            for i in torch.arange(len(requests.new), device=device).split(batch or max(1, len(requests.new))):
+                logits = model(requests.tokens[i])[:, -1]
+                loss = F.cross_entropy(logits, requests.new[i], reduction="sum") / len(requests.new)
+                loss.backward(inputs=[dW])
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                dW.clamp_(-limit, limit)
+    finally:
+        hook.remove()
+    return dW.detach()
 
 
 def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Requests, r: Tensor, lam: float,

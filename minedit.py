@@ -329,7 +329,7 @@ class Run:
         self.environment = self.environment or {
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
             "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
-        stages = {name: getattr(args, name) for name in ("compile", "edit", "n_edits", "edit_fact")}
+        stages = {name: getattr(args, name) for name in ("compile", "edit", "n_edits", "edit_fact", "mass_edit")}
         write_atomically(self.folder / "config.json", json.dumps(
             self.identity | {"stages": stages, "environment": self.environment}, indent=1).encode())
 
@@ -406,14 +406,14 @@ def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
     return make_requests(run, torch.tensor(facts), torch.tensor(new))
 
 
-def residual(model, at, requests, u, target, tails, known) -> tuple[Tensor, int]:
-    """r of each request for the target asked; a prototype that has no other known fact falls back on the gradient, counted."""
-    if target == "gradient":
-        return editing.gradient_residual(model, at, requests, u), 0
-    r, has_one = editing.prototype_residual(at, requests, tails, known)
+def residual(model, at, requests, target, tails, known, u=None, batch=None) -> tuple[Tensor, int]:
+    """r of each request for the target asked; a prototype that has no other known fact falls back on the gradient, counted.
+    u: directions of the edits through which the gradient looks, those of ROME if not given."""
+    r, has_one = editing.prototype_residual(at, requests, tails, known & (target == "prototype"))
     if not has_one.all():
-        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u))
-    return r, int((~has_one).sum())
+        u = editing.direction("rome", at, requests) if u is None else u
+        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u, batch=batch))
+    return r, int((~has_one).sum()) * (target == "prototype")
 
 
 COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the
@@ -441,16 +441,15 @@ def edit_stage(run: Run, model: Model):
     probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
     print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, {len(probes['hop2'].edit)} with it "
           f"second; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    ordinary = paths.tokens[torch.randperm(len(paths.tokens), generator=generator)[:2048].to(run.device)]
     rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
     for name, call, at_pass in edit_sites(run.config):
-        at = editing.site(model, name, call, editing.queries(paths), ordinary)
+        at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
         mates = {"same_row": editing.same_row_probes(requests, at, paths, one_hop)}
         for method in ("rome", "row"):
             diagnostics = {}
             u = editing.direction(method, at, requests, diagnostics)
             for target in ("prototype", "gradient"):
-                r, fallbacks = residual(model, at, requests, u, target, tails, known)
+                r, fallbacks = residual(model, at, requests, target, tails, known, u)
                 entry = {"method": method, "target": target, "site": name, "pass": at_pass}
                 entry |= editing.score(model, at, requests, u, r, probes | mates)
                 entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics
@@ -478,9 +477,9 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
     known = one_hop == paths.facts[:, 2]
     probes, left_out = editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, paths.second >= 0)
     name, call, at_pass = edit_sites(run.config)[0]
-    at = editing.site(model, name, call, editing.queries(paths), paths.tokens[:: max(1, len(paths.tokens) // 2048)])
+    at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
     u = editing.direction("rome", at, requests)
-    r, fallbacks = residual(model, at, requests, u, "prototype", paths.facts[:, 2], known)
+    r, fallbacks = residual(model, at, requests, "prototype", paths.facts[:, 2], known, u)
     word = lambda token: (run.graph.entities + run.graph.relations)[token]
     row_of = {tuple(tokens): i for i, tokens in enumerate(paths.tokens.tolist())}
     print(f"\nROME at {name}, pass {at_pass}, prototype target"
@@ -497,6 +496,94 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
                 rows.append((" ".join(map(word, tokens)), word(int(before)), word(now), word(answer), "ok" if now == answer else "NO"))
             rows.append((f"-- {kind}: {int((after == mine.answer).sum())} of {len(after)} right", "", "", "", ""))
         print("\n" + table(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage: many edits at once
+# ---------------------------------------------------------------------------------------------------------------------
+
+MASS_COLUMNS = """n: facts edited at once. eff: share of them that get the new answer. para: the same, asked through the
+relation's other token. spec: share of other facts, never edited, that keep their answer. score:
+harmonic mean of the three, in percent. cond: condition number of the system solved. left: |r - dW k|
+over |r|, mean over the facts; pred: what the identity predicts for it. cos: largest cosine between the
+directions of two facts. norm: |dW| / |W|. s: seconds with targets and moments, without diagnostics."""
+
+
+def mass_edit_stage(run: Run, model: Model):
+    """1 to 10 000 facts (at most half of those there are) in one update, by every method, at the first store and pass.
+
+    What is chosen, lam and the bound of the fine-tuning, is chosen on facts that are not scored afterwards."""
+    paths, batch = run.paths, run.args.edit_batch
+    tokens, alias = editing.queries(paths), run.config.aliases * run.config.n_relations
+    ask = torch.no_grad()(lambda tokens: torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(4096)]))
+    before = ask(tokens)
+    known = before == paths.facts[:, 2]
+    wanted, _ = draw_requests(run, len(tokens), torch.Generator().manual_seed(-run.seed - 1))
+    some = lambda rows: editing.Requests(*(getattr(wanted, f.name)[rows] for f in fields(wanted)))
+    n_tuning, largest = min(1000, len(wanted.fact) // 5), min(10_000, len(wanted.fact) // 2)
+    tuning, spared = some(slice(-n_tuning, None)), wanted.fact[largest:-n_tuning][:2000]
+    name, call, at_pass = edit_sites(run.config)[0]
+
+    def measure(method: str, target: str, requests: editing.Requests, strength: float) -> dict:
+        """One edit of all requests; strength is lam, and the bound for fine-tuning."""
+        entry = {"method": method, "target": target, "site": name, "pass": at_pass, "n": len(requests.fact),
+                 "strength": strength}
+        began, notes = time.perf_counter(), {}
+        requests.check_distinct()
+        at = editing.site(model, name, call, tokens, tokens)
+        others = known.index_fill(0, requests.fact, False)
+        if method == "finetune":
+            update = lambda notes: editing.finetune_update(model, at.layer, requests, strength, batch=batch)
+        else:
+            r, entry["fallbacks"] = residual(model, at, requests, target, paths.facts[:, 2], others, batch=batch)
+            K, W = at.keys[requests.fact], at.layer.weight.detach()
+            update = {"memit": lambda notes: editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes),
+                      "emmet": lambda notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
+                      "alphaedit": lambda notes: editing.alphaedit_update(K, r, at.C, strength, W=W, diagnostics=notes),
+                      "rome": lambda notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes)}[method]
+        try:
+            dW = update(None)
+        except ValueError as error:                          # more facts than rank, an empty null space
+            return entry | {"infeasible": str(error)}
+        entry["seconds"] = round(time.perf_counter() - began, 3)
+        if method in ("memit", "emmet", "alphaedit", "rome"):
+            update(notes)
+            size = r.double().norm(dim=-1).clamp(min=1e-12)
+            notes |= {key: float((notes[key] / size).mean()) for key in notes if key.startswith("residual")}
+        with editing.edit(model, {name: dW}):
+            hits = [(ask(requests.tokens) == requests.new), ask(tokens[spared]) == before[spared]]
+            if alias:
+                hits.append(ask(requests.tokens + torch.tensor([0, alias], device=run.device)) == requests.new)
+        shares = [float(hit.double().mean()) for hit in hits]
+        return entry | dict(zip(("efficacy", "specificity", "paraphrase"), shares)) | notes | {
+            "score": 100 * len(shares) / sum(1 / max(hit, 1e-9) for hit in shares)}
+
+    print(f"\nediting up to {largest} of {len(tokens)} facts at once, {int(known.sum())} of them known, at {name}, pass {at_pass}; "
+          f"lam and bounds chosen on {n_tuning} other facts")
+    grid = {"memit": [10.0**i for i in range(-4, 4)], "alphaedit": [10.0**i for i in range(-4, 4)],
+            "finetune": [0.03, 0.1, 0.3, 1.0, 3.0], "emmet": [0.0], "rome": [0.0]}
+    sweep = [measure(method, "prototype", tuning, x) for method in ("memit", "alphaedit", "finetune") for x in grid[method]]
+    best = {method: max((e for e in sweep if e["method"] == method), key=lambda e: e.get("score", 0))["strength"]
+            for method in ("memit", "alphaedit", "finetune")} | {"emmet": 0.0, "rome": 0.0}
+    sizes = sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)})
+    print(mass_table(sweep, "strength") + "\n")
+    edits = [measure(method, target, some(slice(n)), best[method]) for method, target in
+             (("memit", "prototype"), ("memit", "gradient"), ("emmet", "prototype"), ("rome", "prototype"),
+              ("alphaedit", "prototype"), ("finetune", "gradient")) for n in sizes]
+    run.results["mass"] = {"facts": len(tokens), "sweep": sweep, "edits": edits}
+    run.save_results()
+    print(mass_table(edits, "n") + "\n" + MASS_COLUMNS)
+
+
+def mass_table(entries: list[dict], varied: str) -> str:
+    rows = [("method", "target", varied, "eff", "para", "spec", "score", "cond", "left", "pred", "cos", "norm", "s")]
+    for e in entries:
+        cell = lambda key, form: format(e[key], form) if e.get(key) is not None else "-"
+        rows.append((e["method"], e["target"][:5], cell(varied, "g"), *(cell(key, ".3f") for key in ("efficacy", "paraphrase", "specificity")),
+                     "infeasible" if "infeasible" in e else cell("score", ".1f"), cell("condition", ".1e"),
+                     *(cell(key, ".3f") for key in ("residual_left", "residual_predicted", "largest_cosine", "relative_norm")),
+                     cell("seconds", ".2f")))
+    return table(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -677,7 +764,12 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "weight_decay": "of both optimizers", "label_smoothing": "of both losses", "warmup": "steps to the full rate",
         "ema": "moving average of the weights", "eval_every": "steps between evaluations"}
 QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8, "depth": 2,
-         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True}
+         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True, "mass_edit": True}
+
+
+MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128, "slots": 2048,
+        "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50, "momentum": 0.95,
+        "label_smoothing": 0.1, "weight_decay": 0.3}
 
 
 def build_parser() -> Parser:
@@ -695,6 +787,8 @@ def build_parser() -> Parser:
     add("--edit", action="store_true", help="stage: edit random facts, one at a time")
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
+    add("--mass-edit", action="store_true", help="stage: edit 1 to 10 000 facts at once, in a model of 20 000 facts under two names each")
+    add("--edit-batch", type=int, default=1024, help="requests whose target values are sought at a time")
     add("--quick", action="store_true", help="all four cells, trained and edited at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
@@ -723,9 +817,11 @@ def prepare(args) -> list[Run]:
 
 def checked_runs(args) -> list[Run]:
     args.device = choose_device(args.device)
-    if args.seeds < 1 or not 0 <= args.seed < 2**60 or args.n_edits < 1:
-        raise UserError(f"--seed must be in 0..2^60, --seeds and --n-edits at least 1, "
-                        f"got {args.seed}, {args.seeds} and {args.n_edits}")
+    if not 0 <= args.seed < 2**60:
+        raise UserError(f"--seed must be in 0..2^60, got {args.seed}")
+    for name in ("seeds", "n_edits", "edit_batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.resume and args.retrain:
         raise UserError("--resume goes on with a run and --retrain replaces it; give one of them")
     graph, data = None, {}
@@ -754,6 +850,9 @@ def checked_runs(args) -> list[Run]:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.mass_edit and not args.quick:
+        parser.set_defaults(**MASS)
+        args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**QUICK, retrain=args.out is None and not args.resume)
         if args.triples:
@@ -777,6 +876,8 @@ def main(argv: list[str] | None = None) -> int:
                 edit_stage(run, model)
             if args.edit_fact:
                 edit_fact_stage(run, model, args.edit_fact)
+            if args.mass_edit:
+                mass_edit_stage(run, model)
         if len(runs) > 1:
             print()
             report([run.folder for run in runs])

@@ -819,6 +819,31 @@ def test_score_of_edits_that_do_nothing_and_of_an_edit_that_breaks_everything(wo
     assert failed["direct"] == 0 and failed["hop1"] is None and failed["probes_hop1"] == 0, "conditioned on direct success"
 
 
+def test_rome_in_sequence_is_one_edit_after_another(problem):
+    W, C, _, _, _ = problem
+    K, V, now, notes = normal(6, 9, seed=4), normal(6, 5, seed=5), W.clone(), {}
+    for k, v in zip(K, V):
+        now = now + rome_update(now, C, k, v)
+    dW = editing.rome_sequence(W, C, K, V, notes)
+    close(W + dW, now)
+    close((W + dW) @ K[-1], V[-1])
+    close(notes["residual_left"], (V - K @ (W + dW).T).norm(dim=-1), 1e-9)
+    assert notes["residual_left"][:-1].min() > 1e-3, "only the last is sure to hold"
+
+
+def test_constrained_fine_tuning_keeps_its_bound(world):
+    model, paths, requests, at = world
+    before = copy.deepcopy(model.state_dict())
+    limit = lambda bound: bound * at.layer.weight.square().mean().sqrt()
+    dW = editing.finetune_update(model, at.layer, requests, 0.1)
+    assert 0.9 * limit(0.1) < dW.abs().max() <= 1.0001 * limit(0.1)
+    close(editing.finetune_update(model, at.layer, requests, 0.1, batch=3), dW, 1e-6)
+    dW = editing.finetune_update(model, at.layer, requests, 20.0)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items()) and not at.layer._forward_hooks
+    with edit(model, {"memory.values": dW}):
+        assert torch.equal(model(requests.tokens)[:, -1].argmax(-1), requests.new)
+
+
 # --- minedit.py: training ---------------------------------------------------------------------------------------------
 
 def run_main(*arguments):
@@ -1163,6 +1188,23 @@ def test_edit_fact_by_name(finished, capsys):
     assert run_main(*TINY, "--out", finished, "--edit-fact", "e3", "r1", f"e{new}") == 0
     out = capsys.readouterr().out
     assert "ROME at memory.values, pass 0" in out and "e3 r1" in out and "first hop" in out and "second hop" in out
+
+
+def test_mass_edits_count_every_request(tmp_path, capsys):
+    arguments = [*TINY[4:], "--entities", "20", "--relations", "4", "--branches", "0", "--aliases", "--steps", "300", "--slots", "64"]
+    assert run_main(*arguments, "--mass-edit", "--retrain", "--out", tmp_path / "m") == 0
+    mass = json.loads((tmp_path / "m" / "results.json").read_text())["mass"]
+    assert {e["n"] for e in mass["edits"]} == {1, 3, 10, 32, 40} and mass["facts"] == 80
+    assert {e["method"] for e in mass["edits"]} == {"memit", "emmet", "rome", "alphaedit", "finetune"}
+    for e in mass["edits"]:
+        if "infeasible" not in e:
+            for name in "efficacy", "paraphrase":
+                assert e[name] * e["n"] == pytest.approx(round(e[name] * e["n"]), abs=1e-6), "a request was dropped"
+            shares = [e["efficacy"], e["paraphrase"], e["specificity"]]
+            assert e["score"] == pytest.approx(0 if min(shares) == 0 else 300 / sum(1 / s for s in shares), abs=1e-5)
+        if e["method"] in ("memit", "emmet") and "infeasible" not in e and e["n"] > 1:
+            assert e["residual_left"] == pytest.approx(e["residual_predicted"], abs=1e-4)
+    assert "harmonic" in capsys.readouterr().out
 
 
 def test_every_cell_runs_and_reports(tmp_path, capsys):
