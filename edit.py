@@ -117,11 +117,12 @@ def row_direction(K: Tensor) -> Tensor:
     return torch.zeros_like(K).scatter(-1, j, 1 / K.gather(-1, j))
 
 
-def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """u = C^-1 k / (k^T C^-1 k) for every row of K [n, d_in]; u k = 1. One factorisation of C serves all rows."""
+def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None, lam: float = 0.0) -> Tensor:
+    """u = C^-1 k / (k^T C^-1 k + lam) for every row of K [n, d_in]: ROME, where u k = 1, and with lam MEMIT with one request.
+    One factorisation of C serves all rows."""
     K, B = double(K), inverse_factor(C, diagnostics)
     U = K @ B @ B.T                                                              # C^-1 k as rows
-    return U / (U * K).sum(-1, keepdim=True)
+    return U / ((U * K).sum(-1, keepdim=True) + lam)
 
 
 def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
@@ -437,8 +438,9 @@ def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: in
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None) -> Tensor:
-    """u [n, d_in] of each request, for the method "row" or "rome"; an edit is W + r u^T.
+def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None, lam: float = 1.0) -> Tensor:
+    """u [n, d_in] of each request, for the method "row", "rome" or "memit" (with one request, 1 / (1 + lam / k^T C^-1 k) of
+    what ROME writes); an edit is W + r u^T.
 
     A fact whose key is zero cannot be edited at this site: its u is zero, so that its edit changes nothing and counts as one
     that failed; `diagnostics["zero_keys"]` says how many there are."""
@@ -446,7 +448,9 @@ def direction(method: str, at: Site, requests: Requests, diagnostics: dict | Non
     alive = (keys != 0).any(-1)
     u = torch.zeros_like(keys)
     if alive.any():
-        u[alive] = (row_direction(keys[alive]) if method == "row" else rome_direction(at.C, keys[alive], diagnostics)).to(keys)
+        K = keys[alive]
+        U = row_direction(K) if method == "row" else rome_direction(at.C, K, diagnostics, lam * (method == "memit"))
+        u[alive] = U.to(keys)
     if diagnostics is not None:
         diagnostics["zero_keys"] = int((~alive).sum())
     return u
@@ -611,12 +615,12 @@ def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor
     """Per edit n facts and n of the paths in `asked`, with the edited fact at no hop; the answer is the model's own before
     the edit (one_hop [n_facts], two_hop [n_paths])."""
     device, probes = paths.facts.device, {}
-    for name, rows in ("one_hop", torch.arange(len(paths.facts), device=device)), ("two_hop", asked.nonzero().flatten()):
+    for name, rows in ("unrelated_one_hop", torch.arange(len(paths.facts), device=device)), ("unrelated_two_hop", asked.nonzero().flatten()):
         place = torch.rand(len(requests.fact), len(rows), generator=generator).argsort(1)[:, :n].flatten().to(device)
         row = rows[place]
         i = torch.arange(len(requests.fact), device=device).repeat_interleave(len(row) // len(requests.fact))
         fact = requests.fact[i]
-        if name == "one_hop":
+        if name == "unrelated_one_hop":
             keep, tokens, answer = row != fact, queries(paths)[row], one_hop[row]
         else:
             keep = (paths.first[row] != fact) & (paths.second[row] != fact)
@@ -625,12 +629,16 @@ def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor
     return probes
 
 
-def same_row_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> Probes:
-    """Other facts whose largest key entry at the site is that of the edited fact: they live on the row that is edited."""
-    slot = at.keys.abs().argmax(-1)
-    i, row = (slot[requests.fact][:, None] == slot).nonzero(as_tuple=True)
-    keep = row != requests.fact[i]
-    return Probes(i[keep], queries(paths)[row[keep]], one_hop[row[keep]])
+def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> dict[str, Probes]:
+    """Other facts that are near an edited one: with its head ("same_subject"), with its relation ("same_relation"), or with
+    their largest key entry where it has its own, on the row that the row edit changes ("same_row")."""
+    probes = {}
+    for name, group in ("same_subject", paths.facts[:, 0]), ("same_relation", paths.facts[:, 1]), \
+                       ("same_row", at.keys.abs().argmax(-1)):
+        i, row = (group[requests.fact][:, None] == group).nonzero(as_tuple=True)
+        keep = row != requests.fact[i]
+        probes[name] = Probes(i[keep], queries(paths)[row[keep]], one_hop[row[keep]])
+    return probes
 
 
 def queries(paths) -> Tensor:
@@ -652,17 +660,19 @@ def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, ch
 def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, probes: dict[str, Probes]) -> dict:
     """Shares in 0..1 over all edits; None where there was nothing to ask.
 
-    direct: edits whose own query now has the new answer. hop1, hop2: probes right after the edit, over the edits with
-    direct success (`probes_hop1`, `probes_hop2` of them). *_moved: probes whose answer differs from the one before.
+    direct: edits whose own query now has the new answer. Of the `probes`, those whose name begins with hop count if right
+    after the edit, over the edits with direct success (`probes_<name>` of them); of the others `<name>_moved` is the share
+    whose answer differs from the one before.
     """
     everyone = torch.arange(len(requests.fact), device=requests.fact.device)
     success = answers(model, at, u, r, Probes(everyone, requests.tokens, requests.new)) == requests.new
-    hits = {name: answers(model, at, u, r, probe) == probe.answer for name, probe in probes.items()}
     share = lambda hit: int(hit.sum()) / len(hit) if len(hit) else None
     result = {"n": len(success), "direct": share(success)}
-    for name in ("hop1", "hop2"):
-        hit = hits[name][success[probes[name].edit]]
-        result |= {name: share(hit), f"probes_{name}": len(hit)}
-    for name in ("one_hop", "two_hop", "same_row"):
-        result[f"{'unrelated_' if name != 'same_row' else ''}{name}_moved"] = share(~hits[name])
+    for name, probe in probes.items():
+        hit = answers(model, at, u, r, probe) == probe.answer
+        if name.startswith("hop"):
+            hit = hit[success[probe.edit]]
+            result |= {name: share(hit), f"probes_{name}": len(hit)}
+        else:
+            result[f"{name}_moved"] = share(~hit)
     return result

@@ -444,14 +444,14 @@ def edit_stage(run: Run, model: Model):
     rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
     for name, call, at_pass in edit_sites(run.config):
         at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
-        mates = {"same_row": editing.same_row_probes(requests, at, paths, one_hop)}
-        for method in ("rome", "row"):
+        near = editing.neighbour_probes(requests, at, paths, one_hop)
+        for method in ("rome", "memit", "row"):
             diagnostics = {}
             u = editing.direction(method, at, requests, diagnostics)
-            for target in ("prototype", "gradient"):
+            for target in ("prototype", "gradient")[:1 + (method != "memit")]:     # MEMIT differs little from ROME here
                 r, fallbacks = residual(model, at, requests, target, tails, known, u)
                 entry = {"method": method, "target": target, "site": name, "pass": at_pass}
-                entry |= editing.score(model, at, requests, u, r, probes | mates)
+                entry |= editing.score(model, at, requests, u, r, probes | near)
                 entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics
                 run.results["edits"].append(entry)
                 share = lambda key: "-" if entry[key] is None else f"{entry[key]:.3f}"

@@ -789,14 +789,17 @@ def test_unrelated_probes_do_not_use_the_edited_fact(world):
     asked = paths.masks["train"] | paths.masks["id"]
     probes = editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 1000, generator())
     n_facts = len(paths.facts)
-    assert len(probes["one_hop"].edit) == 4 * (n_facts - 1), "all other facts, once"
+    assert len(probes["unrelated_one_hop"].edit) == 4 * (n_facts - 1), "all other facts, once"
     uses = ((paths.first == requests.fact[:, None]) | (paths.second == requests.fact[:, None])) & asked
-    assert len(probes["two_hop"].edit) == 4 * int(asked.sum()) - int(uses.sum())
+    assert len(probes["unrelated_two_hop"].edit) == 4 * int(asked.sum()) - int(uses.sum())
     for probe in probes.values():                            # the answers are the model's own
         assert torch.equal(model(probe.tokens)[:, -1].argmax(-1), probe.answer)
-    mates = editing.same_row_probes(requests, at, paths, one_hop)
-    slot = at.keys.abs().argmax(-1)
-    assert len(mates.edit) == sum(int((slot == slot[f]).sum()) - 1 for f in requests.fact)
+    near, slot = editing.neighbour_probes(requests, at, paths, one_hop), at.keys.abs().argmax(-1)
+    for name, group in ("same_row", slot), ("same_subject", paths.facts[:, 0]), ("same_relation", paths.facts[:, 1]):
+        assert len(near[name].edit) == sum(int((group == group[f]).sum()) - 1 for f in requests.fact) > 0
+        for i, (head, relation) in zip(near[name].edit.tolist(), near[name].tokens.tolist()):
+            assert [head, relation] != requests.tokens[i].tolist()
+            assert name == "same_row" or requests.tokens[i].tolist()[name == "same_relation"] == [head, relation][name == "same_relation"]
 
 
 def test_score_of_edits_that_do_nothing_and_of_an_edit_that_breaks_everything(world):
@@ -805,7 +808,7 @@ def test_score_of_edits_that_do_nothing_and_of_an_edit_that_breaks_everything(wo
     everything = torch.ones(len(paths.first), dtype=torch.bool)
     probes, _ = editing.propagation_probes(requests, paths, everything[:len(paths.facts)], everything, paths.second >= 0)
     probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, paths.second >= 0, 50, generator())
-    probes["same_row"] = editing.same_row_probes(requests, at, paths, one_hop)
+    probes |= editing.neighbour_probes(requests, at, paths, one_hop)
     u = editing.direction("rome", at, requests)
     nothing = editing.score(model, at, requests, u, torch.zeros(4, 16, dtype=torch.float64), probes)
     assert nothing["unrelated_one_hop_moved"] == nothing["unrelated_two_hop_moved"] == 0
@@ -974,7 +977,7 @@ def test_a_run_writes_what_it_promises(finished):
     results = json.loads((finished / "results.json").read_text(), parse_constant=no_constant)
     assert {"arch", "seed", "steps", "seconds", "peak_memory_mib", "accuracy", "memorized_at", "grokked_at", "edits"} <= results.keys()
     assert results["accuracy"].keys() == {"one_hop", "train", "id", "ood", "ood_first", "ood_second"}
-    assert len(results["edits"]) == 2 * 2 * 2                # passes, methods, targets
+    assert len(results["edits"]) == 2 * 5                    # passes; ROME and row with two targets, MEMIT with one
     for entry in results["edits"]:
         assert {"method", "target", "site", "pass", "n", "direct", "hop1", "hop2", "probes_hop1", "probes_hop2",
                 "unrelated_one_hop_moved", "unrelated_two_hop_moved"} <= entry.keys()
