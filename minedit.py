@@ -20,6 +20,7 @@ computation: a batch is `batch` facts with `branches` continuations each.
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -423,8 +424,11 @@ not: of other facts, of compositions without the edited fact, of facts on the sa
 (the row where the key of a fact has its largest entry)."""
 
 
-def edit_stage(run: Run, model: Model):
-    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by both methods and with both targets."""
+def edit_stage(run: Run, model: Model, shared: tuple[Tensor, Tensor] | None = None):
+    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
+
+    shared: facts [n_facts] and paths [n_paths] that all cells of the command answer right. The propagation over these is
+    scored beside that over the model's own."""
     generator = torch.Generator().manual_seed(-run.seed - 1)                     # a stream that no part of the training uses
     paths, began = run.paths, time.perf_counter()
     one_hop, two_hop = predict(model, paths)
@@ -439,9 +443,13 @@ def edit_stage(run: Run, model: Model):
         return run.save_results()
     probes, left_out = editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, asked)
     probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
+    if shared:
+        common, _ = editing.propagation_probes(requests, paths, known & shared[0], shared[1], asked)
+        probes |= {f"{name}_shared": probe for name, probe in common.items()}
     print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, {len(probes['hop2'].edit)} with it "
           f"second; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
+    chosen = edit_sites(run.config)[0]
     for name, call, at_pass in edit_sites(run.config):
         at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
         near = editing.neighbour_probes(requests, at, paths, one_hop)
@@ -450,7 +458,8 @@ def edit_stage(run: Run, model: Model):
             u = editing.direction(method, at, requests, diagnostics)
             for target in ("prototype", "gradient")[:1 + (method != "memit")]:     # MEMIT differs little from ROME here
                 r, fallbacks = residual(model, at, requests, target, tails, known, u)
-                entry = {"method": method, "target": target, "site": name, "pass": at_pass}
+                entry = {"method": method, "target": target, "site": name, "pass": at_pass,
+                         "a_priori": (name, call, at_pass) == chosen}
                 entry |= editing.score(model, at, requests, u, r, probes | near)
                 entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics
                 run.results["edits"].append(entry)
@@ -646,6 +655,32 @@ def report(folders: list[Path]):
                          share("unrelated_two_hop_moved"), share("same_row_moved")))
     if len(rows) > 1:
         print("\n" + table(rows) + "\n" + COLUMNS)
+    shared = {}                                              # {arch: (hop 1, hop 2) of each seed}, ROME at the a-priori site
+    for runs in ordered:
+        for r in sorted(runs, key=lambda r: r["seed"]):
+            for e in r.get("edits", []):
+                if e["a_priori"] and e["method"] == "rome" and e["target"] == "prototype" and e.get("hop2_shared") is not None:
+                    shared.setdefault(r["arch"], []).append((e["hop1_shared"], e["hop2_shared"]))
+    if len(shared) > 1:
+        rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
+        for arch, values in shared.items():
+            rows.append((arch, *(" ".join(f"{v[hop]:.3f}" for v in values) for hop in (0, 1)), *(
+                f"{mann_whitney([v[1] for v in values], [v[1] for v in others]):.3f}" if other != arch else ""
+                for other, others in shared.items())))
+        print("\n" + table(rows) + "\n" + SHARED)
+
+
+SHARED = """ROME with the prototype target at the a-priori site, on the compositions that all four cells answer
+right before (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
+
+
+def mann_whitney(x: list[float], y: list[float]) -> float:
+    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions of the values enumerated."""
+    values = sorted(x + y)
+    ranks = [values.index(v) + (values.count(v) + 1) / 2 for v in x + y]
+    expected = len(x) * (len(values) + 1) / 2
+    distance = [abs(sum(some) - expected) for some in itertools.combinations(ranks, len(x))]
+    return sum(d >= abs(sum(ranks[:len(x)]) - expected) - 1e-9 for d in distance) / len(distance)
 
 
 def progress(record: dict, steps: int) -> str:
@@ -864,20 +899,28 @@ def main(argv: list[str] | None = None) -> int:
             report([args.report])
             return 0
         runs = prepare(args)
-        for run in runs:
-            print(f"\n{run.arch}, seed {run.seed}, on {device_name(run.device)}, in {run.folder}: "
-                  f"{count_parameters(run.blank):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
-                  f"{len(run.paths.facts)} facts, paths: " + ", ".join(f"{n} {name}" for name, n in run.n_paths.items()))
-            if run.finished:
-                print(f"loaded: trained for {run.recipe.steps} steps before (--retrain trains again)")
-            model = run.train()
-            run.summarize()
-            if args.edit:
-                edit_stage(run, model)
-            if args.edit_fact:
-                edit_fact_stage(run, model, args.edit_fact)
-            if args.mass_edit:
-                mass_edit_stage(run, model)
+        for seed in dict.fromkeys(run.seed for run in runs):
+            models, shared = {}, None
+            for run in (run for run in runs if run.seed == seed):
+                print(f"\n{run.arch}, seed {run.seed}, on {device_name(run.device)}, in {run.folder}: "
+                      f"{count_parameters(run.blank):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
+                      f"{len(run.paths.facts)} facts, paths: " + ", ".join(f"{n} {name}" for name, n in run.n_paths.items()))
+                if run.finished:
+                    print(f"loaded: trained for {run.recipe.steps} steps before (--retrain trains again)")
+                models[run] = run.train()
+                run.summarize()
+                if args.edit and args.arch == "all":
+                    right = [got == want for got, want in zip(predict(models[run], run.paths), (run.paths.facts[:, 2], run.paths.two_hop))]
+                    shared = [mine & others for mine, others in zip(right, shared or right)]
+            for run, model in models.items():
+                if len(models) > 1 and (args.edit or args.edit_fact or args.mass_edit):
+                    print(f"\n{run.arch}, seed {run.seed}:")
+                if args.edit:
+                    edit_stage(run, model, shared)
+                if args.edit_fact:
+                    edit_fact_stage(run, model, args.edit_fact)
+                if args.mass_edit:
+                    mass_edit_stage(run, model)
         if len(runs) > 1:
             print()
             report([run.folder for run in runs])

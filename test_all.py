@@ -1216,10 +1216,23 @@ def test_every_cell_runs_and_reports(tmp_path, capsys):
     for arch in ARCHS:
         assert (tmp_path / "all" / f"{arch}-seed0" / "results.json").exists()
         assert f"\n{arch}, seed 0" in out
-    sites = {e["site"] for e in json.loads((tmp_path / "all" / "dense-seed0" / "results.json").read_text())["edits"]}
-    assert sites == {"blocks.0.feed_forward.down", "blocks.1.feed_forward.down"}
+    results = {arch: json.loads((tmp_path / "all" / f"{arch}-seed0" / "results.json").read_text()) for arch in ARCHS}
+    assert {e["site"] for e in results["dense"]["edits"]} == {"blocks.0.feed_forward.down", "blocks.1.feed_forward.down"}
+    for arch in ARCHS:
+        for e in results[arch]["edits"]:
+            assert 0 <= e["probes_hop1_shared"] <= e["probes_hop1"] and 0 <= e["probes_hop2_shared"] <= e["probes_hop2"]
     assert run_main("--report", tmp_path / "all") == 0
     assert capsys.readouterr().out.count("dense+mem") > 4
+
+
+def test_mann_whitney_against_a_permutation_test_by_hand():
+    assert minedit.mann_whitney([6, 7, 8, 9, 10], [1, 2, 3, 4, 5]) == pytest.approx(2 / 252)     # the papers' 0.008
+    assert minedit.mann_whitney([1.0, 1.0], [1.0, 1.0]) == 1
+    # by hand, 2 v 2 with a tie: ranks 1, 2.5 | 2.5, 4; rank sums of the six divisions 3.5 3.5 5 5 6.5 6.5, expected 5
+    assert minedit.mann_whitney([1, 2], [2, 3]) == pytest.approx(4 / 6)
+    x, y = [0.3, 0.1, 0.9], [0.2, 0.5, 0.4, 0.8]
+    # ranks 1 3 7 of 7 sum to 11, expected 12; five of the 35 divisions sum to 12: 147 156 237 246 345
+    assert minedit.mann_whitney(x, y) == minedit.mann_whitney(y, x) == pytest.approx(30 / 35)
 
 
 def test_blocks_per_pass_and_a_feed_forward_beside_the_memory():
