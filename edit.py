@@ -641,6 +641,17 @@ def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> di
     return probes
 
 
+@torch.no_grad()
+def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probes, chunk: int = 512) -> float | None:
+    """How nearly a composition reads the store with the key that was edited: the cosine between the fact's key at the site
+    and the key at the composition's last token, at the call where it is largest; mean over the probes, None without any."""
+    cosines = []
+    for i, tokens in zip(probe.edit.split(chunk), probe.tokens.split(chunk)):
+        keys = record(model, at.layer, tokens)[0][:, :, -1]                      # [call, m, d_in]
+        cosines.append(F.cosine_similarity(keys, at.keys[requests.fact[i]], dim=-1).amax(0))
+    return float(torch.cat(cosines).mean()) if len(probe.edit) else None
+
+
 def queries(paths) -> Tensor:
     """[n_facts, 2]: head and relation token of each fact, in the order of `paths.facts`."""
     n_rows = torch.bincount(paths.first)

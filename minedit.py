@@ -453,6 +453,8 @@ def edit_stage(run: Run, model: Model, shared: tuple[Tensor, Tensor] | None = No
     for name, call, at_pass in edit_sites(run.config):
         at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
         near = editing.neighbour_probes(requests, at, paths, one_hop)
+        store = {"facts_per_row": 1 + len(near["same_row"].edit) / n,
+                 "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])}
         for method in ("rome", "memit", "row"):
             diagnostics = {}
             u = editing.direction(method, at, requests, diagnostics)
@@ -461,7 +463,7 @@ def edit_stage(run: Run, model: Model, shared: tuple[Tensor, Tensor] | None = No
                 entry = {"method": method, "target": target, "site": name, "pass": at_pass,
                          "a_priori": (name, call, at_pass) == chosen}
                 entry |= editing.score(model, at, requests, u, r, probes | near)
-                entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics
+                entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics | store
                 run.results["edits"].append(entry)
                 share = lambda key: "-" if entry[key] is None else f"{entry[key]:.3f}"
                 rows.append((name.replace("feed_forward", "ff"), at_pass, method, target + "*" * (fallbacks > 0), share("direct"),

@@ -802,6 +802,19 @@ def test_unrelated_probes_do_not_use_the_edited_fact(world):
             assert name == "same_row" or requests.tokens[i].tolist()[name == "same_relation"] == [head, relation][name == "same_relation"]
 
 
+def test_address_overlap_against_a_slow_reference(world):
+    model, paths, requests, at = world
+    probe = editing.Probes(torch.tensor([0, 2, 3]), paths.tokens[[4, 9, 30]], torch.zeros(3, dtype=torch.long))
+    cosines = []
+    for i, tokens in zip(probe.edit, probe.tokens):
+        keys, k = record(model, model.memory.values, tokens[None])[0][:, 0, 2], at.keys[requests.fact[i]]
+        cosines.append(max(float(k @ key / (k.norm() * key.norm())) for key in keys))
+    assert editing.address_overlap(model, at, requests, probe, chunk=2) == pytest.approx(sum(cosines) / 3)
+    own = editing.Probes(torch.arange(4), requests.tokens, requests.old)
+    assert editing.address_overlap(model, at, requests, own) == pytest.approx(1)
+    assert editing.address_overlap(model, at, requests, editing.Probes(*(x[:0] for x in vars(own).values()))) is None
+
+
 def test_score_of_edits_that_do_nothing_and_of_an_edit_that_breaks_everything(world):
     model, paths, requests, at = world
     one_hop, two_hop = minedit.predict(model, paths)
