@@ -485,6 +485,174 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stages: where a fact is, and when it is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
+    """(pass, part, module, call) of what each block adds to the stream and of the stream after it, in order of computation."""
+    found = []
+    for i in range(config.depth * config.blocks):
+        at_pass = i // config.blocks
+        block, call = (i % config.blocks, at_pass) if config.loop else (i, 0)
+        found.append((at_pass, "attention", f"blocks.{block}.attention", call))
+        if config.memory:
+            found.append((at_pass, "memory", "memory", i))
+        if config.feed_forward or not config.memory:
+            found.append((at_pass, "feed-forward", f"blocks.{block}.feed_forward", call))
+        found.append((at_pass, "stream", f"blocks.{block}", call))
+    return found
+
+
+def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most n random pairs of rows of tokens [m, token] that differ in the token at `place` alone and in their answers [m]."""
+    rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
+    order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
+    order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
+    clean, other = order[:-1], order[1:]
+    pairs = ((rest[clean] == rest[other]) & (answers[clean] != answers[other])).nonzero().flatten()
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:n].to(pairs.device)]
+    return clean[pairs], other[pairs]
+
+
+def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
+    """(layer, call, pass) to edit, fixed before any edit is scored; recorded as results["a_priori"].
+
+    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block: there the
+    one whose output at the last token, restored after the head of a known fact was corrupted, raises the probability of the
+    answer most; over the known facts [n_facts] that are not requested, and the first one where there are none."""
+    sites, paths, chosen, effects, clean = edit_sites(run.config), run.paths, 0, None, []
+    if not run.config.loop and not run.config.memory:
+        apart = known.clone()
+        apart[requests.fact] = False
+        tokens, tails = editing.queries(paths)[apart], paths.facts[apart, 2]
+        clean, other = corruptions(tokens, tails, 0, 200, torch.Generator().manual_seed(4 * run.seed + 3))
+        if len(clean):
+            stores = [(name.removesuffix(".down"), call) for name, call, _ in sites]
+            effects = editing.trace(model, tokens[clean], tokens[other], tails[clean], stores)[1][:, -1].tolist()
+            chosen = effects.index(max(effects))
+    run.results["a_priori"] = dict(zip(("site", "call", "pass"), sites[chosen])) | {"effects": effects, "n": len(clean)}
+    return sites[chosen]
+
+
+TRACED = """percent of the prompts that get their answer back (dot: none). One token of the question is replaced
+by another of its kind that changes the answer (corrupted); then one state, at the token of the
+column, is what it was (restored): the output of attention or of a store in that pass, or the whole
+residual stream after the block."""
+
+
+def locate_stage(run: Run, model: Model):
+    """Causal tracing of known ID facts and of known compositions of them: which state carries the answer."""
+    generator = torch.Generator().manual_seed(4 * run.seed + 3)
+    paths, began = run.paths, time.perf_counter()
+    one_hop, two_hop = predict(model, paths)
+    known = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
+    right = (two_hop == paths.two_hop) & (paths.masks["train"] | paths.masks["id"])
+    name, call, at_pass = a_priori_site(run, model, draw_requests(run, run.args.n_edits, generator)[0], known)
+    states, words, effects = traced_states(run.config), ("h", "r1", "r2"), []
+    columns = [["pass", ""] + [state[0] for state in states] + [""],
+               ["corrupted", "restored"] + [state[1] for state in states] + ["prompts"]]
+    for query, tokens, answers in ("fact", editing.queries(paths)[known], paths.facts[known, 2]), \
+                                  ("composition", paths.tokens[right], paths.two_hop[right]):
+        for place in range(tokens.shape[1]):
+            clean, other = corruptions(tokens, answers, place, 200, generator)
+            effect, cells = {"top1": None, "rise": None}, ["-"] * len(states)
+            if len(clean):
+                top1, rise = editing.trace(model, tokens[clean], tokens[other], answers[clean], [state[2:] for state in states])
+                effect = {"top1": top1.tolist(), "rise": rise.tolist()}
+                cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in effect["top1"]]
+            effects.append({"query": query, "corrupted": words[place], "n": len(clean)} | effect)
+            columns.append([f"{query}: {words[place]}" if place == 0 else words[place],
+                            "".join(f"{word:>4}" for word in words[:tokens.shape[1]])] + cells + [f"{len(clean):4}"])
+    run.results["locate"] = {"states": [dict(zip(("pass", "part", "module", "call"), s)) for s in states], "effects": effects}
+    run.save_results()
+    print(f"\ncausal tracing\n{table(list(zip(*columns)))}\n{TRACED}")
+    print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
+    if rise := run.results["a_priori"]["effects"]:
+        print("the head corrupted and the feed-forward of one block restored at the last token, the probability of\n"
+              "the answer rises by, block by block: " + ", ".join(f"{x:.3f}" for x in rise))
+    print(f"{time.perf_counter() - began:.0f} s for tracing")
+
+
+WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME); first the site that --locate
+names. acts: always, as an edit of the weights does, or at some calls of the layer alone (with one
+block per pass, call t is in pass t). direct: share of the edits whose own question has the new
+answer. hop 1, hop 2: share of the compositions with the edited fact first, second, whose answer is
+what now follows, among edits that have direct success when they always act, whatever the row."""
+HELD = """share of the answers right in the first row above that stay right when one state keeps a part of the
+value it has without the edit: the residual stream after the pass, in the plane of the embeddings of
+the old and the new answer, or (random) in a random plane. It is the state that answers the edited
+fact: at r1 for the fact itself and for hop 1, at the last token for hop 2."""
+
+
+def share_of(hit: Tensor) -> float | None:
+    return int(hit.sum()) / len(hit) if len(hit) else None
+
+
+def bar(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} {'#' * round(10 * value):.<10}"
+
+
+def when_stage(run: Run, model: Model):
+    """Edits that act at some calls of their layer alone; then the first of them with its answer held at the old value."""
+    generator = torch.Generator().manual_seed(4 * run.seed + 3)
+    paths, config, began = run.paths, run.config, time.perf_counter()
+    one_hop, two_hop = predict(model, paths)
+    tails, known = paths.facts[:, 2], (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
+    requests, _ = draw_requests(run, run.args.n_edits, generator)
+    probes = {"direct": editing.Probes(torch.arange(len(requests.fact), device=run.device), requests.tokens, requests.new)}
+    probes |= editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, paths.masks["train"] | paths.masks["id"])[0]
+    ordinary = paths.tokens[torch.randperm(len(paths.tokens), generator=generator)[:2048].to(run.device)]
+    chosen = a_priori_site(run, model, requests, known)
+    counts = {key: len(probe.edit) for key, probe in probes.items()}
+    when = run.results["when"] = {"probes": counts, "written": []}
+    written = [("edit for", "pass", "acts", "direct", "hop 1", "hop 2")]
+    shared = config.loop or config.memory                    # one layer, called in every pass; else one in every block
+    for site in sorted((s for s in edit_sites(config) if s[0] == chosen[0] or not shared), key=lambda s: s != chosen):
+        name, call, at_pass = site
+        at = editing.site(model, name, call, editing.queries(paths), ordinary)
+        u = editing.direction("rome", at, requests)
+        r, _ = residual(model, at, requests, u, "prototype", tails, known)
+        acts = {"always": None}
+        if site == chosen and shared:
+            calls = range(sum(s[0] == name for s in edit_sites(config)))
+            acts |= {f"from call {t}": calls[t:] for t in calls[1:]} | {f"only call {t}": [t] for t in calls}
+        for label, acting in acts.items():
+            hits = {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer for key, probe in probes.items()}
+            whole = hits if acting is None else whole
+            entry = {key: share_of(hit if key == "direct" else hit[whole["direct"][probes[key].edit]]) for key, hit in hits.items()}
+            when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | entry)
+            written.append((name.replace("feed_forward", "ff"), at_pass, label, *map(bar, entry.values())))
+        if site == chosen:
+            when["held"] = hold(run, model, at, u, r, requests, probes, whole, generator)
+    run.save_results()
+    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} with the "
+          f"edited\nfact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
+    if not shared:
+        print("In Dense each block owns its layer, which is called once: to act later is to write in another block.")
+    held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")]
+    held += [(after, bar(d), mean([d0]), bar(h1), mean([h10]), bar(h2), mean([h20]))
+             for after, d, d0, h1, h10, h2, h20 in (entry.values() for entry in when["held"])]
+    print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
+         probes: dict[str, editing.Probes], right: dict[str, Tensor], generator: torch.Generator) -> list[dict]:
+    """For the stream after each pass: the share of the probes `right` under the edit that stay so when it is held."""
+    E, blocks = model.embedding.weight, run.config.blocks
+    entries = []
+    for at_pass, _, module, call in [s for s in traced_states(run.config) if s[1] == "stream"][blocks - 1::blocks]:
+        entries.append({"after": at_pass})
+        for key, probe in probes.items():
+            planes = {key: editing.span(E[requests.old[probe.edit]], E[requests.new[probe.edit]]),
+                      f"{key}_random": editing.span(*torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E))}
+            for name, plane in planes.items():
+                now = editing.held_answers(model, at, u, r, probe, module, call, 2 if key == "hop2" else 1, plane)
+                entries[-1][name] = share_of((now == probe.answer)[right[key]])
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -645,7 +813,7 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "weight_decay": "of both optimizers", "label_smoothing": "of both losses", "warmup": "steps to the full rate",
         "ema": "moving average of the weights", "eval_every": "steps between evaluations"}
 QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8, "depth": 2,
-         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True}
+         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True, "locate": True, "when": True}
 
 
 def build_parser() -> Parser:
@@ -663,6 +831,8 @@ def build_parser() -> Parser:
     add("--edit", action="store_true", help="stage: edit random facts, one at a time")
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
+    add("--locate", action="store_true", help="stage: causal tracing")
+    add("--when", action="store_true", help="stage: edits that act in some passes only")
     add("--quick", action="store_true", help="every stage at toy size, in runs/quick, trained anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
@@ -739,6 +909,10 @@ def main(argv: list[str] | None = None) -> int:
                 edit_stage(run, model)
             if args.edit_fact:
                 edit_fact_stage(run, model, args.edit_fact)
+            if args.locate:
+                locate_stage(run, model)
+            if args.when:
+                when_stage(run, model)
         if len(runs) > 1:
             print()
             report(args.out or Path("runs/quick" if args.quick else "runs"))
