@@ -489,7 +489,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
-    """(pass, part, module, call) of what each block adds to the stream and of the stream after it, in order of computation."""
+    """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order."""
     found = []
     for i in range(config.depth * config.blocks):
         at_pass = i // config.blocks
@@ -504,7 +504,7 @@ def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
 
 
 def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """At most n random pairs of rows of tokens [m, token] that differ in the token at `place` alone and in their answers [m]."""
+    """At most n random pairs of rows of tokens [m, token] that differ at `place` alone and in their answers [m]."""
     rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
@@ -517,9 +517,9 @@ def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: 
 def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
     """(layer, call, pass) to edit, fixed before any edit is scored; recorded as results["a_priori"].
 
-    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block: there the
-    one whose output at the last token, restored after the head of a known fact was corrupted, raises the probability of the
-    answer most; over the known facts [n_facts] that are not requested, and the first one where there are none."""
+    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block: there
+    the one whose output at the last token, restored after the head of a known fact was corrupted, raises the probability
+    of the answer most; over the `known` facts [n_facts] that are not requested, and the first one where there are none."""
     sites, paths, chosen, effects, clean = edit_sites(run.config), run.paths, 0, None, []
     if not run.config.loop and not run.config.memory:
         apart = known.clone()
@@ -557,13 +557,15 @@ def locate_stage(run: Run, model: Model):
             clean, other = corruptions(tokens, answers, place, 200, generator)
             effect, cells = {"top1": None, "rise": None}, ["-"] * len(states)
             if len(clean):
-                top1, rise = editing.trace(model, tokens[clean], tokens[other], answers[clean], [state[2:] for state in states])
+                sites = [state[2:] for state in states]
+                top1, rise = editing.trace(model, tokens[clean], tokens[other], answers[clean], sites)
                 effect = {"top1": top1.tolist(), "rise": rise.tolist()}
                 cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in effect["top1"]]
             effects.append({"query": query, "corrupted": words[place], "n": len(clean)} | effect)
             columns.append([f"{query}: {words[place]}" if place == 0 else words[place],
                             "".join(f"{word:>4}" for word in words[:tokens.shape[1]])] + cells + [f"{len(clean):4}"])
-    run.results["locate"] = {"states": [dict(zip(("pass", "part", "module", "call"), s)) for s in states], "effects": effects}
+    states = [dict(zip(("pass", "part", "module", "call"), state)) for state in states]
+    run.results["locate"] = {"states": states, "effects": effects}
     run.save_results()
     print(f"\ncausal tracing\n{table(list(zip(*columns)))}\n{TRACED}")
     print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
@@ -599,8 +601,9 @@ def when_stage(run: Run, model: Model):
     one_hop, two_hop = predict(model, paths)
     tails, known = paths.facts[:, 2], (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
     requests, _ = draw_requests(run, run.args.n_edits, generator)
-    probes = {"direct": editing.Probes(torch.arange(len(requests.fact), device=run.device), requests.tokens, requests.new)}
-    probes |= editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, paths.masks["train"] | paths.masks["id"])[0]
+    everyone, asked = torch.arange(len(requests.fact), device=run.device), paths.masks["train"] | paths.masks["id"]
+    probes = {"direct": editing.Probes(everyone, requests.tokens, requests.new)}
+    probes |= editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, asked)[0]
     ordinary = paths.tokens[torch.randperm(len(paths.tokens), generator=generator)[:2048].to(run.device)]
     chosen = a_priori_site(run, model, requests, known)
     counts = {key: len(probe.edit) for key, probe in probes.items()}
@@ -617,21 +620,23 @@ def when_stage(run: Run, model: Model):
             calls = range(sum(s[0] == name for s in edit_sites(config)))
             acts |= {f"from call {t}": calls[t:] for t in calls[1:]} | {f"only call {t}": [t] for t in calls}
         for label, acting in acts.items():
-            hits = {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer for key, probe in probes.items()}
+            hits = {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer
+                    for key, probe in probes.items()}
             whole = hits if acting is None else whole
-            entry = {key: share_of(hit if key == "direct" else hit[whole["direct"][probes[key].edit]]) for key, hit in hits.items()}
+            entry = {key: share_of(hit if key == "direct" else hit[whole["direct"][probes[key].edit]])
+                     for key, hit in hits.items()}
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | entry)
             written.append((name.replace("feed_forward", "ff"), at_pass, label, *map(bar, entry.values())))
         if site == chosen:
             when["held"] = hold(run, model, at, u, r, requests, probes, whole, generator)
     run.save_results()
-    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} with the "
-          f"edited\nfact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
+    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} with\n"
+          f"the edited fact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
     if not shared:
         print("In Dense each block owns its layer, which is called once: to act later is to write in another block.")
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")]
     held += [(after, bar(d), mean([d0]), bar(h1), mean([h10]), bar(h2), mean([h20]))
-             for after, d, d0, h1, h10, h2, h20 in (entry.values() for entry in when["held"])]
+             for after, _, _, d, d0, h1, h10, h2, h20 in (entry.values() for entry in when["held"])]
     print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
     print(f"{time.perf_counter() - began:.0f} s")
 
@@ -642,13 +647,14 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
     E, blocks = model.embedding.weight, run.config.blocks
     entries = []
     for at_pass, _, module, call in [s for s in traced_states(run.config) if s[1] == "stream"][blocks - 1::blocks]:
-        entries.append({"after": at_pass})
+        entries.append({"after": at_pass, "module": module, "call": call})
         for key, probe in probes.items():
+            random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
             planes = {key: editing.span(E[requests.old[probe.edit]], E[requests.new[probe.edit]]),
-                      f"{key}_random": editing.span(*torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E))}
+                      f"{key}_random": editing.span(*random)}
             for name, plane in planes.items():
                 now = editing.held_answers(model, at, u, r, probe, module, call, 2 if key == "hop2" else 1, plane)
-                entries[-1][name] = share_of((now == probe.answer)[right[key]])
+                entries[-1][name] = share_of((now == probe.answer)[right[key] & right["direct"][probe.edit]])
     return entries
 
 

@@ -859,6 +859,9 @@ def test_interchange_with_itself_and_of_everything(two_runs):
     model, states, one, _ = two_runs
     other = (one + torch.tensor([3, 1, 5])) % 10
     mine, theirs = model(one), model(other)
+    for name in {name for _, name, _ in states}:             # every call of every module, once
+        calls = len(record(model, model.get_submodule(name), one)[0])
+        assert sorted(call for _, module, call in states if module == name) == list(range(calls))
     for part, name, call in states:
         tokens = [(name, call, t) for t in range(3)]
         close(exchanged(model, one, one, tokens), mine, 1e-13)
@@ -906,6 +909,9 @@ def test_an_edit_can_act_at_some_calls(arch, name):
             return model(tokens)
     whole = acting(None)
     assert torch.equal(acting(range(3)), whole) and torch.equal(acting([]), model(tokens))
+    everyone = torch.arange(6)
+    at, probes = editing.Site(name, 0, layer, *3 * [u]), editing.Probes(everyone, tokens, everyone)
+    assert torch.equal(editing.answers(model, at, u, r, probes, 4, [1]), acting([1])[:, -1].argmax(-1))
     close(acting([0], [1], [2]), whole)                      # one by one, and as a change of the weights
     for i in range(6):
         with edit(model, {name: torch.outer(r[i], u[i])}):
@@ -933,12 +939,12 @@ def test_holding_a_subspace_at_its_old_value(world):
     a, b = E[requests.old], E[requests.new]
     B, other = editing.span(a, b), normal(4, 16, seed=4)
     close(B.mT @ B, torch.eye(2).double().expand(4, 2, 2), 1e-12)
-    old = editing.state(model, "blocks.0", 1, tokens)[:, 2]
-    with editing.interchange(model, "blocks.0", 1, 2, other, B):
-        new = editing.state(model, "blocks.0", 1, tokens)[:, 2]
+    old = editing.state(model, "blocks.0", 1, tokens)
+    with editing.interchange(model, "blocks.0", 1, 1, other, B):
+        new = editing.state(model, "blocks.0", 1, tokens)
     for vector in a, b:                                      # as in the other run in the plane, as before across it
-        close((new * vector).sum(-1), (other * vector).sum(-1), 1e-10)
-        assert ((new - old) @ torch.linalg.svd(B[0].mT).Vh[2:].T)[0].abs().max() < 1e-12
+        close((new[:, 1] * vector).sum(-1), (other * vector).sum(-1), 1e-10)
+    assert ((new - old)[0, 1] @ torch.linalg.svd(B[0].mT).Vh[2:].T).abs().max() < 1e-12 and (new == old)[:, [0, 2]].all()
 
 
 # --- minedit.py: the stages of these -----------------------------------------------------------------------------------
@@ -987,9 +993,18 @@ def run_stages(capsys, *arguments):
 
 
 @pytest.mark.parametrize("arch, more", [(arch, []) for arch in ARCHS] + [("dense", ["--blocks", "2"]), ("lmc", ["--blocks", "2", "--feed-forward"])])
-def test_locate_and_when(tmp_path, capsys, arch, more):
+def test_locate_and_when(tmp_path, capsys, monkeypatch, arch, more):
+    acted, counted, answers, share_of = [], [], editing.answers, minedit.share_of
+    def watched_answers(*arguments, calls=None):
+        acted.append(calls and list(calls))
+        return answers(*arguments, calls=calls)
+    def watched_share(hit):
+        counted.append(len(hit))
+        return share_of(hit)
+    monkeypatch.setattr(editing, "answers", watched_answers)
+    monkeypatch.setattr(minedit, "share_of", watched_share)
     edits = ["--edit"] if not more and arch in ("dense", "lmc") else []
-    results = run_stages(capsys, *TINY, "--arch", arch, *more, "--steps", "60", *edits, "--out", tmp_path / "x")
+    results = run_stages(capsys, *TINY, "--arch", arch, *more, "--steps", "150", *edits, "--out", tmp_path / "x")
     n_blocks, n_parts = (4 if more else 2), (4 if "--feed-forward" in more else 3)
     n_states = n_blocks * n_parts
     assert len(results["locate"]["states"]) == n_states
@@ -1000,13 +1015,21 @@ def test_locate_and_when(tmp_path, capsys, arch, more):
         assert effect["top1"][-1][-1] == 1 and all(x == 0 for row in effect["top1"] for x in row[:("h", "r1", "r2").index(effect["corrupted"])])
     site, written = results["a_priori"], results["when"]["written"]
     n_calls = 1 if arch == "dense" else n_blocks             # of the layer
-    assert [w["acts"] for w in written if w["call"] == site["call"] and w["site"] == site["site"]] == ["always"] + \
-        ([f"from call {t}" for t in range(1, n_calls)] + [f"only call {t}" for t in range(n_calls)]) * (n_calls > 1)
-    assert written[0]["site"] == site["site"] and {e["after"] for e in results["when"]["held"]} == {0, 1}
+    labels = [f"from call {t}" for t in range(1, n_calls)] + [f"only call {t}" for t in range(n_calls)]
+    calls = [list(range(t, n_calls)) for t in range(1, n_calls)] + [[t] for t in range(n_calls)]
+    first = [w for w in written if (w["site"], w["call"]) == (site["site"], site["call"])]
+    assert first == written[:len(first)] and [w["acts"] for w in first] == ["always"] + labels * (n_calls > 1)
+    assert counted[:3 * len(first)] == len(first) * counted[:3], "the rows of an edit are about the same questions"
+    right = [round(n * (share or 0)) for n, share in zip(counted, (first[0][key] for key in ("direct", "hop1", "hop2")))]
+    assert counted[3 * len(first):][:6] == [n for n in right for _ in "ab"], "held: those that the edit gets right"
+    if not edits:
+        assert acted[:3 * len(first):3] == [None] + calls * (n_calls > 1)
+    held, last = results["when"]["held"], results["locate"]["states"][-1]
+    assert [e["after"] for e in held] == [0, 1] and [held[-1][k] for k in ("module", "call")] == [last[k] for k in ("module", "call")]
+    assert held[-1]["direct"] in (0, None), "the plane of both answers is what the model reads last"
     for e in results.get("edits", []):
         if (e["method"], e["target"], e["site"], e["pass"]) == ("rome", "prototype", site["site"], site["pass"]):
             assert all(written[0][key] == e[key] for key in ("direct", "hop1", "hop2")), "it is the edit of --edit"
-    assert results["when"]["held"][-1]["direct"] in (0, None), "the plane of both answers is what the model reads last"
 
 
 def test_locate_and_when_where_there_is_nothing_to_ask(tmp_path, capsys):
