@@ -355,17 +355,29 @@ def edit(model: nn.Module, updates: dict[str, Tensor]):
 
 
 @contextmanager
-def rank_one(layer: nn.Linear, u: Tensor, r: Tensor):
-    """Every example of the batch sees its own edit, W + r_b u_b^T at every call of the layer.
+def intervene(module: nn.Module, change, calls=None):
+    """Inside, the module returns change(input, output) at the `calls` given, None: at all. They are counted from 0 at the
+    start of the `with` block, so that where calls are given each block is for one forward pass."""
+    n_calls = 0
 
-    u [batch, d_in], r [batch, d_out]; the layer's input is [batch, token, d_in]. W is untouched. As many edits as the
-    batch is long are tried out, or trained, in one forward pass."""
-    hook = layer.register_forward_hook(
-        lambda _, inputs, output: output + torch.einsum("bti,bi->bt", inputs[0], u)[..., None] * r[:, None])
+    def hook(_, inputs, output):
+        nonlocal n_calls
+        n_calls += 1
+        return change(inputs[0], output) if calls is None or n_calls - 1 in calls else output
+
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()
+
+
+def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
+    """Every example of the batch sees its own edit, W + r_b u_b^T: u [batch, d_in], r [batch, d_out]. An edit of the weights
+    acts at every call of the layer; with `calls` it acts at those alone (see `intervene`).
+
+    The layer's input is [batch, token, d_in]. W is untouched. As many edits as the batch is long are tried out, or trained, in one forward pass."""
+    return intervene(layer, lambda key, value: value + torch.einsum("bti,bi->bt", key, u)[..., None] * r[:, None], calls)
 
 
 @torch.no_grad()
@@ -659,11 +671,11 @@ def queries(paths) -> Tensor:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512) -> Tensor:
-    """The answer [m] to each probe by the model with the probe's own edit, W + r u^T."""
+def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512, calls=None) -> Tensor:
+    """The answer [m] to each probe by the model with the probe's own edit, W + r u^T (at `calls`, see `rank_one`)."""
     parts = []
     for i, tokens in zip(probes.edit.split(chunk), probes.tokens.split(chunk)):
-        with rank_one(at.layer, u[i], r[i]):
+        with rank_one(at.layer, u[i], r[i], calls):
             parts.append(model(tokens)[:, -1].argmax(-1))
     return torch.cat(parts) if parts else probes.answer
 
@@ -687,3 +699,76 @@ def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, 
         else:
             result[f"{name}_moved"] = share(~hit)
     return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locate: which state carries an answer
+# ---------------------------------------------------------------------------------------------------------------------
+# A state is what a module, by name, returns at one of its calls, at one token: an attention output, the read of a
+# store, or the whole residual stream after a block. What it carries shows when it is interchanged between two runs [2];
+# that the other run differs in one token is after Wang et al. 2024, arXiv 2405.15071.
+
+@torch.no_grad()
+def state(model: nn.Module, name: str, call: int, tokens: Tensor) -> Tensor:
+    """What the module `name` returns at its call number `call` when the model reads the tokens: [batch, token, d]."""
+    values = record(model, model.get_submodule(name), tokens)[1]
+    if not 0 <= call < len(values):
+        raise ValueError(f"{name} is called {len(values)} time(s) in a forward pass, so there is no call {call}")
+    return values[call]
+
+
+def interchange(model: nn.Module, name: str, call: int, token: int, other: Tensor, basis: Tensor | None = None):
+    """Inside, for one forward pass, the state (name, call, token) is that of another run, other [batch, d].
+
+    basis [batch, d, k], with orthonormal columns: only the component in their span is, x <- x + B B^T (x_other - x)."""
+    def change(_, x):
+        mine = x[:, token]                                                       # [batch, d]
+        new = other if basis is None else mine + (basis @ (basis.mT @ (other - mine)[..., None]))[..., 0]
+        return torch.cat([x[:, :token], new[:, None], x[:, token + 1:]], 1)
+    return intervene(model.get_submodule(name), change, calls=[call])
+
+
+@torch.no_grad()
+def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list[tuple[str, int]]) \
+        -> tuple[Tensor, Tensor]:
+    """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites` and token.
+
+    clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token. Returns the indirect effect in
+    two measures, each [site, token]: the share of the prompts that get the clean answer back, and the mean rise of its
+    probability. Raises ValueError where the prompts do not pair up or a site is not called."""
+    if clean.shape != corrupted.shape or not len(clean):
+        raise ValueError(f"clean and corrupted prompts must pair up and be at least one, got shapes {list(clean.shape)} "
+                         f"and {list(corrupted.shape)}")
+    probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None]).mean()
+    before = probability(model(corrupted)[:, -1])
+    share, rise = torch.zeros(2, len(sites), clean.shape[1], dtype=torch.float64)
+    for i, (name, call) in enumerate(sites):
+        values = state(model, name, call, clean)
+        for token in range(clean.shape[1]):
+            with interchange(model, name, call, token, values[:, token]):
+                logits = model(corrupted)[:, -1]
+            share[i, token] = (logits.argmax(-1) == answer).double().mean()
+            rise[i, token] = probability(logits) - before
+    return share, rise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When it is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+def span(*vectors: Tensor) -> Tensor:
+    """Orthonormal basis [batch, d, k] of the span of k vectors [batch, d] each."""
+    return torch.linalg.qr(torch.stack(vectors, -1)).Q
+
+
+@torch.no_grad()
+def held_answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, name: str, call: int, token: int,
+                 basis: Tensor, chunk: int = 512) -> Tensor:
+    """As `answers`, the edit acting at every call, while the state (name, call, token) keeps in the span of basis [m, d, k]
+    what it holds without the edit: our reading of the held answer subspace of [1]."""
+    parts = []
+    for i, tokens, B in zip(probes.edit.split(chunk), probes.tokens.split(chunk), basis.split(chunk)):
+        before = state(model, name, call, tokens)[:, token]
+        with rank_one(at.layer, u[i], r[i]), interchange(model, name, call, token, before, B):
+            parts.append(model(tokens)[:, -1].argmax(-1))
+    return torch.cat(parts) if parts else probes.answer

@@ -53,17 +53,17 @@ class Diverged(Exception):
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; the same for all four cells."""
-    steps: int = 2200
-    batch: int = 128                # facts per step
-    branches: int = 4               # trained continuations of each fact per step; 0: the facts alone are trained
+    steps: int = 1800
+    batch: int = 256                # facts per step
+    branches: int = 2               # trained continuations of each fact per step; 0: the facts alone are trained
     one_hop_weight: float = 2.0     # weight of the 1-hop loss; the 2-hop loss has weight 1
     lr: float = 5e-3                # AdamW, embedding
     muon_lr: float = 1e-2           # Muon, hidden matrices
-    momentum: float = 0.99          # of Muon
+    momentum: float = 0.985         # of Muon
     weight_decay: float = 1.0       # both
     label_smoothing: float = 0.2
     warmup: int = 100               # steps to the full rate, constant after it
-    ema: float = 0.995              # moving average of the weights
+    ema: float = 0.99               # moving average of the weights
     eval_every: int = 200
 
     def __post_init__(self):
@@ -201,14 +201,14 @@ class Run:
                          "recipe": asdict(self.recipe)}
         with torch.device("meta"):                           # names and shapes, no memory
             self.blank = Model(self.config)
-        self.results, self.history, self.state, self.environment = {}, [], None, None
+        self.results, self.history, self.state, self.environment, self.shared = {}, [], None, None, None
         self.check_folder()
 
     # -- the folder ---------------------------------------------------------------------------------------------------
 
     def check_folder(self):
         """Refuse, before any training, a folder that cannot be used or that holds something else; load a checkpoint."""
-        folder, retrain = self.folder, self.args.retrain
+        folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -249,6 +249,17 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.state is not None and self.state["step"] == self.recipe.steps
+
+    def known(self, model: Model) -> tuple[Tensor, ...]:
+        """The model's answers to facts and paths; the ID facts [n_facts] and the paths [n_paths] that it answers right; the ID
+        paths."""
+        paths, (one_hop, two_hop) = self.paths, predict(model, self.paths)
+        return (one_hop, two_hop, (one_hop == paths.facts[:, 2]) & ~paths.ood_fact, two_hop == paths.two_hop,
+                paths.masks["train"] | paths.masks["id"])
+
+    def stream(self) -> torch.Generator:
+        """The random numbers of the stages, the same for each of them and in all four cells; the training uses others."""
+        return torch.Generator().manual_seed(-self.seed - 1)
 
     def save_results(self):
         write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1, allow_nan=False).encode())
@@ -330,7 +341,7 @@ class Run:
         self.environment = self.environment or {
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
             "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
-        stages = {name: getattr(args, name) for name in ("compile", "edit", "n_edits", "edit_fact", "mass_edit")}
+        stages = {name: getattr(args, name) for name in ("compile", "n_edits", *STAGES)}
         write_atomically(self.folder / "config.json", json.dumps(
             self.identity | {"stages": stages, "environment": self.environment}, indent=1).encode())
 
@@ -424,16 +435,12 @@ not: of other facts, of compositions without the edited fact, of facts on the sa
 (the row where the key of a fact has its largest entry)."""
 
 
-def edit_stage(run: Run, model: Model, shared: tuple[Tensor, Tensor] | None = None):
-    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
-
-    shared: facts [n_facts] and paths [n_paths] that all cells of the command answer right. The propagation over these is
-    scored beside that over the model's own."""
-    generator = torch.Generator().manual_seed(-run.seed - 1)                     # a stream that no part of the training uses
-    paths, began = run.paths, time.perf_counter()
-    one_hop, two_hop = predict(model, paths)
-    tails, known = paths.facts[:, 2], (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
-    asked = paths.masks["train"] | paths.masks["id"]
+def edit_stage(run: Run, model: Model):
+    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets. What
+    all four cells answer right (`run.shared`) is scored beside what the model itself does."""
+    generator, paths, began = run.stream(), run.paths, time.perf_counter()
+    one_hop, two_hop, known, right, asked = run.known(model)
+    tails = paths.facts[:, 2]
     requests, fixed = draw_requests(run, run.args.n_edits, generator)
     n, n_known = len(requests.fact), int(known[requests.fact].sum())
     print(f"\nedits of {n} ID facts, one at a time; {n_known} of them known before"
@@ -441,15 +448,15 @@ def edit_stage(run: Run, model: Model, shared: tuple[Tensor, Tensor] | None = No
     run.results["edits"] = []
     if not n:
         return run.save_results()
-    probes, left_out = editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, asked)
+    probes, left_out = editing.propagation_probes(requests, paths, known, right, asked)
     probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
-    if shared:
-        common, _ = editing.propagation_probes(requests, paths, known & shared[0], shared[1], asked)
+    if run.shared:
+        common, _ = editing.propagation_probes(requests, paths, *run.shared, asked)
         probes |= {f"{name}_shared": probe for name, probe in common.items()}
     print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, {len(probes['hop2'].edit)} with it "
           f"second; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
-    chosen = edit_sites(run.config)[0]
+    chosen = a_priori_site(run, model, requests, known)
     for name, call, at_pass in edit_sites(run.config):
         at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
         near = editing.neighbour_probes(requests, at, paths, one_hop)
@@ -480,14 +487,13 @@ def edit_stage(run: Run, model: Model, shared: tuple[Tensor, Tensor] | None = No
     print(f"{run.results['edit_seconds']:.0f} s for all edits")
 
 
-def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
-    """Edit facts given by name, one at a time (ROME, first store, prototype), and show what the model answers then."""
-    paths = run.paths
-    requests = named_requests(run, wanted)
-    one_hop, two_hop = predict(model, paths)
-    known = one_hop == paths.facts[:, 2]
-    probes, left_out = editing.propagation_probes(requests, paths, known, two_hop == paths.two_hop, paths.second >= 0)
-    name, call, at_pass = edit_sites(run.config)[0]
+def edit_fact_stage(run: Run, model: Model):
+    """Edit facts given by name, one at a time (ROME, a-priori site, prototype), and show what the model answers then."""
+    paths, requests = run.paths, named_requests(run, run.args.edit_fact)
+    one_hop, two_hop, _, right, _ = run.known(model)
+    known = one_hop == paths.facts[:, 2]                     # here OOD facts count too, and every path is asked
+    probes, left_out = editing.propagation_probes(requests, paths, known, right, paths.second >= 0)
+    name, call, at_pass = a_priori_site(run, model, requests, known & ~paths.ood_fact)
     at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
     u = editing.direction("rome", at, requests)
     r, fallbacks = residual(model, at, requests, "prototype", paths.facts[:, 2], known, u)
@@ -510,6 +516,175 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stages: where a fact is, and when it is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
+    """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order."""
+    found = []
+    for i in range(config.depth * config.blocks):
+        at_pass = i // config.blocks
+        block, call = (i % config.blocks, at_pass) if config.loop else (i, 0)
+        found.append((at_pass, "attention", f"blocks.{block}.attention", call))
+        if config.memory:
+            found.append((at_pass, "memory", "memory", i))
+        if config.feed_forward or not config.memory:
+            found.append((at_pass, "feed-forward", f"blocks.{block}.feed_forward", call))
+        found.append((at_pass, "stream", f"blocks.{block}", call))
+    return found
+
+
+def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most n random pairs of rows of tokens [m, token] that differ at `place` alone and in their answers [m]."""
+    rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
+    order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
+    order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
+    clean, other = order[:-1], order[1:]
+    pairs = ((rest[clean] == rest[other]) & (answers[clean] != answers[other])).nonzero().flatten()
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)[:n].to(pairs.device)]
+    return clean[pairs], other[pairs]
+
+
+def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
+    """(layer, call, pass) to edit, fixed before any edit is scored; recorded as results["a_priori"].
+
+    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block: there
+    the one whose output at the last token, restored after the head of a known fact was corrupted, raises the probability
+    of the answer most; over the `known` facts [n_facts] that are not requested, and the first one where there are none."""
+    sites, paths, chosen, effects, clean = edit_sites(run.config), run.paths, 0, None, []
+    if not run.config.loop and not run.config.memory:
+        apart = known.clone()
+        apart[requests.fact] = False
+        tokens, tails = editing.queries(paths)[apart], paths.facts[apart, 2]
+        clean, other = corruptions(tokens, tails, 0, 200, run.stream())
+        if len(clean):
+            stores = [(name.removesuffix(".down"), call) for name, call, _ in sites]
+            effects = editing.trace(model, tokens[clean], tokens[other], tails[clean], stores)[1][:, -1].tolist()
+            chosen = effects.index(max(effects))
+    run.results["a_priori"] = dict(zip(("site", "call", "pass"), sites[chosen])) | {"effects": effects, "n": len(clean)}
+    return sites[chosen]
+
+
+TRACED = """percent of the prompts that get their answer back (dot: none). One token of the question is replaced
+by another of its kind that changes the answer (corrupted); then one state, at the token of the
+column, is what it was (restored): the output of attention or of a store in that pass, or the whole
+residual stream after the block."""
+
+
+def locate_stage(run: Run, model: Model):
+    """Causal tracing of known ID facts and of known compositions of them: which state carries the answer."""
+    generator, paths, began = run.stream(), run.paths, time.perf_counter()
+    _, _, known, right, asked = run.known(model)
+    right = right & asked
+    name, call, at_pass = a_priori_site(run, model, draw_requests(run, run.args.n_edits, generator)[0], known)
+    states, words, effects = traced_states(run.config), ("h", "r1", "r2"), []
+    columns = [["pass", ""] + [state[0] for state in states] + [""],
+               ["corrupted", "restored"] + [state[1] for state in states] + ["prompts"]]
+    for query, tokens, answers in ("fact", editing.queries(paths)[known], paths.facts[known, 2]), \
+                                  ("composition", paths.tokens[right], paths.two_hop[right]):
+        for place in range(tokens.shape[1]):
+            clean, other = corruptions(tokens, answers, place, 200, generator)
+            effect, cells = {"top1": None, "rise": None}, ["-"] * len(states)
+            if len(clean):
+                sites = [state[2:] for state in states]
+                top1, rise = editing.trace(model, tokens[clean], tokens[other], answers[clean], sites)
+                effect = {"top1": top1.tolist(), "rise": rise.tolist()}
+                cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in effect["top1"]]
+            effects.append({"query": query, "corrupted": words[place], "n": len(clean)} | effect)
+            columns.append([f"{query}: {words[place]}" if place == 0 else words[place],
+                            "".join(f"{word:>4}" for word in words[:tokens.shape[1]])] + cells + [f"{len(clean):4}"])
+    states = [dict(zip(("pass", "part", "module", "call"), state)) for state in states]
+    run.results["locate"] = {"states": states, "effects": effects}
+    run.save_results()
+    print(f"\ncausal tracing\n{table(list(zip(*columns)))}\n{TRACED}")
+    print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
+    if rise := run.results["a_priori"]["effects"]:
+        print("the head corrupted and the feed-forward of one block restored at the last token, the probability of\n"
+              "the answer rises by, block by block: " + ", ".join(f"{x:.3f}" for x in rise))
+    print(f"{time.perf_counter() - began:.0f} s for tracing")
+
+
+WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME); first the site that --locate
+names. acts: always, as an edit of the weights does, or at some calls of the layer alone (with one
+block per pass, call t is in pass t). direct: share of the edits whose own question has the new
+answer. hop 1, hop 2: share of the compositions with the edited fact first, second, whose answer is
+what now follows, among edits that have direct success when they always act, whatever the row."""
+HELD = """share of the answers right in the first row above that stay right when one state keeps a part of the
+value it has without the edit: the residual stream after the pass, in the plane of the embeddings of
+the old and the new answer, or (random) in a random plane. It is the state that answers the edited
+fact: at r1 for the fact itself and for hop 1, at the last token for hop 2."""
+
+
+def share_of(hit: Tensor) -> float | None:
+    return int(hit.sum()) / len(hit) if len(hit) else None
+
+
+def bar(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} {'#' * round(10 * value):.<10}"
+
+
+def when_stage(run: Run, model: Model):
+    """Edits that act at some calls of their layer alone; then the first of them with its answer held at the old value."""
+    generator, paths, config, began = run.stream(), run.paths, run.config, time.perf_counter()
+    _, _, known, right, asked = run.known(model)
+    requests, _ = draw_requests(run, run.args.n_edits, generator)
+    probes = {"direct": editing.Probes(torch.arange(len(requests.fact), device=run.device), requests.tokens, requests.new)}
+    probes |= editing.propagation_probes(requests, paths, known, right, asked)[0]
+    chosen = a_priori_site(run, model, requests, known)
+    counts = {key: len(probe.edit) for key, probe in probes.items()}
+    when = run.results["when"] = {"probes": counts, "written": []}
+    written = [("edit for", "pass", "acts", "direct", "hop 1", "hop 2")]
+    shared = config.loop or config.memory                    # one layer, called in every pass; else one in every block
+    for site in sorted((s for s in edit_sites(config) if s[0] == chosen[0] or not shared), key=lambda s: s != chosen):
+        name, call, at_pass = site
+        at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
+        u = editing.direction("rome", at, requests)
+        r, _ = residual(model, at, requests, "prototype", paths.facts[:, 2], known, u)
+        acts = {"always": None}
+        if site == chosen and shared:
+            calls = range(sum(s[0] == name for s in edit_sites(config)))
+            acts |= {f"from call {t}": calls[t:] for t in calls[1:]} | {f"only call {t}": [t] for t in calls}
+        for label, acting in acts.items():
+            hits = {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer
+                    for key, probe in probes.items()}
+            if acting is None:
+                whole = hits
+            entry = {key: share_of(hit if key == "direct" else hit[whole["direct"][probes[key].edit]])
+                     for key, hit in hits.items()}
+            when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | entry)
+            written.append((name.replace("feed_forward", "ff"), at_pass, label, *map(bar, entry.values())))
+        if site == chosen:
+            when["held"] = hold(run, model, at, u, r, requests, probes, whole, generator)
+    run.save_results()
+    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} with\n"
+          f"the edited fact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
+    if not shared:
+        print("In Dense each block owns its layer, which is called once: to act later is to write in another block.")
+    held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")]
+    held += [(after, bar(d), mean([d0]), bar(h1), mean([h10]), bar(h2), mean([h20]))
+             for after, _, _, d, d0, h1, h10, h2, h20 in (entry.values() for entry in when["held"])]
+    print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
+         probes: dict[str, editing.Probes], right: dict[str, Tensor], generator: torch.Generator) -> list[dict]:
+    """For the stream after each pass: the share of the probes `right` under the edit that stay so when it is held."""
+    E, blocks = model.embedding.weight, run.config.blocks
+    entries = []
+    for at_pass, _, module, call in [s for s in traced_states(run.config) if s[1] == "stream"][blocks - 1::blocks]:
+        entries.append({"after": at_pass, "module": module, "call": call})
+        for key, probe in probes.items():
+            random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
+            planes = {key: editing.span(E[requests.old[probe.edit]], E[requests.new[probe.edit]]),
+                      f"{key}_random": editing.span(*random)}
+            for name, plane in planes.items():
+                now = editing.held_answers(model, at, u, r, probe, module, call, 2 if key == "hop2" else 1, plane)
+                entries[-1][name] = share_of((now == probe.answer)[right[key] & right["direct"][probe.edit]])
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Stage: many edits at once
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -529,7 +704,7 @@ def mass_edit_stage(run: Run, model: Model):
     ask = torch.no_grad()(lambda tokens: torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(4096)]))
     before = ask(tokens)
     known = before == paths.facts[:, 2]
-    wanted, _ = draw_requests(run, len(tokens), torch.Generator().manual_seed(-run.seed - 1))
+    wanted, _ = draw_requests(run, len(tokens), run.stream())
     some = lambda rows: editing.Requests(*(getattr(wanted, f.name)[rows] for f in fields(wanted)))
     n_tuning, largest = min(1000, len(wanted.fact) // 5), min(10_000, len(wanted.fact) // 2)
     tuning, spared = some(slice(-n_tuning, None)), wanted.fact[largest:-n_tuning][:2000]
@@ -595,6 +770,7 @@ def mass_table(entries: list[dict], varied: str) -> str:
                      *(cell(key, ".3f") for key in ("residual_left", "residual_predicted", "largest_cosine", "relative_norm")),
                      cell("seconds", ".2f")))
     return table(rows)
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -786,6 +962,10 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
+          "mass_edit": mass_edit_stage}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"minedit: {message}; see --help\n")
@@ -801,9 +981,8 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "weight_decay": "of both optimizers", "label_smoothing": "of both losses", "warmup": "steps to the full rate",
         "ema": "moving average of the weights", "eval_every": "steps between evaluations"}
 QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8, "depth": 2,
-         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True, "mass_edit": True}
-
-
+         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True, "locate": True, "when": True,
+         "mass_edit": True}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128, "slots": 2048,
         "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50, "momentum": 0.95,
         "label_smoothing": 0.1, "weight_decay": 0.3}
@@ -824,6 +1003,8 @@ def build_parser() -> Parser:
     add("--edit", action="store_true", help="stage: edit random facts, one at a time")
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
+    add("--locate", action="store_true", help="stage: causal tracing: which state carries an answer")
+    add("--when", action="store_true", help="stage: edits that act in some passes only")
     add("--mass-edit", action="store_true", help="stage: edit 1 to 10 000 facts at once, in a model of 20 000 facts under two names each")
     add("--edit-batch", type=int, default=1024, help="requests whose target values are sought at a time")
     add("--quick", action="store_true", help="all four cells, trained and edited at toy size; without --out in runs/quick, anew")
@@ -902,7 +1083,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         runs = prepare(args)
         for seed in dict.fromkeys(run.seed for run in runs):
-            models, shared = {}, None
+            models, shared, asked = {}, None, [name for name in STAGES if getattr(args, name)]
             for run in (run for run in runs if run.seed == seed):
                 print(f"\n{run.arch}, seed {run.seed}, on {device_name(run.device)}, in {run.folder}: "
                       f"{count_parameters(run.blank):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
@@ -912,17 +1093,14 @@ def main(argv: list[str] | None = None) -> int:
                 models[run] = run.train()
                 run.summarize()
                 if args.edit and args.arch == "all":
-                    right = [got == want for got, want in zip(predict(models[run], run.paths), (run.paths.facts[:, 2], run.paths.two_hop))]
+                    right = run.known(models[run])[2:4]
                     shared = [mine & others for mine, others in zip(right, shared or right)]
             for run, model in models.items():
-                if len(models) > 1 and (args.edit or args.edit_fact or args.mass_edit):
-                    print(f"\n{run.arch}, seed {run.seed}:")
-                if args.edit:
-                    edit_stage(run, model, shared)
-                if args.edit_fact:
-                    edit_fact_stage(run, model, args.edit_fact)
-                if args.mass_edit:
-                    mass_edit_stage(run, model)
+                run.shared = shared
+                for name in asked:
+                    if len(models) > 1:
+                        print(f"\n{run.arch}, seed {run.seed}:", end="")
+                    STAGES[name](run, model)
         if len(runs) > 1:
             print()
             report([run.folder for run in runs])

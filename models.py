@@ -58,7 +58,7 @@ class Config:
     d_ff: int = 1024                # width of a private feed-forward
     ff_top_k: int = 64              # units of it that one token may use, 0: all
     slots: int = 1024               # rows of the shared memory
-    top_k: int = 128                # slots that one read may use
+    top_k: int = 64                 # slots that one read may use
     addressing: str = "groups"      # "groups": the winner of each of top_k equal groups; "topk": the top_k largest
 
     def __post_init__(self):

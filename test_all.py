@@ -1,5 +1,6 @@
 """The identities and the promises. `pytest -q`; every training here is of toy size."""
 
+import contextlib
 import copy
 import doctest
 import json
@@ -238,7 +239,7 @@ def test_flops_are_those_that_torch_counts(arch, more):
 
 
 def test_weights_come_from_the_generator_alone():
-    state = torch.get_rng_state()
+    torch.rand(1)                                            # the global stream has moved on, whatever ran before
     one, same, other = (Model(Config(), generator(seed)).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
 
@@ -1267,3 +1268,222 @@ def test_a_sparse_graph_of_triples_runs_to_a_report(tmp_path, capsys):
     assert results["n_paths"]["ood"] == 0 and results["accuracy"]["ood"] is None and results["grokked_at"] is None
     assert "cannot be edited" in out and "no other known fact" in out
     assert all(e["gradient_for_want_of_a_prototype"] == 4 for e in results["edits"] if e["target"] == "prototype")
+
+
+# --- edit.py: locate, and when it is written --------------------------------------------------------------------------
+
+@pytest.fixture(params=[(arch, {}) for arch in ARCHS] + [("lmc", {"blocks": 2, "feed_forward": True})], ids=lambda p: p[0] + "+" * len(p[1]))
+def two_runs(request):
+    """A model, (part, module, call) of its states, and two batches of prompts that differ in the last token alone."""
+    model = tiny_model(request.param[0], **request.param[1])
+    clean = torch.randint(10, (6, 3), generator=generator())
+    return model, [state[1:] for state in minedit.traced_states(model.config)], clean, (clean + torch.tensor([0, 0, 3])) % 10
+
+
+def exchanged(model, tokens, other, states):
+    """Logits of a run in which each (name, call, token) of `states` is that of the run on the tokens `other`."""
+    values = [editing.state(model, name, call, other)[:, t] for name, call, t in states]
+    with contextlib.ExitStack() as stack:
+        for state, value in zip(states, values):
+            stack.enter_context(editing.interchange(model, *state, value))
+        return model(tokens)
+
+
+def hooked(model, module, tokens, call, change):
+    """The slow reference: logits of a run in which the call of a module returns change(input, output)."""
+    outputs = []
+    def hook(_, inputs, output):
+        outputs.append(change(inputs[0], output) if len(outputs) == call else output)
+        return outputs[-1]
+    handle = module.register_forward_hook(hook)
+    logits = model(tokens)
+    handle.remove()
+    return logits
+
+
+def test_interchange_with_itself_and_of_everything(two_runs):
+    model, states, one, _ = two_runs
+    other = (one + torch.tensor([3, 1, 5])) % 10
+    mine, theirs = model(one), model(other)
+    for name in {name for _, name, _ in states}:             # every call of every module, once
+        calls = len(record(model, model.get_submodule(name), one)[0])
+        assert sorted(call for _, module, call in states if module == name) == list(range(calls))
+    for part, name, call in states:
+        tokens = [(name, call, t) for t in range(3)]
+        close(exchanged(model, one, one, tokens), mine, 1e-13)
+        swapped = exchanged(model, one, other, tokens)
+        if part == "stream":                                 # it determines all that follows
+            close(swapped, theirs, 1e-13)
+        else:
+            assert (swapped - mine).abs().max() > 1e-6 and (swapped - theirs).abs().max() > 1e-6
+    close(exchanged(model, one, other, [(name, call, t) for _, name, call in states for t in range(3)]), theirs, 1e-13)
+    assert torch.equal(model(one), mine), "a hook was left behind"
+
+
+def test_tracing_finds_the_state_that_carries_the_answer(two_runs):
+    """The two runs differ at the last token alone, so that the stream there carries the answer and no earlier state does."""
+    model, states, clean, corrupted = two_runs
+    answer = model(clean)[:, -1].argmax(-1)
+    measures = lambda logits: ((logits[:, -1].argmax(-1) == answer).double().mean(),
+                               logits[:, -1].softmax(-1)[torch.arange(6), answer].mean())
+    top1, rise = editing.trace(model, clean, corrupted, answer, [state[1:] for state in states])
+    before = measures(model(corrupted))
+    assert before[0] < 1 and rise[:, :2].abs().max() < 1e-15 and (top1[:, :2] == before[0]).all()
+    for i, (part, name, call) in enumerate(states):
+        value = editing.state(model, name, call, clean)
+        put = lambda _, output: torch.stack([output[:, 0], output[:, 1], value[:, 2]], 1)
+        by_hand = measures(hooked(model, model.get_submodule(name), corrupted, call, put))
+        for expected in [by_hand] + [measures(model(clean))] * (part == "stream"):
+            assert top1[i, 2] == expected[0] and abs(rise[i, 2] - (expected[1] - before[1])) < 1e-14
+        assert rise[i, 2] != 0
+    with pytest.raises(ValueError, match="no call 9"):
+        editing.trace(model, clean, corrupted, answer, [("blocks.0", 9)])
+    with pytest.raises(ValueError, match=r"\[5, 3\]"):
+        editing.trace(model, clean, corrupted[:5], answer, [("blocks.0", 0)])
+
+
+@pytest.mark.parametrize("arch, name", [("lmc", "memory.values"), ("dense+mem", "memory.values"), ("loop", "blocks.0.feed_forward.down")])
+def test_an_edit_can_act_at_some_calls(arch, name):
+    model, tokens = tiny_model(arch), torch.randint(10, (6, 3), generator=generator())
+    layer = model.get_submodule(name)
+    u, r = normal(6, layer.in_features), normal(6, layer.out_features, seed=1)
+    edited = layer.weight + r[:, :, None] * u[:, None]                           # [batch, d_out, d_in]
+    def acting(*several):
+        with contextlib.ExitStack() as stack:
+            for calls in several:
+                stack.enter_context(editing.rank_one(layer, u, r, calls))
+            return model(tokens)
+    whole = acting(None)
+    assert torch.equal(acting(range(3)), whole) and torch.equal(acting([]), model(tokens))
+    everyone = torch.arange(6)
+    at, probes = editing.Site(name, 0, layer, *3 * [u]), editing.Probes(everyone, tokens, everyone)
+    assert torch.equal(editing.answers(model, at, u, r, probes, 4, [1]), acting([1])[:, -1].argmax(-1))
+    close(acting([0], [1], [2]), whole)                      # one by one, and as a change of the weights
+    for i in range(6):
+        with edit(model, {name: torch.outer(r[i], u[i])}):
+            close(acting([], [])[i], whole[i])
+    for t in range(3):
+        only = hooked(model, layer, tokens, t, lambda key, _: key @ edited.mT)
+        close(acting([t]), only)
+        close(acting(range(t, 3)), acting(*([s] for s in range(t, 3))))
+        assert (only - whole).abs().max() > 1e-6, "the other calls matter"
+
+
+def test_holding_a_subspace_at_its_old_value(world):
+    model, paths, requests, at = world
+    u, r, tokens = editing.direction("rome", at, requests), 9 * normal(4, 16, seed=3), paths.tokens[[3, 9, 20, 40]]
+    probes = editing.Probes(torch.tensor([0, 1, 2, 3]), tokens, model(tokens)[:, -1].argmax(-1))
+    edited = editing.answers(model, at, u, r, probes)
+    assert (edited != probes.answer).sum() >= 3, "the edit changes answers"
+    hold = lambda call, token, basis: editing.held_answers(model, at, u, r, probes, "blocks.0", call, token, basis, chunk=3)
+    nothing, everything = torch.zeros(4, 16, 0).double(), torch.eye(16).double().expand(4, 16, 16)
+    for call in range(3):
+        assert torch.equal(hold(call, 2, nothing), edited) and torch.equal(hold(call, 2, 0 * everything), edited)
+    assert torch.equal(hold(2, 2, everything), probes.answer), "the last state of the run without the edit"
+    assert torch.equal(hold(2, 1, everything), edited), "a state that nothing reads"
+    E = model.embedding.weight
+    a, b = E[requests.old], E[requests.new]
+    B, other = editing.span(a, b), normal(4, 16, seed=4)
+    close(B.mT @ B, torch.eye(2).double().expand(4, 2, 2), 1e-12)
+    old = editing.state(model, "blocks.0", 1, tokens)
+    with editing.interchange(model, "blocks.0", 1, 1, other, B):
+        new = editing.state(model, "blocks.0", 1, tokens)
+    for vector in a, b:                                      # as in the other run in the plane, as before across it
+        close((new[:, 1] * vector).sum(-1), (other * vector).sum(-1), 1e-10)
+    assert ((new - old)[0, 1] @ torch.linalg.svd(B[0].mT).Vh[2:].T).abs().max() < 1e-12 and (new == old)[:, [0, 2]].all()
+
+
+# --- minedit.py: the stages of these -----------------------------------------------------------------------------------
+
+def test_corruptions_change_one_token_and_the_answer():
+    paths = kg.split(kg.synthetic(10, 4, seed=5, out_degree=3), 0.1, 0.8, seed=5)
+    tokens, answers = paths.tokens, paths.two_hop
+    for place in range(3):
+        clean, other = minedit.corruptions(tokens, answers, place, 30, generator())
+        assert len(clean) == 30 == len(clean.unique())
+        assert ((tokens[clean] != tokens[other]) == (torch.arange(3) == place)).all()
+        assert (answers[clean] != answers[other]).all()
+    assert len(minedit.corruptions(tokens[:1], answers[:1], 0, 30, generator())[0]) == 0
+    assert len(minedit.corruptions(tokens, 0 * answers, 0, 30, generator())[0]) == 0
+
+
+def test_the_a_priori_site_is_fixed_without_the_facts_that_are_edited(world, monkeypatch):
+    model, paths, requests, _ = world
+    known, trace = torch.ones(len(paths.facts), dtype=torch.bool), editing.trace
+    def run(**sizes):
+        return type("Run", (), {"config": Config(10, 4, depth=3, **sizes), "paths": paths, "results": {}, "stream": generator})
+    def watched(model, clean, corrupted, answer, sites):
+        for query in requests.tokens:
+            assert not (clean == query).all(1).any() and not (corrupted == query).all(1).any(), "an edited fact was used"
+        top1, rise = trace(model, clean, corrupted, answer, sites)
+        rise[1, 0], rise[:, 1] = 9, torch.tensor([0.1, 0.3, 0.2])                # the last token counts
+        return top1, rise
+    assert minedit.a_priori_site(run(feed_forward=True), None, requests, known) == ("memory.values", 0, 0)
+    assert minedit.a_priori_site(run(memory=False), None, requests, known) == ("blocks.0.feed_forward.down", 0, 0)
+    monkeypatch.setattr(editing, "trace", watched)
+    dense = run(memory=False, loop=False)
+    assert minedit.a_priori_site(dense, tiny_model("dense"), requests, known) == ("blocks.1.feed_forward.down", 0, 1)
+    assert dense.results["a_priori"]["effects"] == pytest.approx([0.1, 0.3, 0.2]) and dense.results["a_priori"]["n"] > 10
+    known[:] = False
+    assert minedit.a_priori_site(dense, tiny_model("dense"), requests, known) == ("blocks.0.feed_forward.down", 0, 0)
+    assert dense.results["a_priori"]["effects"] is None
+
+
+def run_stages(capsys, *arguments):
+    """results.json of a run with --locate and --when; no NaN in it, no line printed over 100 columns."""
+    folder = arguments[-1]
+    assert run_main(*arguments, "--locate", "--when") == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in out[out.index("causal tracing"):].splitlines())
+    return json.loads((folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("arch, more", [(arch, []) for arch in ARCHS] + [("dense", ["--blocks", "2"]), ("lmc", ["--blocks", "2", "--feed-forward"])])
+def test_locate_and_when(tmp_path, capsys, monkeypatch, arch, more):
+    acted, counted, answers, share_of = [], [], editing.answers, minedit.share_of
+    def watched_answers(*arguments, calls=None):
+        acted.append(calls and list(calls))
+        return answers(*arguments, calls=calls)
+    def watched_share(hit):
+        counted.append(len(hit))
+        return share_of(hit)
+    monkeypatch.setattr(editing, "answers", watched_answers)
+    monkeypatch.setattr(minedit, "share_of", watched_share)
+    edits = ["--edit"] if not more and arch in ("dense", "lmc") else []
+    results = run_stages(capsys, *TINY, "--arch", arch, *more, "--steps", "150", *edits, "--out", tmp_path / "x")
+    n_blocks, n_parts = (4 if more else 2), (4 if "--feed-forward" in more else 3)
+    n_states = n_blocks * n_parts
+    assert len(results["locate"]["states"]) == n_states
+    assert [(e["query"], e["corrupted"]) for e in results["locate"]["effects"]] == \
+        [("fact", "h"), ("fact", "r1"), ("composition", "h"), ("composition", "r1"), ("composition", "r2")]
+    for effect in results["locate"]["effects"]:
+        assert effect["n"] > 0 and len(effect["top1"]) == len(effect["rise"]) == n_states
+        assert effect["top1"][-1][-1] == 1 and all(x == 0 for row in effect["top1"] for x in row[:("h", "r1", "r2").index(effect["corrupted"])])
+    site, written = results["a_priori"], results["when"]["written"]
+    n_calls = 1 if arch == "dense" else n_blocks             # of the layer
+    labels = [f"from call {t}" for t in range(1, n_calls)] + [f"only call {t}" for t in range(n_calls)]
+    calls = [list(range(t, n_calls)) for t in range(1, n_calls)] + [[t] for t in range(n_calls)]
+    first = [w for w in written if (w["site"], w["call"]) == (site["site"], site["call"])]
+    assert first == written[:len(first)] and [w["acts"] for w in first] == ["always"] + labels * (n_calls > 1)
+    assert counted[:3 * len(first)] == len(first) * counted[:3], "the rows of an edit are about the same questions"
+    right = [round(n * (share or 0)) for n, share in zip(counted, (first[0][key] for key in ("direct", "hop1", "hop2")))]
+    assert counted[3 * len(first):][:6] == [n for n in right for _ in "ab"], "held: those that the edit gets right"
+    if not edits:
+        assert acted[:3 * len(first):3] == [None] + calls * (n_calls > 1)
+    held, last = results["when"]["held"], results["locate"]["states"][-1]
+    assert [e["after"] for e in held] == [0, 1] and [held[-1][k] for k in ("module", "call")] == [last[k] for k in ("module", "call")]
+    assert held[-1]["direct"] in (0, None), "the plane of both answers is what the model reads last"
+    for e in results.get("edits", []):
+        if (e["method"], e["target"], e["site"], e["pass"]) == ("rome", "prototype", site["site"], site["pass"]):
+            assert all(written[0][key] == e[key] for key in ("direct", "hop1", "hop2")), "it is the edit of --edit"
+
+
+def test_locate_and_when_where_there_is_nothing_to_ask(tmp_path, capsys):
+    file = tmp_path / "cities.tsv"
+    file.write_text("".join(f"city{i}\tcapital of\tland{i}\nland{i}\tin\tEurope\n" for i in range(12)))
+    results = run_stages(capsys, *TINY[4:], "--triples", file, "--out", tmp_path / "x")
+    assert results["when"]["written"][0]["hop1"] is None and results["when"]["held"][0]["hop2_random"] is None
+    assert results["locate"]["effects"][2] == {"query": "composition", "corrupted": "h", "n": 0, "top1": None, "rise": None}
+    file.write_text("a\tr\tb\nb\ts\tc\n")                    # no fact can be edited: no other tail
+    results = run_stages(capsys, *TINY[4:], "--triples", file, "--ood-fraction", "0", "--train-fraction", "1", "--out", tmp_path / "y")
+    assert results["when"]["probes"]["direct"] == 0 and results["when"]["written"][0]["direct"] is None
