@@ -433,6 +433,8 @@ compositions with the edited fact first, second, whose answer is what now follow
 direct success (number of probes). facts, comps., row: share of answers that moved though they should
 not: of other facts, of compositions without the edited fact, of facts on the same row of the store
 (the row where the key of a fact has its largest entry)."""
+FAR = """far: distance of the value written from the nearest that the store holds for a known fact, in units of
+their mean length; near: the gradient's target, pulled towards these."""
 
 
 def edit_stage(run: Run, model: Model):
@@ -455,32 +457,39 @@ def edit_stage(run: Run, model: Model):
         probes |= {f"{name}_shared": probe for name, probe in common.items()}
     print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, {len(probes['hop2'].edit)} with it "
           f"second; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row")]
+    rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row", "far")]
     chosen = a_priori_site(run, model, requests, known)
     for name, call, at_pass in edit_sites(run.config):
         at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
         near = editing.neighbour_probes(requests, at, paths, one_hop)
         store = {"facts_per_row": 1 + len(near["same_row"].edit) / n,
                  "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])}
+        own = lambda r: editing.distance_to_values(at.values[known], at.values[requests.fact] + r) / at.values.norm(dim=-1).mean()
         for method in ("rome", "memit", "row"):
             diagnostics = {}
             u = editing.direction(method, at, requests, diagnostics)
-            for target in ("prototype", "gradient")[:1 + (method != "memit")]:     # MEMIT differs little from ROME here
-                r, fallbacks = residual(model, at, requests, target, tails, known, u)
-                entry = {"method": method, "target": target, "site": name, "pass": at_pass,
-                         "a_priori": (name, call, at_pass) == chosen}
+            targets = ["prototype", "gradient", "near"] if method == "rome" and (name, call, at_pass) == chosen else \
+                ["prototype"] if method == "memit" else ["prototype", "gradient"]          # one MEMIT edit is nearly ROME's
+            for target in targets:
+                if target == "near":
+                    r, fallbacks = editing.gradient_residual(model, at, requests, u, near=at.values[known]), 0
+                else:
+                    r, fallbacks = residual(model, at, requests, target, tails, known, u)
+                entry = {"method": method, "target": target.replace("near", "gradient"), "near": target == "near", "site": name,
+                         "pass": at_pass, "a_priori": (name, call, at_pass) == chosen}
                 entry |= editing.score(model, at, requests, u, r, probes | near)
-                entry |= {"gradient_for_want_of_a_prototype": fallbacks} | diagnostics | store
+                entry |= {"gradient_for_want_of_a_prototype": fallbacks, "distance": float(own(r).mean())} | diagnostics | store
                 run.results["edits"].append(entry)
                 share = lambda key: "-" if entry[key] is None else f"{entry[key]:.3f}"
                 rows.append((name.replace("feed_forward", "ff"), at_pass, method, target + "*" * (fallbacks > 0), share("direct"),
                              f"{share('hop1')} ({entry['probes_hop1']})", f"{share('hop2')} ({entry['probes_hop2']})",
-                             share("unrelated_one_hop_moved"), share("unrelated_two_hop_moved"), share("same_row_moved")))
+                             share("unrelated_one_hop_moved"), share("unrelated_two_hop_moved"), share("same_row_moved"),
+                             f"{entry['distance']:.2f}"))
     run.results["edit_seconds"] = round(time.perf_counter() - began, 2)
     run.results["edit_left_out"] = left_out
     run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
     run.save_results()
-    print(table(rows) + "\n" + COLUMNS)
+    print(table(rows) + "\n" + COLUMNS + "\n" + FAR)
     starred = max((entry["gradient_for_want_of_a_prototype"] for entry in run.results["edits"]), default=0)
     if starred:
         print(f"* {starred} of the {n} wanted tails belong to no other known fact: there the gradient was used.")
@@ -736,13 +745,26 @@ def mass_edit_stage(run: Run, model: Model):
             update(notes)
             size = r.double().norm(dim=-1).clamp(min=1e-12)
             notes |= {key: float((notes[key] / size).mean()) for key in notes if key.startswith("residual")}
-        with editing.edit(model, {name: dW}):
-            hits = [(ask(requests.tokens) == requests.new), ask(tokens[spared]) == before[spared]]
+        return entry | notes | outcome(requests, {name: dW})
+
+    def outcome(requests: editing.Requests, updates: dict[str, Tensor]) -> dict:
+        with editing.edit(model, updates):
+            hits = {"efficacy": ask(requests.tokens) == requests.new, "specificity": ask(tokens[spared]) == before[spared]}
             if alias:
-                hits.append(ask(requests.tokens + torch.tensor([0, alias], device=run.device)) == requests.new)
-        shares = [float(hit.double().mean()) for hit in hits]
-        return entry | dict(zip(("efficacy", "specificity", "paraphrase"), shares)) | notes | {
-            "score": 100 * len(shares) / sum(1 / max(hit, 1e-9) for hit in shares)}
+                hits["paraphrase"] = ask(requests.tokens + torch.tensor([0, alias], device=run.device)) == requests.new
+        shares = {key: float(hit.double().mean()) for key, hit in hits.items()}
+        return shares | {"score": 100 * len(shares) / sum(1 / max(share, 1e-9) for share in shares.values())}
+
+    def over_layers(first: int, last: int) -> dict:
+        """MEMIT over the blocks first..last of Dense, the residual asked of the stream after them."""
+        requests, began = some(slice(min(1000, largest))), time.perf_counter()
+        stream = (f"blocks.{last + 1}.attention", 0) if last + 1 < len(model.blocks) else ("norm", 0)
+        after = editing.Site("stream", 0, None, None, None, editing.last_token(model, *stream, tokens)[0])
+        r, _ = editing.prototype_residual(after, requests, paths.facts[:, 2], known.index_fill(0, requests.fact, False))
+        sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
+        updates = editing.memit_layers(model, sites, requests, r, best["memit"], tokens, stream)
+        return {"method": "memit", "target": "prototype", "blocks": f"{first}-{last}", "n": len(requests.fact),
+                "strength": best["memit"], "seconds": round(time.perf_counter() - began, 3)} | outcome(requests, updates)
 
     print(f"\nediting up to {largest} of {len(tokens)} facts at once, {int(known.sum())} of them known, at {name}, pass {at_pass}; "
           f"lam and bounds chosen on {n_tuning} other facts")
@@ -756,16 +778,18 @@ def mass_edit_stage(run: Run, model: Model):
     edits = [measure(method, target, some(slice(n)), best[method]) for method, target in
              (("memit", "prototype"), ("memit", "gradient"), ("emmet", "prototype"), ("rome", "prototype"),
               ("alphaedit", "prototype"), ("finetune", "gradient")) for n in sizes]
-    run.results["mass"] = {"facts": len(tokens), "sweep": sweep, "edits": edits}
+    dense = not run.config.loop and not run.config.memory
+    layers = [over_layers(i, j) for j in range(len(model.blocks)) for i in range(j + 1)] if dense else []
+    run.results["mass"] = {"facts": len(tokens), "sweep": sweep, "edits": edits, "layers": layers}
     run.save_results()
-    print(mass_table(edits, "n") + "\n" + MASS_COLUMNS)
+    print(mass_table(edits, "n") + ("\n\nover several blocks\n" + mass_table(layers, "blocks")) * dense + "\n" + MASS_COLUMNS)
 
 
 def mass_table(entries: list[dict], varied: str) -> str:
     rows = [("method", "target", varied, "eff", "para", "spec", "score", "cond", "left", "pred", "cos", "norm", "s")]
     for e in entries:
         cell = lambda key, form: format(e[key], form) if e.get(key) is not None else "-"
-        rows.append((e["method"], e["target"][:5], cell(varied, "g"), *(cell(key, ".3f") for key in ("efficacy", "paraphrase", "specificity")),
+        rows.append((e["method"], e["target"][:5], cell(varied, "g" * (varied != "blocks")), *(cell(key, ".3f") for key in ("efficacy", "paraphrase", "specificity")),
                      "infeasible" if "infeasible" in e else cell("score", ".1f"), cell("condition", ".1e"),
                      *(cell(key, ".3f") for key in ("residual_left", "residual_predicted", "largest_cosine", "relative_norm")),
                      cell("seconds", ".2f")))
@@ -824,7 +848,7 @@ def report(folders: list[Path]):
           "runs that reach it; s: seconds of training")
     rows = [("arch", "site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row")]
     for runs in ordered:
-        key_of = lambda e: (e["site"], e["pass"], e["method"], e["target"])
+        key_of = lambda e: (e["site"], e["pass"], e["method"], "near" if e["near"] else e["target"])
         for key in dict.fromkeys(key_of(e) for r in runs for e in r.get("edits", [])):
             edits = [e for r in runs for e in r.get("edits", []) if key_of(e) == key]
             share = lambda name, lowest=False: mean([e[name] for e in edits], lowest)

@@ -991,7 +991,8 @@ def test_a_run_writes_what_it_promises(finished):
     results = json.loads((finished / "results.json").read_text(), parse_constant=no_constant)
     assert {"arch", "seed", "steps", "seconds", "peak_memory_mib", "accuracy", "memorized_at", "grokked_at", "edits"} <= results.keys()
     assert results["accuracy"].keys() == {"one_hop", "train", "id", "ood", "ood_first", "ood_second"}
-    assert len(results["edits"]) == 2 * 5                    # passes; ROME and row with two targets, MEMIT with one
+    assert len(results["edits"]) == 2 * 5 + 1                # passes; ROME and row with two targets, MEMIT one; near once
+    assert [e["near"] for e in results["edits"]].count(True) == 1 and results["edits"][2]["near"]
     for entry in results["edits"]:
         assert {"method", "target", "site", "pass", "n", "direct", "hop1", "hop2", "probes_hop1", "probes_hop2",
                 "unrelated_one_hop_moved", "unrelated_two_hop_moved"} <= entry.keys()
@@ -1221,7 +1222,11 @@ def test_mass_edits_count_every_request(tmp_path, capsys):
             assert e["score"] == pytest.approx(0 if min(shares) == 0 else 300 / sum(1 / s for s in shares), abs=1e-5)
         if e["method"] in ("memit", "emmet") and "infeasible" not in e and e["n"] > 1:
             assert e["residual_left"] == pytest.approx(e["residual_predicted"], abs=1e-4)
-    assert "harmonic" in capsys.readouterr().out
+    assert "harmonic" in capsys.readouterr().out and not mass["layers"]
+    assert run_main(*arguments, "--arch", "dense", "--mass-edit", "--retrain", "--out", tmp_path / "m") == 0
+    layers = json.loads((tmp_path / "m" / "results.json").read_text())["mass"]["layers"]
+    assert [e["blocks"] for e in layers] == ["0-0", "0-1", "1-1"] and all(e["n"] == 40 for e in layers)
+    assert max(e["efficacy"] for e in layers) > 0
 
 
 def test_every_cell_runs_and_reports(tmp_path, capsys):
