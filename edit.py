@@ -394,10 +394,11 @@ def record(model: nn.Module, layer: nn.Linear, tokens: Tensor) -> tuple[Tensor, 
     return torch.stack([key for key, _ in calls]), torch.stack([value for _, value in calls])
 
 
-def key_second_moment(model: nn.Module, layer: nn.Linear, tokens: Tensor, chunk: int = 256) -> Tensor:
-    """C of a layer over ordinary inputs: every token of `tokens` [n, token] at every call. The weight is the same at
-    each call of a loop, so what it does at each of them is to be kept."""
-    parts = [second_moment(record(model, layer, part)[0]) * len(part) for part in tokens.split(chunk)]
+def key_second_moment(model: nn.Module, layer: nn.Linear, tokens: Tensor, call: int | None = None,
+                      chunk: int = 1024) -> Tensor:
+    """C of a layer over ordinary inputs: every token of `tokens` [n, token] at one call of the layer, None: at all."""
+    calls = slice(None) if call is None else slice(call, call + 1)
+    parts = [second_moment(record(model, layer, part)[0][calls]) * len(part) for part in tokens.split(chunk)]
     return sum(parts) / len(tokens)
 
 
@@ -427,7 +428,7 @@ class Site:
     name: str                           # of the nn.Linear
     call: int                           # which of its calls within a forward pass, from 0
     layer: nn.Linear
-    C: Tensor                           # [d_in, d_in] second moment of ordinary keys over all calls
+    C: Tensor                           # [d_in, d_in] second moment of ordinary keys at this call
     keys: Tensor                        # [n_facts, d_in] at the last token of each fact's query
     values: Tensor                      # [n_facts, d_out]
 
@@ -436,7 +437,7 @@ def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tens
     """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are inputs whose values to keep."""
     layer = model.get_submodule(name)
     keys, values = last_token(model, name, call, queries, chunk)
-    return Site(name, call, layer, key_second_moment(model, layer, ordinary), keys, values)
+    return Site(name, call, layer, key_second_moment(model, layer, ordinary, call), keys, values)
 
 
 def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:

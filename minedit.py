@@ -261,6 +261,11 @@ class Run:
         """The random numbers of the stages, the same for each of them and in all four cells; the training uses others."""
         return torch.Generator().manual_seed(-self.seed - 1)
 
+    def ordinary(self) -> Tensor:
+        """The inputs whose values an edit is to leave alone: every path, or 20 000 of them."""
+        tokens = self.paths.tokens
+        return tokens[torch.randperm(len(tokens), generator=self.stream())[:20_000].to(self.device)]
+
     def save_results(self):
         write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1, allow_nan=False).encode())
 
@@ -460,7 +465,7 @@ def edit_stage(run: Run, model: Model):
     rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row", "far")]
     chosen = a_priori_site(run, model, requests, known)
     for name, call, at_pass in edit_sites(run.config):
-        at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
+        at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
         near = editing.neighbour_probes(requests, at, paths, one_hop)
         store = {"facts_per_row": 1 + len(near["same_row"].edit) / n,
                  "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])}
@@ -503,7 +508,7 @@ def edit_fact_stage(run: Run, model: Model):
     known = one_hop == paths.facts[:, 2]                     # here OOD facts count too, and every path is asked
     probes, left_out = editing.propagation_probes(requests, paths, known, right, paths.second >= 0)
     name, call, at_pass = a_priori_site(run, model, requests, known & ~paths.ood_fact)
-    at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
+    at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
     u = editing.direction("rome", at, requests)
     r, fallbacks = residual(model, at, requests, "prototype", paths.facts[:, 2], known, u)
     word = lambda token: (run.graph.entities + run.graph.relations)[token]
@@ -646,7 +651,7 @@ def when_stage(run: Run, model: Model):
     shared = config.loop or config.memory                    # one layer, called in every pass; else one in every block
     for site in sorted((s for s in edit_sites(config) if s[0] == chosen[0] or not shared), key=lambda s: s != chosen):
         name, call, at_pass = site
-        at = editing.site(model, name, call, editing.queries(paths), editing.queries(paths))
+        at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
         u = editing.direction("rome", at, requests)
         r, _ = residual(model, at, requests, "prototype", paths.facts[:, 2], known, u)
         acts = {"always": None}

@@ -599,6 +599,7 @@ def test_recording_sees_every_call():
     close(values, keys @ model.memory.values.weight.T, 1e-12)
     C = editing.key_second_moment(model, model.memory.values, tokens, chunk=3)
     close(C, second_moment(keys), 1e-12)
+    close(editing.site(model, "memory.values", 1, tokens[:, :2], tokens).C, second_moment(keys[1]), 1e-12)
     with pytest.raises(ValueError, match="not called"):
         record(model, nn.Linear(2, 2), tokens)
     with pytest.raises(ValueError, match="no call 3"):
