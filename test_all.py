@@ -1287,7 +1287,7 @@ def two_runs(request):
 
 def exchanged(model, tokens, other, states):
     """Logits of a run in which each (name, call, token) of `states` is that of the run on the tokens `other`."""
-    values = [editing.state(model, name, call, other)[:, t] for name, call, t in states]
+    values = [editing.at_call(model, name, call, other)[1][:, t] for name, call, t in states]
     with contextlib.ExitStack() as stack:
         for state, value in zip(states, values):
             stack.enter_context(editing.interchange(model, *state, value))
@@ -1335,7 +1335,7 @@ def test_tracing_finds_the_state_that_carries_the_answer(two_runs):
     before = measures(model(corrupted))
     assert before[0] < 1 and rise[:, :2].abs().max() < 1e-15 and (top1[:, :2] == before[0]).all()
     for i, (part, name, call) in enumerate(states):
-        value = editing.state(model, name, call, clean)
+        value = editing.at_call(model, name, call, clean)[1]
         put = lambda _, output: torch.stack([output[:, 0], output[:, 1], value[:, 2]], 1)
         by_hand = measures(hooked(model, model.get_submodule(name), corrupted, call, put))
         for expected in [by_hand] + [measures(model(clean))] * (part == "stream"):
@@ -1390,9 +1390,9 @@ def test_holding_a_subspace_at_its_old_value(world):
     a, b = E[requests.old], E[requests.new]
     B, other = editing.span(a, b), normal(4, 16, seed=4)
     close(B.mT @ B, torch.eye(2).double().expand(4, 2, 2), 1e-12)
-    old = editing.state(model, "blocks.0", 1, tokens)
+    old = editing.at_call(model, "blocks.0", 1, tokens)[1]
     with editing.interchange(model, "blocks.0", 1, 1, other, B):
-        new = editing.state(model, "blocks.0", 1, tokens)
+        new = editing.at_call(model, "blocks.0", 1, tokens)[1]
     for vector in a, b:                                      # as in the other run in the plane, as before across it
         close((new[:, 1] * vector).sum(-1), (other * vector).sum(-1), 1e-10)
     assert ((new - old)[0, 1] @ torch.linalg.svd(B[0].mT).Vh[2:].T).abs().max() < 1e-12 and (new == old)[:, [0, 2]].all()
