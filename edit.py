@@ -421,6 +421,13 @@ class Requests:
     old: Tensor                         # [n] the answer now
     new: Tensor                         # [n] the answer wanted
 
+    def __getitem__(self, rows) -> "Requests":
+        return Requests(*(x[rows] for x in vars(self).values()))
+
+    def questions(self) -> "Probes":
+        """The queries themselves, each asked of its own edit."""
+        return Probes(torch.arange(len(self.fact), device=self.fact.device), self.tokens, self.new)
+
     def check_distinct(self):
         """ValueError that names both requests where two are for one fact, which cannot have two answers at once."""
         first = {}
@@ -680,8 +687,7 @@ def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, 
     direct: edits whose own query now has the new answer. Of the `probes`, those whose name begins with hop count if
     right after the edit, over the edits with direct success (`probes_<name>` of them); of the others `<name>_moved` is
     the share whose answer differs from the one before."""
-    everyone = torch.arange(len(requests.fact), device=requests.fact.device)
-    success = answers(model, at, u, r, Probes(everyone, requests.tokens, requests.new)) == requests.new
+    success = answers(model, at, u, r, requests.questions()) == requests.new
     result = {"n": len(success), "direct": share_of(success)}
     for name, probe in probes.items():
         hit = answers(model, at, u, r, probe) == probe.answer
