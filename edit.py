@@ -171,8 +171,8 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
 
 def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None) -> Tensor:
     """ROME for one request after another, each on the weight that the last one left: the sum of the updates, of which
-    only the last is sure to hold. W, C as in `rome_update`, K [n, d_in], V [n, d_out]. The keys are taken as given: they
-    stay what they are where no earlier layer or call is edited."""
+    only the last is sure to hold. W, C as in `rome_update`, K [n, d_in], V [n, d_out]. The keys are taken as given:
+    they stay what they are where no earlier layer or call is edited."""
     check_batch(K, V, C, W)
     U, now = rome_direction(C, K, diagnostics), double(W).clone()
     for k, v, u in zip(double(K), double(V), U):
@@ -196,7 +196,8 @@ def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, dia
 # Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P
 # ---------------------------------------------------------------------------------------------------------------------
 
-def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None, diagnostics: dict | None = None) -> Tensor:
+def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
+                 diagnostics: dict | None = None) -> Tensor:
     """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n facts at once.
 
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request (`check_batch`),
@@ -315,8 +316,9 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, tuple[
     layers, new = {name: model.get_submodule(name) for name in updates}, {}
     for name, dW in updates.items():
         layer = layers[name]
-        if layer.weight.shape != dW.shape or not dW.isfinite().all():
-            raise ValueError(f"the update of {name} must be finite and {list(layer.weight.shape)}, got {list(dW.shape)}")
+        shape = list(layer.weight.shape)
+        if shape != list(dW.shape) or not dW.isfinite().all():
+            raise ValueError(f"the update of {name} must be finite and {shape}, got {list(dW.shape)}")
         weight = double(new.get(layer, layer.weight))                            # two names may mean one layer
         new[layer] = cast(weight + double(dW).to(weight.device), layer.weight)
     old = {name: (layer.weight.detach().clone(), vars(layer).get("edited")) for name, layer in layers.items()}
@@ -351,8 +353,8 @@ def edit(model: nn.Module, updates: dict[str, Tensor]):
 
 @contextmanager
 def intervene(module: nn.Module, change, calls=None):
-    """Inside, the module returns change(input, output), or its own output where that is None, at the `calls` given, None:
-    at all. They are counted from 0 at the start of the `with` block: where calls are given it is for one forward pass."""
+    """Inside, the module returns change(input, output), or its own output where that is None, at all its calls or at
+    the `calls` given, counted from 0 at the start of the `with` block, which then is for one forward pass."""
     n_calls = 0
 
     def hook(_, inputs, output):
@@ -368,16 +370,16 @@ def intervene(module: nn.Module, change, calls=None):
 
 
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
-    """Inside, every example of a batch [batch, token, d_in] sees its own edit, W + r_b u_b^T: u [batch, d_in], r [batch,
-    d_out], W untouched. As many edits as the batch is long are tried out, or trained, in one forward pass. An edit of
-    the weights acts at every call of the layer; with `calls` it acts at those alone (see `intervene`)."""
+    """Inside, every example of a batch sees its own edit, W + r_b u_b^T, and W is untouched: u [batch, d_in], r
+    [batch, d_out], so that as many edits as the batch is long are tried out, or trained, in one forward pass. An edit
+    of the weights acts at every call of the layer; with `calls` it acts at those alone (see `intervene`)."""
     return intervene(layer, lambda k, value: value + torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None], calls)
 
 
 @torch.no_grad()
 def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of every call of a module when the model reads tokens [batch, token], for a layer its keys [call,
-    batch, token, d_in] and values [call, batch, token, d_out]."""
+    """Input [call, batch, token, d_in] and output [call, batch, token, d_out] of every call of a module when the model
+    reads the tokens; of a layer they are the keys and the values."""
     calls = []
     with intervene(module, lambda key, value: calls.append((key, value))):       # returns None: nothing changes
         model(tokens)
@@ -449,17 +451,17 @@ class Site:
 
 def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None,
          chunk: int = 1024) -> Site:
-    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are inputs whose values to keep,
-    the queries if not given."""
+    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are inputs whose values to
+    keep, the queries if not given."""
     layer = model.get_submodule(name)
     C = key_second_moment(model, layer, queries if ordinary is None else ordinary)
     return Site(name, call, layer, C, *last_token(model, name, call, queries, chunk))
 
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None, lam: float = 1.0) -> Tensor:
-    """u [n, d_in] of each request, for the method "row", "rome" or "memit" (with one request, 1 / (1 + lam / k^T C^-1 k)
-    of what ROME writes); an edit is W + r u^T. A fact whose key is zero cannot be edited at this site: its u is zero, so
-    that its edit counts as one that failed; `diagnostics["zero_keys"]` says how many there are."""
+    """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one request, which
+    writes 1 / (1 + lam / k^T C^-1 k) of what ROME writes). A fact whose key is zero cannot be edited at this site: its
+    u is zero, so that its edit counts as one that failed; `diagnostics["zero_keys"]` says how many there are."""
     keys = at.keys[requests.fact]
     alive = (keys != 0).any(-1)
     u = torch.zeros_like(keys)
@@ -495,7 +497,7 @@ def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
 def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor, steps: int = 40, lr: float = 0.1,
                       decay: float = 1e-3, clamp: float = 4.0, batch: int | None = None, near: Tensor | None = None,
                       pull: float = 1.0) -> Tensor:
-    """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, with |r| <= clamp |v0| (v0 = W k), by Adam.
+    """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|, by Adam; v0 = W k.
 
     The model runs with W + r u^T at every call of the layer, as it will after the edit: in a loop, what the changed
     weight does at the other passes is part of the loss. Each request is optimised for itself, `batch` of them at a time
@@ -551,8 +553,8 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     the next block's "attention", or "norm" after the last block), which should change by r [n, d_out]. Site after site,
     with the edits so far in place: what is missing there, divided by the number of sites left, is written by
     `memit_update` for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests
-    whose key is zero at a site are left to the others. The model is as before when this returns. diagnostics[name, call]
-    is what `memit_update` tells of that site. Raises ValueError where two requests are for one fact.
+    whose key is zero at a site are left to the others. The model is as before when this returns. What `memit_update`
+    tells of a site is diagnostics[name, call]. Raises ValueError where two requests are for one fact.
 
     In a loop several sites are calls of one weight: dW is the sum of the writes, each of which acts at all calls. The
     keys of the calls already written are carried along, so that the next solve leaves what they return; what its own
@@ -593,11 +595,11 @@ def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, 
         -> tuple[dict[str, Probes], dict[str, int]]:
     """Compositions whose answer an edit must change: "hop1" with the edited fact first, "hop2" with it second.
 
-    paths: any object with facts [n_facts, 3] (head, relation, tail; sorted), tokens [n_paths, 3], two_hop, first, second
-    [n_paths] as in kg.py. known [n_facts]: the model knows the fact and has seen it in compositions; right [n_paths]: its
-    answer is right before the edit; asked [n_paths]: the paths to draw from. Counted in the second result and left out
-    are paths that use the edited fact twice, whose right answer stays, that were wrong before, or whose other fact
-    (after the edit) does not exist or is not known."""
+    paths: any object with facts [n_facts, 3] (head, relation, tail; sorted), tokens [n_paths, 3], two_hop, first,
+    second [n_paths] as in kg.py. known [n_facts]: the model knows the fact and has seen it in compositions; right
+    [n_paths]: its answer is right before the edit; asked [n_paths]: the paths to draw from. Counted in the second
+    result and left out are paths that use the edited fact twice, whose right answer stays, that were wrong before, or
+    whose other fact (after the edit) does not exist or is not known."""
     head, relation, tail = paths.facts.T
     row_of = torch.full((int(max(head.max(), tail.max())) + 1, int(relation.max()) + 1), -1, device=head.device)
     row_of[head, relation] = torch.arange(len(head), device=head.device)         # fact of (head, relation), -1: none
@@ -719,15 +721,15 @@ def interchange(model: nn.Module, name: str, call: int, token: int, other: Tenso
 @torch.no_grad()
 def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list[tuple[str, int]]) \
         -> tuple[Tensor, Tensor]:
-    """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites` and
-    each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token.
+    """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites`
+    and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token.
 
     Returns the indirect effect in two measures, each [site, token]: the share of the prompts that get the clean answer
     back, and the mean rise of its probability. Raises ValueError where the prompts do not pair up or a site is not
     called."""
     if clean.shape != corrupted.shape or not len(clean):
-        raise ValueError(f"clean and corrupted prompts must pair up and be at least one, got shapes {list(clean.shape)} "
-                         f"and {list(corrupted.shape)}")
+        raise ValueError(f"clean and corrupted prompts must pair up and be at least one, "
+                         f"got shapes {list(clean.shape)} and {list(corrupted.shape)}")
     probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None]).mean()
     before = probability(model(corrupted)[:, -1])
     share, rise = torch.zeros(2, len(sites), clean.shape[1], dtype=torch.float64)
@@ -753,8 +755,8 @@ def span(*vectors: Tensor) -> Tensor:
 @torch.no_grad()
 def held_answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, name: str, call: int, token: int,
                  basis: Tensor, chunk: int = 512) -> Tensor:
-    """As `answers`, the edit acting at every call, while the state (name, call, token) keeps in the span of basis
-    [m, d, k] what it holds without the edit: our reading of the held answer subspace of [1]."""
+    """As `answers`, the edit acting at every call, while the state (name, call, token) keeps, in the span of basis
+    [m, d, k], what it holds without the edit: our reading of the held answer subspace of [1]."""
     parts = []
     for i, tokens, B in zip(probes.edit.split(chunk), probes.tokens.split(chunk), basis.split(chunk)):
         before = at_call(model, name, call, tokens)[1][:, token]

@@ -70,15 +70,13 @@ class Recipe:
     eval_every: int = 200
 
     def __post_init__(self):
-        for name in ("steps", "batch", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("branches", "one_hop_weight", "lr", "muon_lr", "weight_decay", "warmup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("momentum", "label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if name in ("steps", "batch", "eval_every") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if name in ("momentum", "label_smoothing", "ema") and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must not be negative, got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ class Batches:
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [batch, 2 + branches], their positions, and answers [batch, 1 + branches], -100 where none is trained.
 
-        Each fact is drawn once at most; its trained paths are cut into `branches` even strata and one is drawn from each."""
+        Each fact is drawn once at most, and one path from each of `branches` even strata of its trained paths."""
         device, (b, m) = self.rows.device, (self.recipe.batch, self.recipe.branches)
         fact = torch.randperm(len(self.count), generator=self.generator, device=device)[:b]
         count = self.count[fact][:, None]                                        # [batch, 1]
@@ -158,7 +156,7 @@ def loss_of(logits: Tensor, answers: Tensor, recipe: Recipe) -> Tensor:
 
 @torch.no_grad()
 def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, Tensor]:
-    """The model's answers to every fact [n_facts] and every path [n_paths]; a prefix is computed once per `width` paths."""
+    """The model's answers to every fact [n_facts] and every path [n_paths], `width` paths to one prefix."""
     device, n_paths = paths.facts.device, len(paths.first)
     n_rows = torch.bincount(paths.first)
     width = min(int(n_rows.max()), 32)
@@ -211,8 +209,6 @@ class Run:
         self.results, self.history, self.state, self.environment, self.shared = {}, [], None, None, None
         self.check_folder()
 
-    # -- the folder ---------------------------------------------------------------------------------------------------
-
     def check_folder(self):
         """Refuse, before any training, a folder that cannot be used or that holds something else; load a checkpoint."""
         out = self.folder
@@ -235,7 +231,7 @@ class Run:
             raise UserError(f"{config}: not the configuration of a run; choose another --out") from None
         if self.args.retrain:
             return
-        if differs := differences(found, self.identity):
+        if differs := differences({key: found[key] for key in self.identity}, self.identity):
             raise UserError(f"--out {out}: holds another run, which differs in {', '.join(differs)}; "
                             f"use --retrain or another --out")
         if checkpoint.exists():
@@ -244,7 +240,8 @@ class Run:
             raise UserError(f"--out {out}: holds results, but no ckpt.pt to go on from; use --retrain or another --out")
         if not self.finished and not self.args.resume:
             at = f"step {self.state['step']}" if self.state else "its start"
-            raise UserError(f"--out {out}: an unfinished run, at {at} of {self.recipe.steps}; use --resume or --retrain")
+            raise UserError(f"--out {out}: an unfinished run, at {at} of {self.recipe.steps}; "
+                            f"use --resume or --retrain")
         if self.finished and results.exists():
             try:
                 self.results = json.loads(results.read_text())
@@ -273,30 +270,27 @@ class Run:
         return self.state is not None and self.state["step"] == self.recipe.steps
 
     def known(self, model: Model) -> tuple[Tensor, ...]:
-        """The model's answers to facts and paths; the ID facts [n_facts] and the paths [n_paths] that it answers right; the
-        ID paths."""
+        """The model's answers to facts and paths; the ID facts and the paths that it answers right; the ID paths."""
         paths, (one_hop, two_hop) = self.paths, predict(model, self.paths)
         known, right = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact, two_hop == paths.two_hop
         return one_hop, two_hop, known, right, paths.masks["train"] | paths.masks["id"]
 
     def stream(self) -> torch.Generator:
-        """The random numbers of the stages, the same for each of them and in all four cells; the training uses others."""
+        """Random numbers for the stages, the same for each of them and in all four cells, other than in training."""
         return torch.Generator().manual_seed(-self.seed - 1)
 
     def save_results(self):
         write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1, allow_nan=False).encode())
 
-    # -- training -----------------------------------------------------------------------------------------------------
-
     def fresh(self) -> dict:
         """Everything that training changes, at step 0."""
-        model = Model(self.config, torch.Generator().manual_seed(4 * self.seed + 2)).to(self.device)
-        hidden = [p for name, p in model.named_parameters() if name != "embedding.weight"]
-        recipe = self.recipe
+        recipe, seed = self.recipe, torch.Generator().manual_seed(4 * self.seed + 2)
+        model = Model(self.config, seed).to(self.device)
+        embedding, decay = model.embedding.weight, recipe.weight_decay
+        hidden = [p for p in model.parameters() if p is not embedding]
         return {"model": model, "average": copy.deepcopy(model).requires_grad_(False),
-                "adam": torch.optim.AdamW([model.embedding.weight], recipe.lr, (0.9, 0.98),
-                                          weight_decay=recipe.weight_decay),
-                "muon": Muon(hidden, recipe.muon_lr, recipe.weight_decay, recipe.momentum),
+                "adam": torch.optim.AdamW([embedding], recipe.lr, (0.9, 0.98), weight_decay=decay),
+                "muon": Muon(hidden, recipe.muon_lr, decay, recipe.momentum),
                 "generator": torch.Generator(self.device).manual_seed(4 * self.seed + 3)}
 
     def train(self) -> Model:
@@ -354,11 +348,10 @@ class Run:
 
     def write_config(self):
         """What determines the training (compared when a folder is met again), and what is only recorded."""
-        args = self.args
         self.environment = self.environment or {
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
             "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
-        stages = {name: getattr(args, name) for name in ("compile", "n_edits", *STAGES)}
+        stages = {name: getattr(self.args, name) for name in ("compile", "n_edits", *STAGES)}
         write_atomically(self.folder / "config.json", json.dumps(
             self.identity | {"stages": stages, "environment": self.environment}, indent=1).encode())
 
@@ -421,11 +414,11 @@ def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing
     for _, relation, old in facts[fact].tolist():
         others = tails[relation][tails[relation] != old]
         new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
-    return make_requests(run, fact, torch.tensor(new, dtype=torch.long)), len(id_facts) - len(editable)
+    return make_requests(run, fact, new), len(id_facts) - len(editable)
 
 
-def make_requests(run: Run, fact: Tensor, new: Tensor) -> editing.Requests:
-    fact, new = fact.to(run.device), new.to(run.device)
+def make_requests(run: Run, fact: Tensor | list[int], new: list[int]) -> editing.Requests:
+    fact, new = (torch.as_tensor(x, dtype=torch.long, device=run.device) for x in (fact, new))
     return editing.Requests(fact, editing.queries(run.paths)[fact], run.paths.facts[fact, 2], new)
 
 
@@ -433,31 +426,29 @@ def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
     """Requests from names; UserError for a name or a fact that the graph does not have."""
     facts, new = [], []
     rows = {(h, r): i for i, (h, r, _) in enumerate(run.paths.facts.tolist())}
-    entity, relation = ({name: i for i, name in enumerate(names)} for names in (run.graph.entities, run.graph.relations))
-    for names in wanted:
-        for name, known, kind in zip(names, (entity, relation, entity), ("entity", "relation", "entity")):
+    entity, relation = ({name: i for i, name in enumerate(x)} for x in (run.graph.entities, run.graph.relations))
+    for head, r, tail in wanted:
+        for name, known, kind in (head, entity, "entity"), (r, relation, "relation"), (tail, entity, "entity"):
             if name not in known:
-                raise UserError(f"--edit-fact: unknown {kind} {name!r}; the graph has {', '.join(list(known)[:5])}, ...")
-        fact = entity[names[0]], relation[names[1]]
-        if fact not in rows:
-            raise UserError(f"--edit-fact: the graph has no fact ({names[0]}, {names[1]}); "
-                            f"only existing facts can be changed")
-        facts.append(rows[fact])
-        new.append(entity[names[2]])
-    return make_requests(run, torch.tensor(facts), torch.tensor(new))
+                raise UserError(f"--edit-fact: unknown {kind} {name!r}; "
+                                f"the graph has {', '.join(list(known)[:5])}, ...")
+        if (entity[head], relation[r]) not in rows:
+            raise UserError(f"--edit-fact: the graph has no fact ({head}, {r}); only existing facts can be changed")
+        facts.append(rows[entity[head], relation[r]])
+        new.append(entity[tail])
+    return make_requests(run, facts, new)
 
 
 def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
              u: Tensor | None = None, batch: int | None = None) -> tuple[Tensor, int]:
-    """r of each request for the target "prototype", "gradient" or "near": the gradient's, pulled towards values that the
-    store holds for `known` facts. A prototype that has no other known fact falls back on the gradient, counted.
+    """r of each request for the target "prototype", "gradient" or "near" (the gradient's, pulled towards the values of
+    `known` facts). A prototype that has no other known fact falls back on the gradient, counted.
     u: directions of the edits through which the gradient looks, those of ROME if not given."""
     r, has_one = editing.prototype_residual(at, requests, run.paths.facts[:, 2], known & (target == "prototype"))
     if not has_one.all():
         u = editing.direction("rome", at, requests) if u is None else u
         near = at.values[known] if target == "near" else None
-        sought = editing.gradient_residual(model, at, requests, u, batch=batch, near=near)
-        r = torch.where(has_one[:, None], r, sought)
+        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u, batch=batch, near=near))
     return r, int((~has_one).sum()) * (target == "prototype")
 
 
@@ -471,8 +462,8 @@ their mean length; near: the gradient's target, pulled towards these."""
 
 
 def edit_stage(run: Run, model: Model):
-    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets. What
-    all four cells answer right (`run.shared`) is scored beside what the model itself does."""
+    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
+    What all four cells answer right (`run.shared`) is scored beside what the model itself does."""
     generator, paths, began = run.stream(), run.paths, time.perf_counter()
     one_hop, two_hop, known, right, asked = run.known(model)
     requests, fixed = draw_requests(run, run.args.n_edits, generator)
@@ -487,8 +478,8 @@ def edit_stage(run: Run, model: Model):
     if run.shared:
         common, _ = editing.propagation_probes(requests, paths, *run.shared, asked)
         probes |= {f"{name}_shared": probe for name, probe in common.items()}
-    print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, {len(probes['hop2'].edit)} with "
-          f"it second; left out: {listed(left_out)}")
+    print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, "
+          f"{len(probes['hop2'].edit)} with it second; left out: {listed(left_out)}")
     chosen = a_priori_site(run, model, requests, known)
     for site in edit_sites(run.config):
         name, call, at_pass = site
@@ -518,8 +509,9 @@ def edit_stage(run: Run, model: Model):
     for e in entries:
         target = target_of(e) + "*" * (e["gradient_for_want_of_a_prototype"] > 0)
         direct, hop1, hop2, *moved = (cell(e[key]) for key in SHARES)
-        rows.append((short(e["site"]), e["pass"], e["method"], target, direct, f"{hop1} ({e['probes_hop1']})",
-                     f"{hop2} ({e['probes_hop2']})", *moved, cell(e["distance"], ".2f")))
+        hops = f"{hop1} ({e['probes_hop1']})", f"{hop2} ({e['probes_hop2']})"
+        rows.append((e["site"].replace("feed_forward", "ff"), e["pass"], e["method"], target, direct, *hops, *moved,
+                     cell(e["distance"], ".2f")))
     print(f"{table(rows)}\n{COLUMNS}\n{FAR}")
     if starred := max(e["gradient_for_want_of_a_prototype"] for e in entries):
         print(f"* {starred} of the {n} wanted tails belong to no other known fact: there the gradient was used.")
@@ -527,7 +519,7 @@ def edit_stage(run: Run, model: Model):
 
 
 def edit_fact_stage(run: Run, model: Model):
-    """Edit facts given by name, one at a time (ROME, a-priori site, prototype), and show what the model answers then."""
+    """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model answers then."""
     paths, requests = run.paths, named_requests(run, run.args.edit_fact)
     one_hop, two_hop, _, right, _ = run.known(model)
     known = one_hop == paths.facts[:, 2]                     # here OOD facts count too, and every path is asked
@@ -540,20 +532,19 @@ def edit_fact_stage(run: Run, model: Model):
           + " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
           + f"; left out: {listed(left_out)}")
     word = lambda token: (run.graph.entities + run.graph.relations)[token]
-    before = {tuple(question): answer for tokens, answers in ((editing.queries(paths), one_hop), (paths.tokens, two_hop))
-              for question, answer in zip(tokens.tolist(), answers.tolist())}
+    before = dict(zip(map(tuple, paths.tokens.tolist()), two_hop.tolist()))
+    before |= zip(map(tuple, requests.tokens.tolist()), one_hop[requests.fact].tolist())
     asked = {"fact": requests.questions(), "first hop": probes["hop1"], "second hop": probes["hop2"]}
     after = {kind: editing.answers(model, at, u, r, probe) for kind, probe in asked.items()}
     for i in range(len(requests.fact)):
         rows = [("question", "before", "after", "right now", "")]
         for kind, probe in asked.items():
             mine = probe.edit == i
-            now, answers = after[kind][mine].tolist(), probe.answer[mine].tolist()
-            for question, got, answer in list(zip(probe.tokens[mine].tolist(), now, answers))[:10]:
-                rows.append((" ".join(map(word, question)), word(before[tuple(question)]), word(got), word(answer),
-                             "ok" if got == answer else "NO"))
-            n_right = sum(got == answer for got, answer in zip(now, answers))
-            rows.append((f"-- {kind}: {n_right} of {len(now)} right", "", "", "", ""))
+            found = list(zip(*(x[mine].tolist() for x in (probe.tokens, after[kind], probe.answer))))
+            rows += [(" ".join(map(word, tokens)), word(before[tuple(tokens)]), word(now), word(answer),
+                      "ok" if now == answer else "NO") for tokens, now, answer in found[:10]]
+            n_right = sum(now == answer for _, now, answer in found)
+            rows.append((f"-- {kind}: {n_right} of {len(found)} right", "", "", "", ""))
         print("\n" + table(rows))
 
 
@@ -561,8 +552,9 @@ def edit_fact_stage(run: Run, model: Model):
 # Stages: where a fact is, and when it is written
 # ---------------------------------------------------------------------------------------------------------------------
 
-def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """At most n random pairs of rows of tokens [m, token] that differ at `place` alone and in their answers [m]."""
+def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
+    """The rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in the answers
+    [m]."""
     rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
@@ -575,9 +567,9 @@ def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: 
 def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
     """(layer, call, pass) to edit, fixed before any edit is scored; recorded as results["a_priori"].
 
-    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block: there
-    the one whose output at the last token, restored after the head of a known fact was corrupted, raises the probability
-    of the answer most; over the `known` facts [n_facts] that are not requested, and the first one where there are none."""
+    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block:
+    there the one whose output at the last token, restored after the head of a known fact was corrupted, raises the
+    probability of the answer most; over the `known` facts [n_facts] that are not requested (none: the first store)."""
     sites, paths, chosen, effects, clean = edit_sites(run.config), run.paths, 0, None, []
     if not run.config.loop and not run.config.memory:
         apart = known.clone()
@@ -644,7 +636,7 @@ fact: at r1 for the fact itself and for hop 1, at the last token for hop 2."""
 
 
 def when_stage(run: Run, model: Model):
-    """Edits that act at some calls of their layer alone; then the first of them with its answer held at the old value."""
+    """Edits that act at some calls of their layer alone; then the first of them with its answer held as it was."""
     generator, paths, config, began = run.stream(), run.paths, run.config, time.perf_counter()
     _, _, known, right, asked = run.known(model)
     requests, _ = draw_requests(run, run.args.n_edits, generator)
@@ -675,9 +667,10 @@ def when_stage(run: Run, model: Model):
             when["held"] = hold(run, model, at, u, r, requests, probes, whole, generator)
     run.save_results()
     written = [("edit for", "pass", "acts", "direct", "hop 1", "hop 2")]
-    written += [(short(e["site"]), e["pass"], e["acts"], *(bar(e[key]) for key in probes)) for e in when["written"]]
-    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} with\n"
-          f"the edited fact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
+    written += [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
+                for e in when["written"]]
+    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} "
+          f"with\nthe edited fact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
     if not shared:
         print("In Dense each block owns its layer, which is called once: to act later is to write in another block.")
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")]
@@ -715,13 +708,13 @@ directions of two facts. norm: |dW| / |W|. s: seconds with targets and moments, 
 
 
 class MassEdit:
-    """Many facts of one model in one update, at its first store and pass, and what becomes of them and of the others."""
+    """Many facts of a model in one update, at its first store and pass, and what becomes of these and other facts."""
 
     def __init__(self, run: Run, model: Model):
         self.run, self.model, self.tokens = run, model, editing.queries(run.paths)
-        self.site = edit_sites(run.config)[0]
+        self.site, self.tails = edit_sites(run.config)[0], run.paths.facts[:, 2]
         self.before = last_answers(model, self.tokens)
-        self.known = self.before == run.paths.facts[:, 2]
+        self.known = self.before == self.tails
         wanted, _ = draw_requests(run, len(self.tokens), run.stream())
         n_tuning, largest = min(1000, len(wanted.fact) // 5), min(10_000, len(wanted.fact) // 2)
         self.requests, self.tuning = wanted[:largest], wanted[-n_tuning:]
@@ -732,26 +725,26 @@ class MassEdit:
         name, call, at_pass = self.site
         entry = {"method": method, "target": target, "site": name, "pass": at_pass, "n": len(requests.fact),
                  "strength": strength}
-        began, batch, notes = time.perf_counter(), self.run.args.edit_batch, {}
+        began, batch, notes, model = time.perf_counter(), self.run.args.edit_batch, {}, self.model
         requests.check_distinct()
-        at = editing.site(self.model, name, call, self.tokens)
+        at = editing.site(model, name, call, self.tokens)
         K, W = at.keys[requests.fact], at.layer.weight.detach()
-        if method == "finetune":
-            update = lambda _: editing.finetune_update(self.model, at.layer, requests, strength, batch=batch)
-        else:
-            r, entry["fallbacks"] = residual(self.run, self.model, at, requests, target, self.others(requests), batch=batch)
-            update = {
-                "memit": lambda notes: editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes),
-                "emmet": lambda notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
-                "alphaedit": lambda notes: editing.alphaedit_update(K, r, at.C, strength, W=W, diagnostics=notes),
-                "rome": lambda notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes)}[method]
+        others = self.known.index_fill(0, requests.fact, False)                  # of these are the prototypes
+        if method != "finetune":
+            r, entry["fallbacks"] = residual(self.run, model, at, requests, target, others, batch=batch)
+        update = {
+            "memit": lambda notes: editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes),
+            "emmet": lambda notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
+            "alphaedit": lambda notes: editing.alphaedit_update(K, r, at.C, strength, W=W, diagnostics=notes),
+            "rome": lambda notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes),
+            "finetune": lambda _: editing.finetune_update(model, at.layer, requests, strength, batch=batch)}[method]
         try:
             dW = update(None)
         except ValueError as error:                          # more facts than rank, an empty null space
             return entry | {"infeasible": str(error)}
         entry["seconds"] = round(time.perf_counter() - began, 3)
         if method != "finetune":
-            update(notes)                                    # once more: the diagnostics are not in the seconds
+            update(notes)                                    # once more, so that the seconds are without diagnostics
             size = r.double().norm(dim=-1).clamp(min=1e-12)
             notes |= {key: float((notes[key] / size).mean()) for key in notes if key.startswith("residual")}
         return entry | notes | self.outcome(requests, {name: dW})
@@ -761,15 +754,12 @@ class MassEdit:
         model, began = self.model, time.perf_counter()
         stream = (f"blocks.{last + 1}.attention", 0) if last + 1 < len(model.blocks) else ("norm", 0)
         after = editing.Site("stream", 0, None, None, None, editing.last_token(model, *stream, self.tokens)[0])
-        r, _ = editing.prototype_residual(after, requests, self.run.paths.facts[:, 2], self.others(requests))
+        others = self.known.index_fill(0, requests.fact, False)
+        r, _ = editing.prototype_residual(after, requests, self.tails, others)
         sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
         updates = editing.memit_layers(model, sites, requests, r, lam, self.tokens, stream)
         return {"method": "memit", "target": "prototype", "blocks": f"{first}-{last}", "n": len(requests.fact),
                 "strength": lam, "seconds": round(time.perf_counter() - began, 3)} | self.outcome(requests, updates)
-
-    def others(self, requests: editing.Requests) -> Tensor:
-        """The known facts [n_facts] that are not requested: the prototypes are made of them."""
-        return self.known.index_fill(0, requests.fact, False)
 
     def outcome(self, requests: editing.Requests, updates: dict[str, Tensor]) -> dict:
         alias = self.run.config.aliases * self.run.config.n_relations
@@ -777,34 +767,32 @@ class MassEdit:
             hits = {"efficacy": last_answers(self.model, requests.tokens) == requests.new,
                     "specificity": last_answers(self.model, self.tokens[self.spared]) == self.before[self.spared]}
             if alias:
-                other_name = requests.tokens + torch.tensor([0, alias], device=self.run.device)
-                hits["paraphrase"] = last_answers(self.model, other_name) == requests.new
+                renamed = requests.tokens + torch.tensor([0, alias], device=self.run.device)
+                hits["paraphrase"] = last_answers(self.model, renamed) == requests.new
         shares = {key: float(hit.double().mean()) for key, hit in hits.items()}
         return shares | {"score": 100 * len(shares) / sum(1 / max(share, 1e-9) for share in shares.values())}
 
 
 def mass_edit_stage(run: Run, model: Model):
     """1 to 10 000 facts (at most half of those there are) in one update, by every method, at the first store and pass.
-
     What is chosen, lam and the bound of the fine-tuning, is chosen on facts that are not scored afterwards."""
     mass = MassEdit(run, model)
     largest, (name, _, at_pass) = len(mass.requests.fact), mass.site
-    print(f"\nediting up to {largest} of {len(mass.tokens)} facts at once, {int(mass.known.sum())} of them known, at {name}, "
-          f"pass {at_pass}; lam and bounds chosen on {len(mass.tuning.fact)} other facts")
+    print(f"\nediting up to {largest} of {len(mass.tokens)} facts at once, {int(mass.known.sum())} of them known, at "
+          f"{name}, pass {at_pass}; lam and bounds chosen on {len(mass.tuning.fact)} other facts")
     powers = [10.0**i for i in range(-4, 4)]
     grid = {"memit": powers, "alphaedit": powers, "finetune": [0.03, 0.1, 0.3, 1.0, 3.0]}
     sweep = [mass.at_once(method, "prototype", mass.tuning, strength) for method in grid for strength in grid[method]]
-    best = {"emmet": 0.0, "rome": 0.0}                       # these have nothing to choose
-    for method in grid:
-        best[method] = max((e for e in sweep if e["method"] == method), key=lambda e: e.get("score", 0))["strength"]
+    best = {method: max((e for e in sweep if e["method"] == method), key=lambda e: e.get("score", 0))["strength"]
+            for method in grid} | {"emmet": 0.0, "rome": 0.0}                    # which have nothing to choose
     print(mass_table(sweep, "strength") + "\n")
     sizes = sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)})
     edits = [mass.at_once(method, target, mass.requests[:n], best[method]) for method, target in
              (("memit", "prototype"), ("memit", "gradient"), ("emmet", "prototype"), ("rome", "prototype"),
               ("alphaedit", "prototype"), ("finetune", "gradient")) for n in sizes]
-    dense, n_blocks = not run.config.loop and not run.config.memory, len(model.blocks)
+    dense = not run.config.loop and not run.config.memory
     layers = [mass.over_blocks(first, last, mass.requests[:1000], best["memit"])
-              for last in range(n_blocks) for first in range(last + 1)] if dense else []
+              for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
     run.results["mass"] = {"facts": len(mass.tokens), "sweep": sweep, "edits": edits, "layers": layers}
     run.save_results()
     over_blocks = f"\n\nover several blocks\n{mass_table(layers, 'blocks')}" * dense
@@ -855,16 +843,13 @@ def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def short(site: str) -> str:
-    return site.replace("feed_forward", "ff")
-
-
 def target_of(entry: dict) -> str:
     return "near" if entry["near"] else entry["target"]
 
 
 SHARES = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved", "same_row_moved")
-ACCURACY = """means over the runs that differ in the seed alone (in brackets the lowest run); paths: OOD paths of all runs;
+ACCURACY = """\
+means over the runs that differ in the seed alone (in brackets the lowest run); paths: OOD paths of all runs;
 first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD >= 0.9, mean of the
 runs that reach it; s: seconds of training"""
 SHARED = """ROME with the prototype target at the a-priori site, on the compositions that all four cells answer
@@ -900,8 +885,8 @@ def report(folders: list[Path]):
                      mean([r["seconds"] for r in runs], ".0f")))
     print(f"{table(rows)}\n{ACCURACY}")
 
-    rows = [("arch", "site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.",
-             "row")]
+    rows = [("arch", "site", "pass", "method", "target",
+             "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row")]
     for runs in groups:
         edits = {}                                           # {(site, pass, method, target): one entry of each run}
         for e in (e for r in runs for e in r.get("edits", [])):
@@ -915,7 +900,8 @@ def report(folders: list[Path]):
     shared = {}                                              # {arch: (hop 1, hop 2) of each seed}
     for r in (r for runs in groups for r in sorted(runs, key=lambda r: r["seed"])):
         for e in r.get("edits", []):
-            if e["a_priori"] and (e["method"], target_of(e)) == ("rome", "prototype") and e.get("hop2_shared") is not None:
+            rome = e["a_priori"] and (e["method"], target_of(e)) == ("rome", "prototype")
+            if rome and e.get("hop2_shared") is not None:
                 shared.setdefault(r["arch"], []).append((e["hop1_shared"], e["hop2_shared"]))
     if len(shared) > 1:
         hop2 = {arch: [v[1] for v in values] for arch, values in shared.items()}
@@ -927,7 +913,7 @@ def report(folders: list[Path]):
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
-    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions of the values enumerated."""
+    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions enumerated."""
     values = sorted(x + y)
     ranks = [values.index(v) + (values.count(v) + 1) / 2 for v in x + y]
     expected = len(x) * (len(values) + 1) / 2
@@ -939,13 +925,13 @@ def progress(record: dict, steps: int) -> str:
     """One line per evaluation."""
     share = lambda name: f"{cell(record[name]):^5}"
     left = record["seconds"] / record["step"] * (steps - record["step"])
-    return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  1-hop {share('one_hop')}  train "
-            f"{share('train')}  ID {share('id')}  OOD {share('ood')}  first {share('ood_first')}  second "
+    return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  1-hop {share('one_hop')}  "
+            f"train {share('train')}  ID {share('id')}  OOD {share('ood')}  first {share('ood_first')}  second "
             f"{share('ood_second')}  {record['seconds']:4.0f} s, {left:3.0f} s to go")
 
 
 def curve(history: list[dict], width: int = 60) -> str:
-    """Accuracy against steps, one character per evaluation: a digit is tenths (9: 0.90 to 0.99), # is 0.99 and above."""
+    """Accuracy against steps, one character per evaluation: tenths (9: 0.90 to 0.99), # is 0.99 and above."""
     if len(history) > width:
         history = [history[round(i * (len(history) - 1) / (width - 1))] for i in range(width)]
     mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
@@ -960,7 +946,7 @@ def curve(history: list[dict], width: int = 60) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def write_atomically(path: Path, content):
-    """bytes, or a function that writes to a file: the file at `path` is the old one or the new one, never half of it."""
+    """bytes, or a function that writes to a file: at `path` is the old file or the new one, never half of it."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
         content(file) if callable(content) else file.write(content)
@@ -970,8 +956,8 @@ def write_atomically(path: Path, content):
 
 
 def load_parts(parts: dict, state: dict):
-    """Put a checkpoint into the parts of a training. Random numbers differ from one kind of device to another: a run that
-    goes on on another kind draws its batches from a stream of its own."""
+    """Put a checkpoint into the parts of a training. Random numbers differ between kinds of device: a run that goes on
+    on another kind draws its batches from a stream of its own."""
     for name, part in parts.items():
         if name != "generator":
             part.load_state_dict(state[name])
@@ -983,19 +969,17 @@ def load_parts(parts: dict, state: dict):
                     raise ValueError(f"the state of {name} does not fit its weights")
 
 
-def differences(found: dict, asked: dict) -> list[str]:
-    """What determines the training and differs between a run found on disk and the one asked for; the place of the triples
-    does not count, their content does."""
-    old, new = flatten({key: found.get(key) for key in asked}), flatten(asked)
-    return [f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new.get(key))} asked)"
-            for key in new | old if old.get(key) != new.get(key) and key != "data.triples"]
-
-
-def flatten(tree: dict) -> dict:
-    """{"a": {"b": 1}, "c": 2} -> {"a.b": 1, "c": 2}."""
-    groups = {key: value for key, value in tree.items() if isinstance(value, dict)}
-    return {key: value for key, value in tree.items() if key not in groups} | {
-        f"{key}.{name}": value for key, group in groups.items() for name, value in group.items()}
+def differences(found: dict, asked: dict, group: str = "") -> list[str]:
+    """What differs between the settings found on disk and those asked for; the place of the triples does not count,
+    their content does."""
+    differ = []
+    for key in asked | found:
+        there, here = found.get(key), asked.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            differ += differences(there, here, f"{group}{key}.")
+        elif there != here and key != "triples":
+            differ.append(f"{group}{key} ({json.dumps(there)} there, {json.dumps(here)} asked)")
+    return differ
 
 
 def peak_memory_mib(device: torch.device) -> int:
@@ -1024,13 +1008,6 @@ def choose_device(name: str) -> torch.device:
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
           "mass_edit": mass_edit_stage}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"minedit: {message}; see --help\n")
-
-
 HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads", "depth": "passes",
         "blocks": "blocks per pass", "d_ff": "width of a feed-forward",
         "ff_top_k": "units of it that one token may use, 0: all", "slots": "rows of the shared memory",
@@ -1049,15 +1026,18 @@ MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="minedit.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Train a small transformer to grok two-hop composition, edit its facts, see what follows.")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minedit.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a small transformer to grok two-hop composition, edit its facts, see what follows.")
+    parser.error = lambda message: parser.exit(2, f"minedit: {message}; see --help\n")
     add = parser.add_argument
     add("--arch", choices=[*ARCHS, "all"], default="lmc", help="architecture")
     add("--seed", type=int, default=0, help="first seed: graph, split, weights and batches follow from it")
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--out", type=Path, help="run folder; for several runs the folder of run folders (default: runs/<arch>-seed<k>)")
+    add("--out", type=Path,
+        help="run folder; for several runs the folder of run folders (default: runs/<arch>-seed<k>)")
     add("--resume", action="store_true", help="go on with an unfinished run")
     add("--retrain", action="store_true", help="train again, replacing what the folder holds")
     add("--compile", action="store_true", help="torch.compile the training step's forward pass")
@@ -1104,16 +1084,16 @@ def prepare(args) -> list[Run]:
                             "leave them out with --triples")
         graph = kg.from_triples(args.triples)
         data = {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
-        print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, {graph.n_relations} "
-              f"relations" + "".join(f"; {note}" for note in graph.notes))
+        print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
+              f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
     data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
     names = [(arch, seed) for arch in (ARCHS if args.arch == "all" else [args.arch])
              for seed in range(args.seed, args.seed + args.seeds)]
-    parent = args.out or Path("runs/quick" if args.quick else "runs")
-    runs = [Run(args, arch, seed, args.out if args.out and len(names) == 1 else parent / f"{arch}-seed{seed}", graph, data)
+    parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(names) == 1
+    runs = [Run(args, arch, seed, args.out if alone else parent / f"{arch}-seed{seed}", graph, data)
             for arch, seed in names]
-    for run in runs * bool(args.edit_fact):
-        named_requests(run, args.edit_fact)
+    for run in runs:
+        named_requests(run, args.edit_fact or [])            # unknown names are refused now
     return runs
 
 
@@ -1138,7 +1118,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         try:
             runs = prepare(args)
-        except (ValueError, MemoryError, RuntimeError) as error:                 # of kg.py, models.py; sizes beyond all memory
+        except (ValueError, MemoryError, RuntimeError) as error:                 # of kg.py, models.py; too large
             raise UserError(str(error).split("\n")[0] or "not enough memory for these sizes") from None
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}" if error.filename else error) from None
