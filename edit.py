@@ -527,8 +527,7 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
 def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, steps: int = 25,
                     batch: int | None = None) -> Tensor:
     """dW by gradient descent on -log p(wanted answer), in the one layer, no entry of dW above bound * rms(W): the
-    constrained fine-tuning that [2] compares with. Adam, at a rate that can reach the bound in five steps. The model is
-    as before."""
+    constrained fine-tuning that [2] compares with, by Adam, at a rate that can reach the bound in five steps."""
     W, n = layer.weight.detach(), len(requests.new)
     limit = bound * float(W.square().mean().sqrt())
     dW = torch.zeros_like(W, requires_grad=True)
@@ -549,17 +548,16 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
                  ordinary: Tensor, stream: tuple[str, int], diagnostics: dict | None = None) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer name: dW}, for `edit`.
 
-    `stream` (module name, call) reads the residual stream after all sites: its input at the last token (in models.py
-    the next block's "attention", or "norm" after the last block), which should change by r [n, d_out]. Site after site,
-    with the edits so far in place: what is missing there, divided by the number of sites left, is written by
-    `memit_update` for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests
-    whose key is zero at a site are left to the others. The model is as before when this returns. What `memit_update`
-    tells of a site is diagnostics[name, call]. Raises ValueError where two requests are for one fact.
+    `stream` (module name, call) reads the residual stream after all sites (in models.py the next block's "attention",
+    or "norm" after the last block): its input at the last token should change by r [n, d_out]. Site after site, with
+    the edits so far in place, what is missing there, divided by the number of sites left, is written by `memit_update`
+    for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests whose key is
+    zero at a site are left to the others. The model is as before when this returns. What `memit_update` tells of a site
+    is diagnostics[name, call]. Raises ValueError where two requests are for one fact.
 
     In a loop several sites are calls of one weight: dW is the sum of the writes, each of which acts at all calls. The
     keys of the calls already written are carried along, so that the next solve leaves what they return; what its own
-    write does at other calls it does not foresee. So more sites bring the stream nearer in a stack, but need not do so
-    in a loop."""
+    write does at other calls it does not foresee: unlike in a stack, more sites need not bring the stream nearer."""
     requests.check_distinct()
     moments = {name: key_second_moment(model, model.get_submodule(name), ordinary) for name in dict(sites)}
     wanted = last_token(model, *stream, requests.tokens)[0] + r
@@ -623,6 +621,12 @@ def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, 
     return probes, left_out
 
 
+def queries(paths) -> Tensor:
+    """[n_facts, 2]: head and relation token of each fact, in the order of `paths.facts`."""
+    n_rows = torch.bincount(paths.first)
+    return paths.tokens[n_rows.cumsum(0) - n_rows, :2]
+
+
 def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor, asked: Tensor, n: int,
                      generator: torch.Generator) -> dict[str, Probes]:
     """Per edit n facts and n of the paths in `asked`, with the edited fact at no hop; the answer is the model's own
@@ -662,12 +666,6 @@ def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probe
     return float(torch.cat(cosines).mean()) if len(probe.edit) else None
 
 
-def queries(paths) -> Tensor:
-    """[n_facts, 2]: head and relation token of each fact, in the order of `paths.facts`."""
-    n_rows = torch.bincount(paths.first)
-    return paths.tokens[n_rows.cumsum(0) - n_rows, :2]
-
-
 @torch.no_grad()
 def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512, calls=None) -> Tensor:
     """The answer [m] to each probe by the model with the probe's own edit, W + r u^T (at `calls`, see `rank_one`)."""
@@ -675,7 +673,7 @@ def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, ch
     for i, tokens in zip(probes.edit.split(chunk), probes.tokens.split(chunk)):
         with rank_one(at.layer, u[i], r[i], calls):
             parts.append(model(tokens)[:, -1].argmax(-1))
-    return torch.cat(parts) if parts else probes.answer
+    return torch.cat(parts)
 
 
 def share_of(hit: Tensor) -> float | None:
@@ -762,4 +760,4 @@ def held_answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probe
         before = at_call(model, name, call, tokens)[1][:, token]
         with rank_one(at.layer, u[i], r[i]), interchange(model, name, call, token, before, B):
             parts.append(model(tokens)[:, -1].argmax(-1))
-    return torch.cat(parts) if parts else probes.answer
+    return torch.cat(parts)

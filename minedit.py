@@ -1097,9 +1097,8 @@ def prepare(args) -> list[Run]:
     return runs
 
 
-def parse(argv: list[str] | None):
-    """The arguments; --quick and --mass-edit change the default sizes."""
-    parser = build_parser()
+def main(argv: list[str] | None = None) -> int:
+    parser, run = build_parser(), None
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**QUICK, retrain=args.out is None and not args.resume)
@@ -1107,11 +1106,7 @@ def parse(argv: list[str] | None):
         parser.set_defaults(**MASS)
     if args.triples:                                         # the graph is not synthetic
         parser.set_defaults(entities=None, relations=None)
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args, run = parse(argv), None
+    args = parser.parse_args(argv)
     try:
         if args.report:
             report([args.report])
