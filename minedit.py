@@ -466,11 +466,11 @@ def edit_stage(run: Run, model: Model):
     What all four cells answer right (`run.shared`) is scored beside what the model itself does."""
     generator, paths, began = run.stream(), run.paths, time.perf_counter()
     one_hop, two_hop, known, right, asked = run.known(model)
-    requests, fixed = draw_requests(run, run.args.n_edits, generator)
+    requests, n_fixed = draw_requests(run, run.args.n_edits, generator)
     n, entries = len(requests.fact), []
     run.results["edits"] = entries
     print(f"\nedits of {n} ID facts, one at a time; {int(known[requests.fact].sum())} of them known before"
-          + f"; {fixed} ID facts cannot be edited (their relation has one tail only)" * (fixed > 0))
+          + f"; {n_fixed} ID facts cannot be edited (their relation has one tail only)" * (n_fixed > 0))
     if not n:
         return run.save_results()
     probes, left_out = editing.propagation_probes(requests, paths, known, right, asked)
