@@ -342,8 +342,7 @@ def restore(model: nn.Module, old: dict[str, tuple[Tensor, float | None]]):
 
 @contextmanager
 def edit(model: nn.Module, updates: dict[str, Tensor]):
-    """`with edit(model, {"memory.values": dW}):` the model is edited inside, and bit for bit the old one after,
-    whether or not the body raises."""
+    """`with edit(model, {"memory.values": dW}):` edited inside, bit for bit the old model after, even on an exception."""
     old = apply_edit(model, updates)
     try:
         yield model
@@ -451,8 +450,8 @@ class Site:
 
 def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None,
          chunk: int = 1024) -> Site:
-    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are inputs whose values to
-    keep, the queries if not given."""
+    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] (default: the queries) are
+    inputs whose values to keep."""
     layer = model.get_submodule(name)
     C = key_second_moment(model, layer, queries if ordinary is None else ordinary)
     return Site(name, call, layer, C, *last_token(model, name, call, queries, chunk))
@@ -723,8 +722,7 @@ def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, si
     and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token.
 
     Returns the indirect effect in two measures, each [site, token]: the share of the prompts that get the clean answer
-    back, and the mean rise of its probability. Raises ValueError where the prompts do not pair up or a site is not
-    called."""
+    back, and the mean rise of its probability. ValueError where the prompts do not pair up or a site is not called."""
     if clean.shape != corrupted.shape or not len(clean):
         raise ValueError(f"clean and corrupted prompts must pair up and be at least one, "
                          f"got shapes {list(clean.shape)} and {list(corrupted.shape)}")

@@ -84,12 +84,10 @@ class Recipe:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: every singular value becomes about 1, so that every direction of a
-    matrix moves at the same rate [1].
+    """Momentum with every singular value of the update made about 1: all directions move at the same rate [1].
 
-    torch.optim.Muon is the same rule, but orthogonalises in bfloat16: on CPUs without bfloat16 units it takes 30 times
-    as long (42 ms against 1.3 ms for a 64 x 1024 matrix on one core), more than the rest of a step. This one stays in
-    float32."""
+    torch.optim.Muon is the same rule, but in bfloat16: on CPUs without bfloat16 units it takes 30 times as long (42 ms
+    against 1.3 ms for a 64 x 1024 matrix on one core), more than the rest of a step. This one stays in float32."""
     def __init__(self, params, lr: float, weight_decay: float, momentum: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -325,10 +323,9 @@ class Run:
             if step % recipe.eval_every == 0 or step == recipe.steps:
                 mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
                 if not math.isfinite(mean_loss) or not all(p.isfinite().all() for p in model.parameters()):
-                    last = self.history[-1]["step"] if self.history else None
+                    held = [f"{self.folder / 'ckpt.pt'} holds step {r['step']}; " for r in self.history[-1:]]
                     raise Diverged(f"{self.folder}: the loss or a weight is not finite at step {step}; "
-                                   + (f"{self.folder / 'ckpt.pt'} holds step {last}; " if last else "")
-                                   + "lower --lr or --muon-lr and --retrain")
+                                   f"{''.join(held)}lower --lr or --muon-lr and --retrain")
                 total.zero_()
                 record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths, recipe.branches > 0)
                 record["seconds"] = round(time.perf_counter() - began, 2)
@@ -528,9 +525,8 @@ def edit_fact_stage(run: Run, model: Model):
     at = editing.site(model, name, call, editing.queries(paths))
     u = editing.direction("rome", at, requests)
     r, fallbacks = residual(run, model, at, requests, "prototype", known, u)
-    print(f"\nROME at {name}, pass {at_pass}, prototype target"
-          + " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
-          + f"; left out: {listed(left_out)}")
+    gradient = " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
+    print(f"\nROME at {name}, pass {at_pass}, prototype target{gradient}; left out: {listed(left_out)}")
     word = lambda token: (run.graph.entities + run.graph.relations)[token]
     before = dict(zip(map(tuple, paths.tokens.tolist()), two_hop.tolist()))
     before |= zip(map(tuple, requests.tokens.tolist()), one_hop[requests.fact].tolist())
@@ -543,7 +539,7 @@ def edit_fact_stage(run: Run, model: Model):
             found = list(zip(*(x[mine].tolist() for x in (probe.tokens, after[kind], probe.answer))))
             rows += [(" ".join(map(word, tokens)), word(before[tuple(tokens)]), word(now), word(answer),
                       "ok" if now == answer else "NO") for tokens, now, answer in found[:10]]
-            n_right = sum(now == answer for _, now, answer in found)
+            n_right = int((after[kind] == probe.answer)[mine].sum())
             rows.append((f"-- {kind}: {n_right} of {len(found)} right", "", "", "", ""))
         print("\n" + table(rows))
 
@@ -553,8 +549,7 @@ def edit_fact_stage(run: Run, model: Model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
-    """The rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in the answers
-    [m]."""
+    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]."""
     rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
@@ -970,8 +965,7 @@ def load_parts(parts: dict, state: dict):
 
 
 def differences(found: dict, asked: dict, group: str = "") -> list[str]:
-    """What differs between the settings found on disk and those asked for; the place of the triples does not count,
-    their content does."""
+    """Settings found on disk that are not those asked for; of the triples the content counts, not the place."""
     differ = []
     for key in asked | found:
         there, here = found.get(key), asked.get(key)
