@@ -342,7 +342,7 @@ def restore(model: nn.Module, old: dict[str, tuple[Tensor, float | None]]):
 
 @contextmanager
 def edit(model: nn.Module, updates: dict[str, Tensor]):
-    """`with edit(model, {"memory.values": dW}):` edited inside, bit for bit the old model after, even on an exception."""
+    """`with edit(model, {"memory.values": dW}):` edited inside; bit for bit the old model after, body raised or not."""
     old = apply_edit(model, updates)
     try:
         yield model
