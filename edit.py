@@ -118,8 +118,8 @@ def row_direction(K: Tensor) -> Tensor:
 
 
 def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None, lam: float = 0.0) -> Tensor:
-    """u = C^-1 k / (k^T C^-1 k + lam) for every row of K [n, d_in]: ROME, where u k = 1, and with lam MEMIT with one request.
-    One factorisation of C serves all rows."""
+    """u = C^-1 k / (k^T C^-1 k + lam) for every row of K [n, d_in]: ROME, where u k = 1, and with lam MEMIT with one
+    request. One factorisation of C serves all rows."""
     K, B = double(K), inverse_factor(C, diagnostics)
     U = K @ B @ B.T                                                              # C^-1 k as rows
     return U / ((U * K).sum(-1, keepdim=True) + lam)
@@ -129,8 +129,7 @@ def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
     """B [d_in, d_in] with B B^T = C^-1, in float64: B = L^-T where C = L L^T (Cholesky).
 
     C is solved as given. Only where it is numerically singular (dead or dependent inputs) a ridge of
-    1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it, 0.0 where there is none.
-    """
+    1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it, 0.0 where there is none."""
     C, ridge = double(C), 0.0
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     L, failed = torch.linalg.cholesky_ex(C)
@@ -161,8 +160,7 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
 
     W [d_out, d_in], C [d_in, d_in], k [d_in], v [d_out] -> dW [d_out, d_in]. Of all matrices that put v at k, W + dW is
     the one that changes the values of ordinary keys least, in the mean square. `diagnostics`: see `inverse_factor` and
-    `finish`. Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros.
-    """
+    `finish`. Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros."""
     check_request("the key k", k, W.shape[1])
     check_request("the value v", v, W.shape[0])
     r = double(v) - double(W) @ double(k)
@@ -172,9 +170,9 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
 
 
 def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """ROME for one request after another, each on the weight that the last one left: the sum of the updates, of which only
-    the last is sure to hold. W, C as in `rome_update`, K [n, d_in], V [n, d_out]. The keys are taken as given: they stay
-    what they are where no earlier layer or call is edited."""
+    """ROME for one request after another, each on the weight that the last one left: the sum of the updates, of which
+    only the last is sure to hold. W, C as in `rome_update`, K [n, d_in], V [n, d_out]. The keys are taken as given:
+    they stay what they are where no earlier layer or call is edited."""
     check_batch(K, V, C, W)
     U, now = rome_direction(C, K, diagnostics), double(W).clone()
     for k, v, u in zip(double(K), double(V), U):
@@ -265,8 +263,7 @@ def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tens
 
         condition            condition number of the system solved
         residual_predicted   [n] norms of the rows of lam (K P K^T + lam I)^-1 R, what is left in exact arithmetic
-        largest_cosine       largest |cosine| between the directions P k of two requests
-    """
+        largest_cosine       largest |cosine| between the directions P k of two requests"""
     if form not in (None, "primal", "dual"):
         raise ValueError(f"form must be 'primal', 'dual' or None for the smaller system, got {form!r}")
     X, residuals = double(K) @ B, double(R)
@@ -319,9 +316,9 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, tuple[
     layers, new = {name: model.get_submodule(name) for name in updates}, {}
     for name, dW in updates.items():
         layer = layers[name]
-        if layer.weight.shape != dW.shape or not dW.isfinite().all():
-            raise ValueError(f"the update of {name} must be finite and {list(layer.weight.shape)}, "
-                             f"got {list(dW.shape)}")
+        shape = list(layer.weight.shape)
+        if shape != list(dW.shape) or not dW.isfinite().all():
+            raise ValueError(f"the update of {name} must be finite and {shape}, got {list(dW.shape)}")
         weight = double(new.get(layer, layer.weight))                            # two names may mean one layer
         new[layer] = cast(weight + double(dW).to(weight.device), layer.weight)
     old = {name: (layer.weight.detach().clone(), vars(layer).get("edited")) for name, layer in layers.items()}
@@ -333,7 +330,7 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, tuple[
 
 
 def restore(model: nn.Module, old: dict[str, tuple[Tensor, float | None]]):
-    """Put back the weights that `apply_edit` returned, bit for bit, and the marks that they had."""
+    """Put back the weights and the marks that `apply_edit` returned, bit for bit."""
     with torch.no_grad():
         for name, (weight, mark) in old.items():
             layer = model.get_submodule(name)
@@ -345,8 +342,7 @@ def restore(model: nn.Module, old: dict[str, tuple[Tensor, float | None]]):
 
 @contextmanager
 def edit(model: nn.Module, updates: dict[str, Tensor]):
-    """`with edit(model, {"memory.values": dW}):` the model is edited inside, and bit for bit the old one after,
-    whether or not the body raises."""
+    """`with edit(model, {"memory.values": dW}):` edited inside; bit for bit the old model after, body raised or not."""
     old = apply_edit(model, updates)
     try:
         yield model
@@ -356,14 +352,14 @@ def edit(model: nn.Module, updates: dict[str, Tensor]):
 
 @contextmanager
 def intervene(module: nn.Module, change, calls=None):
-    """Inside, the module returns change(input, output) at the `calls` given, None: at all. They are counted from 0 at the
-    start of the `with` block, so that where calls are given each block is for one forward pass."""
+    """Inside, the module returns change(input, output), or its own output where that is None, at all its calls or at
+    the `calls` given, counted from 0 at the start of the `with` block, which then is for one forward pass."""
     n_calls = 0
 
     def hook(_, inputs, output):
         nonlocal n_calls
         n_calls += 1
-        return change(inputs[0], output) if calls is None or n_calls - 1 in calls else output
+        return change(inputs[0], output) if calls is None or n_calls - 1 in calls else None
 
     handle = module.register_forward_hook(hook)
     try:
@@ -373,25 +369,38 @@ def intervene(module: nn.Module, change, calls=None):
 
 
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
-    """Every example of the batch sees its own edit, W + r_b u_b^T: u [batch, d_in], r [batch, d_out]. An edit of the weights
-    acts at every call of the layer; with `calls` it acts at those alone (see `intervene`).
-
-    The layer's input is [batch, token, d_in]. W is untouched. As many edits as the batch is long are tried out, or trained, in one forward pass."""
-    return intervene(layer, lambda key, value: value + torch.einsum("bti,bi->bt", key, u)[..., None] * r[:, None], calls)
+    """Inside, every example of a batch sees its own edit, W + r_b u_b^T, and W is untouched: u [batch, d_in], r
+    [batch, d_out], so that as many edits as the batch is long are tried out, or trained, in one forward pass. An edit
+    of the weights acts at every call of the layer; with `calls` it acts at those alone (see `intervene`)."""
+    return intervene(layer, lambda k, value: value + torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None], calls)
 
 
 @torch.no_grad()
-def record(model: nn.Module, layer: nn.Linear, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [call, batch, token, d_in] and values [call, batch, token, d_out] of every call of the layer in one pass."""
+def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Input [call, batch, token, d_in] and output [call, batch, token, d_out] of every call of a module when the model
+    reads the tokens; of a layer they are the keys and the values."""
     calls = []
-    hook = layer.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0].detach(), output.detach())))
-    try:
+    with intervene(module, lambda key, value: calls.append((key, value))):       # returns None: nothing changes
         model(tokens)
-    finally:
-        hook.remove()
     if not calls:
         raise ValueError("the layer is not called when the model reads these tokens, so it holds nothing of them")
-    return torch.stack([key for key, _ in calls]), torch.stack([value for _, value in calls])
+    keys, values = zip(*calls)
+    return torch.stack(keys), torch.stack(values)
+
+
+def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output, each [batch, token, d], of the module `name` at one of its calls."""
+    inputs, outputs = record(model, model.get_submodule(name), tokens)
+    if not 0 <= call < len(inputs):
+        raise ValueError(f"{name} is called {len(inputs)} time(s) in a forward pass, so there is no call {call}")
+    return inputs[call], outputs[call]
+
+
+def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """As `at_call`, at the last token alone: input [n, d_in] and output [n, d_out]."""
+    parts = [[x[:, -1].clone() for x in at_call(model, name, call, part)] for part in tokens.split(chunk)]
+    inputs, outputs = zip(*parts)
+    return torch.cat(inputs), torch.cat(outputs)
 
 
 def key_second_moment(model: nn.Module, layer: nn.Linear, tokens: Tensor, call: int | None = None,
@@ -414,6 +423,13 @@ class Requests:
     old: Tensor                         # [n] the answer now
     new: Tensor                         # [n] the answer wanted
 
+    def __getitem__(self, rows) -> "Requests":
+        return Requests(*(x[rows] for x in vars(self).values()))
+
+    def questions(self) -> "Probes":
+        """The queries themselves, each asked of its own edit."""
+        return Probes(torch.arange(len(self.fact), device=self.fact.device), self.tokens, self.new)
+
     def check_distinct(self):
         """ValueError that names both requests where two are for one fact, which cannot have two answers at once."""
         first = {}
@@ -433,30 +449,20 @@ class Site:
     values: Tensor                      # [n_facts, d_out]
 
 
-def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor, chunk: int = 1024) -> Site:
-    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are inputs whose values to keep."""
+def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None,
+         chunk: int = 1024) -> Site:
+    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] (default: the queries) are
+    inputs whose values to keep."""
     layer = model.get_submodule(name)
     keys, values = last_token(model, name, call, queries, chunk)
-    return Site(name, call, layer, key_second_moment(model, layer, ordinary, call), keys, values)
-
-
-def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Input [n, d_in] and output [n, d_out] of one call of a module at the last token of each row of `tokens`."""
-    parts = []
-    for part in tokens.split(chunk):
-        keys, values = record(model, model.get_submodule(name), part)
-        if not 0 <= call < len(keys):
-            raise ValueError(f"{name} is called {len(keys)} time(s) in a forward pass, so there is no call {call}")
-        parts.append((keys[call, :, -1], values[call, :, -1]))
-    return tuple(torch.cat(part) for part in zip(*parts))
+    C = key_second_moment(model, layer, queries if ordinary is None else ordinary, call)
+    return Site(name, call, layer, C, keys, values)
 
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None, lam: float = 1.0) -> Tensor:
-    """u [n, d_in] of each request, for the method "row", "rome" or "memit" (with one request, 1 / (1 + lam / k^T C^-1 k) of
-    what ROME writes); an edit is W + r u^T.
-
-    A fact whose key is zero cannot be edited at this site: its u is zero, so that its edit changes nothing and counts as one
-    that failed; `diagnostics["zero_keys"]` says how many there are."""
+    """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one request, which
+    writes 1 / (1 + lam / k^T C^-1 k) of what ROME writes). A fact whose key is zero cannot be edited at this site: its
+    u is zero, so that its edit counts as one that failed; `diagnostics["zero_keys"]` says how many there are."""
     keys = at.keys[requests.fact]
     alive = (keys != 0).any(-1)
     u = torch.zeros_like(keys)
@@ -492,13 +498,12 @@ def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
 def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor, steps: int = 40, lr: float = 0.1,
                       decay: float = 1e-3, clamp: float = 4.0, batch: int | None = None, near: Tensor | None = None,
                       pull: float = 1.0) -> Tensor:
-    """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, with |r| <= clamp |v0| (v0 = W k), by Adam.
+    """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|, by Adam; v0 = W k.
 
     The model runs with W + r u^T at every call of the layer, as it will after the edit: in a loop, what the changed
     weight does at the other passes is part of the loss. Each request is optimised for itself, `batch` of them at a time
     (None: all). With `near` [m, d_out], values that the store holds, pull * distance^2 / |v0|^2 is added to the loss,
-    the distance of v0 + r to the nearest of them: at first v0 itself, past the middle way to another that one.
-    """
+    the distance of v0 + r to the nearest of them."""
     parts, usual = [], at.values.norm(dim=-1).mean()
     for i in torch.arange(len(u), device=u.device).split(batch or max(1, len(u))):
         v0 = at.values[requests.fact[i]]
@@ -522,25 +527,21 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
 
 def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, steps: int = 25,
                     batch: int | None = None) -> Tensor:
-    """dW by gradient descent on -log p(wanted answer), in the one layer, no entry of dW above bound * rms(W): the constrained
-    fine-tuning that [2] compares with. Adam, at a rate that can reach the bound in five steps. The model is as before."""
-    W, device = layer.weight.detach(), layer.weight.device
+    """dW by gradient descent on -log p(wanted answer), in the one layer, no entry of dW above bound * rms(W): the
+    constrained fine-tuning that [2] compares with, by Adam, at a rate that can reach the bound in five steps."""
+    W, n = layer.weight.detach(), len(requests.new)
     limit = bound * float(W.square().mean().sqrt())
     dW = torch.zeros_like(W, requires_grad=True)
     optimizer = torch.optim.Adam([dW], lr=limit / 5)
-    hook = layer.register_forward_hook(lambda _, inputs, output: output + inputs[0] @ dW.T)
-    try:
+    with intervene(layer, lambda key, value: value + key @ dW.T):
         for _ in range(steps):
-            for i in torch.arange(len(requests.new), device=device).split(batch or max(1, len(requests.new))):
-                logits = model(requests.tokens[i])[:, -1]
-                loss = F.cross_entropy(logits, requests.new[i], reduction="sum") / len(requests.new)
+            for i in torch.arange(n, device=W.device).split(batch or max(1, n)):
+                loss = F.cross_entropy(model(requests.tokens[i])[:, -1], requests.new[i], reduction="sum") / n
                 loss.backward(inputs=[dW])
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 dW.clamp_(-limit, limit)
-    finally:
-        hook.remove()
     return dW.detach()
 
 
@@ -548,19 +549,18 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
                  ordinary: Tensor, stream: tuple[str, int], diagnostics: dict | None = None) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer name: dW}, for `edit`.
 
-    `stream` (module name, call) reads the residual stream after all sites: its input at the last token (in models.py
-    the next block's "attention", or "norm" after the last block), which should change by r [n, d_out]. Site after site,
-    with the edits so far in place: what is missing there, divided by the number of sites left, is written by
-    `memit_update` for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests
-    whose key is zero at a site are left to the others. The model is as before when this returns. diagnostics[name, call]
-    is what `memit_update` tells of that site. Raises ValueError where two requests are for one fact.
+    `stream` (module name, call) reads the residual stream after all sites (in models.py the next block's "attention",
+    or "norm" after the last block): its input at the last token should change by r [n, d_out]. Site after site, with
+    the edits so far in place, what is missing there, divided by the number of sites left, is written by `memit_update`
+    for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests whose key is
+    zero at a site are left to the others. The model is as before when this returns. What `memit_update` tells of a site
+    is diagnostics[name, call]. Raises ValueError where two requests are for one fact.
 
-    In a loop, several sites are calls of one weight: dW is the sum of the writes, and each of them acts at all calls.
-    What is missing is measured with these effects, and the keys of the calls already written are carried along, so that
-    the next solve leaves what they return. What its own write does at other calls a solve does not foresee: more sites
-    bring the stream nearer in a stack, but need not do so in a loop."""
+    In a loop several sites are calls of one weight: dW is the sum of the writes, each of which acts at all calls. The
+    keys of the calls already written are carried along, so that the next solve leaves what they return; what its own
+    write does at other calls it does not foresee: unlike in a stack, more sites need not bring the stream nearer."""
     requests.check_distinct()
-    moments = {name: key_second_moment(model, model.get_submodule(name), ordinary) for name in dict(sites)}
+    moments = [key_second_moment(model, model.get_submodule(name), ordinary, call) for name, call in sites]
     wanted = last_token(model, *stream, requests.tokens)[0] + r
     updates, carried = {}, {}
     with ExitStack() as edits:
@@ -570,7 +570,7 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
             alive = (keys != 0).any(-1)
             if alive.any():
                 notes = None if diagnostics is None else diagnostics.setdefault((name, call), {})
-                dW = memit_update(keys[alive], share[alive], moments[name], lam, carried=carried.get(name),
+                dW = memit_update(keys[alive], share[alive], moments[i], lam, carried=carried.get(name),
                                   W=model.get_submodule(name).weight, diagnostics=notes)
                 edits.enter_context(edit(model, {name: dW}))
                 updates[name] = updates.get(name, 0) + dW
@@ -594,12 +594,11 @@ def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, 
         -> tuple[dict[str, Probes], dict[str, int]]:
     """Compositions whose answer an edit must change: "hop1" with the edited fact first, "hop2" with it second.
 
-    paths: any object with facts [n_facts, 3] (head, relation, tail; sorted), tokens [n_paths, 3], two_hop, first, second
-    [n_paths] as in kg.py. known [n_facts]: the model knows the fact and has seen it in compositions; right [n_paths]: its
-    answer is right before the edit; asked [n_paths]: the paths to draw from. Counted in the second result and left out
-    are paths that use the edited fact twice, whose right answer stays, that were wrong before, or whose other fact
-    (after the edit) does not exist or is not known.
-    """
+    paths: any object with facts [n_facts, 3] (head, relation, tail; sorted), tokens [n_paths, 3], two_hop, first,
+    second [n_paths] as in kg.py. known [n_facts]: the model knows the fact and has seen it in compositions; right
+    [n_paths]: its answer is right before the edit; asked [n_paths]: the paths to draw from. Counted in the second
+    result and left out are paths that use the edited fact twice, whose right answer stays, that were wrong before, or
+    whose other fact (after the edit) does not exist or is not known."""
     head, relation, tail = paths.facts.T
     row_of = torch.full((int(max(head.max(), tail.max())) + 1, int(relation.max()) + 1), -1, device=head.device)
     row_of[head, relation] = torch.arange(len(head), device=head.device)         # fact of (head, relation), -1: none
@@ -623,28 +622,31 @@ def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, 
     return probes, left_out
 
 
+def queries(paths) -> Tensor:
+    """[n_facts, 2]: head and relation token of each fact, in the order of `paths.facts`."""
+    n_rows = torch.bincount(paths.first)
+    return paths.tokens[n_rows.cumsum(0) - n_rows, :2]
+
+
 def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor, asked: Tensor, n: int,
                      generator: torch.Generator) -> dict[str, Probes]:
-    """Per edit n facts and n of the paths in `asked`, with the edited fact at no hop; the answer is the model's own before
-    the edit (one_hop [n_facts], two_hop [n_paths])."""
+    """Per edit n facts and n of the paths in `asked`, with the edited fact at no hop; the answer is the model's own
+    before the edit (one_hop [n_facts], two_hop [n_paths])."""
     device, probes = paths.facts.device, {}
-    for name, rows in ("unrelated_one_hop", torch.arange(len(paths.facts), device=device)), ("unrelated_two_hop", asked.nonzero().flatten()):
-        place = torch.rand(len(requests.fact), len(rows), generator=generator).argsort(1)[:, :n].flatten().to(device)
-        row = rows[place]
-        i = torch.arange(len(requests.fact), device=device).repeat_interleave(len(row) // len(requests.fact))
-        fact = requests.fact[i]
-        if name == "unrelated_one_hop":
-            keep, tokens, answer = row != fact, queries(paths)[row], one_hop[row]
-        else:
-            keep = (paths.first[row] != fact) & (paths.second[row] != fact)
-            tokens, answer = paths.tokens[row], two_hop[row]
-        probes[name] = Probes(i[keep], tokens[keep], answer[keep])
+    facts, edited = torch.arange(len(paths.facts), device=device), requests.fact[:, None]
+    for name, rows, hops, tokens, answer in \
+            ("unrelated_one_hop", facts, [facts], queries(paths), one_hop), \
+            ("unrelated_two_hop", asked.nonzero().flatten(), [paths.first, paths.second], paths.tokens, two_hop):
+        place = torch.rand(len(edited), len(rows), generator=generator).argsort(1)[:, :n].to(device)
+        drawn = rows[place]                                                      # [request, n]
+        keep = torch.stack([hop[drawn] != edited for hop in hops]).all(0)
+        probes[name] = Probes(keep.nonzero()[:, 0], tokens[drawn[keep]], answer[drawn[keep]])
     return probes
 
 
 def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> dict[str, Probes]:
-    """Other facts that are near an edited one: with its head ("same_subject"), with its relation ("same_relation"), or with
-    their largest key entry where it has its own, on the row that the row edit changes ("same_row")."""
+    """Other facts that are near an edited one: with its head ("same_subject"), with its relation ("same_relation"), or
+    with their largest key entry where it has its own, on the row that the row edit changes ("same_row")."""
     probes = {}
     for name, group in ("same_subject", paths.facts[:, 0]), ("same_relation", paths.facts[:, 1]), \
                        ("same_row", at.keys.abs().argmax(-1)):
@@ -656,19 +658,13 @@ def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> di
 
 @torch.no_grad()
 def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probes, chunk: int = 512) -> float | None:
-    """How nearly a composition reads the store with the key that was edited: the cosine between the fact's key at the site
-    and the key at the composition's last token, at the call where it is largest; mean over the probes, None without any."""
+    """How nearly a composition reads the store with the key that was edited: the cosine between the fact's key at the
+    site and the key at the composition's last token, at the call where it is largest; mean over the probes, if any."""
     cosines = []
     for i, tokens in zip(probe.edit.split(chunk), probe.tokens.split(chunk)):
         keys = record(model, at.layer, tokens)[0][:, :, -1]                      # [call, m, d_in]
         cosines.append(F.cosine_similarity(keys, at.keys[requests.fact[i]], dim=-1).amax(0))
     return float(torch.cat(cosines).mean()) if len(probe.edit) else None
-
-
-def queries(paths) -> Tensor:
-    """[n_facts, 2]: head and relation token of each fact, in the order of `paths.facts`."""
-    n_rows = torch.bincount(paths.first)
-    return paths.tokens[n_rows.cumsum(0) - n_rows, :2]
 
 
 @torch.no_grad()
@@ -678,27 +674,29 @@ def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, ch
     for i, tokens in zip(probes.edit.split(chunk), probes.tokens.split(chunk)):
         with rank_one(at.layer, u[i], r[i], calls):
             parts.append(model(tokens)[:, -1].argmax(-1))
-    return torch.cat(parts) if parts else probes.answer
+    return torch.cat(parts)
+
+
+def share_of(hit: Tensor) -> float | None:
+    """Share of True in hit [n]; None where there is nothing to count."""
+    return int(hit.sum()) / len(hit) if len(hit) else None
 
 
 def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, probes: dict[str, Probes]) -> dict:
     """Shares in 0..1 over all edits; None where there was nothing to ask.
 
-    direct: edits whose own query now has the new answer. Of the `probes`, those whose name begins with hop count if right
-    after the edit, over the edits with direct success (`probes_<name>` of them); of the others `<name>_moved` is the share
-    whose answer differs from the one before.
-    """
-    everyone = torch.arange(len(requests.fact), device=requests.fact.device)
-    success = answers(model, at, u, r, Probes(everyone, requests.tokens, requests.new)) == requests.new
-    share = lambda hit: int(hit.sum()) / len(hit) if len(hit) else None
-    result = {"n": len(success), "direct": share(success)}
+    direct: edits whose own query now has the new answer. Of the `probes`, those whose name begins with hop count if
+    right after the edit, over the edits with direct success (`probes_<name>` of them); of the others `<name>_moved` is
+    the share whose answer differs from the one before."""
+    success = answers(model, at, u, r, requests.questions()) == requests.new
+    result = {"n": len(success), "direct": share_of(success)}
     for name, probe in probes.items():
         hit = answers(model, at, u, r, probe) == probe.answer
         if name.startswith("hop"):
             hit = hit[success[probe.edit]]
-            result |= {name: share(hit), f"probes_{name}": len(hit)}
+            result |= {name: share_of(hit), f"probes_{name}": len(hit)}
         else:
-            result[f"{name}_moved"] = share(~hit)
+            result[f"{name}_moved"] = share_of(~hit)
     return result
 
 
@@ -709,19 +707,9 @@ def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, 
 # store, or the whole residual stream after a block. What it carries shows when it is interchanged between two runs [2];
 # that the other run differs in one token is after Wang et al. 2024, arXiv 2405.15071.
 
-@torch.no_grad()
-def state(model: nn.Module, name: str, call: int, tokens: Tensor) -> Tensor:
-    """What the module `name` returns at its call number `call` when the model reads the tokens: [batch, token, d]."""
-    values = record(model, model.get_submodule(name), tokens)[1]
-    if not 0 <= call < len(values):
-        raise ValueError(f"{name} is called {len(values)} time(s) in a forward pass, so there is no call {call}")
-    return values[call]
-
-
 def interchange(model: nn.Module, name: str, call: int, token: int, other: Tensor, basis: Tensor | None = None):
-    """Inside, for one forward pass, the state (name, call, token) is that of another run, other [batch, d].
-
-    basis [batch, d, k], with orthonormal columns: only the component in their span is, x <- x + B B^T (x_other - x)."""
+    """Inside, for one forward pass, the state (name, call, token) is that of another run, other [batch, d]; with basis
+    [batch, d, k] of orthonormal columns only its component in their span is, x <- x + B B^T (x_other - x)."""
     def change(_, x):
         mine = x[:, token]                                                       # [batch, d]
         new = other if basis is None else mine + (basis @ (basis.mT @ (other - mine)[..., None]))[..., 0]
@@ -732,19 +720,19 @@ def interchange(model: nn.Module, name: str, call: int, token: int, other: Tenso
 @torch.no_grad()
 def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list[tuple[str, int]]) \
         -> tuple[Tensor, Tensor]:
-    """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites` and token.
+    """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites`
+    and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token.
 
-    clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token. Returns the indirect effect in
-    two measures, each [site, token]: the share of the prompts that get the clean answer back, and the mean rise of its
-    probability. Raises ValueError where the prompts do not pair up or a site is not called."""
+    Returns the indirect effect in two measures, each [site, token]: the share of the prompts that get the clean answer
+    back, and the mean rise of its probability. ValueError where the prompts do not pair up or a site is not called."""
     if clean.shape != corrupted.shape or not len(clean):
-        raise ValueError(f"clean and corrupted prompts must pair up and be at least one, got shapes {list(clean.shape)} "
-                         f"and {list(corrupted.shape)}")
+        raise ValueError(f"clean and corrupted prompts must pair up and be at least one, "
+                         f"got shapes {list(clean.shape)} and {list(corrupted.shape)}")
     probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None]).mean()
     before = probability(model(corrupted)[:, -1])
     share, rise = torch.zeros(2, len(sites), clean.shape[1], dtype=torch.float64)
     for i, (name, call) in enumerate(sites):
-        values = state(model, name, call, clean)
+        _, values = at_call(model, name, call, clean)
         for token in range(clean.shape[1]):
             with interchange(model, name, call, token, values[:, token]):
                 logits = model(corrupted)[:, -1]
@@ -765,11 +753,11 @@ def span(*vectors: Tensor) -> Tensor:
 @torch.no_grad()
 def held_answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, name: str, call: int, token: int,
                  basis: Tensor, chunk: int = 512) -> Tensor:
-    """As `answers`, the edit acting at every call, while the state (name, call, token) keeps in the span of basis [m, d, k]
-    what it holds without the edit: our reading of the held answer subspace of [1]."""
+    """As `answers`, the edit acting at every call, while the state (name, call, token) keeps, in the span of basis
+    [m, d, k], what it holds without the edit: our reading of the held answer subspace of [1]."""
     parts = []
     for i, tokens, B in zip(probes.edit.split(chunk), probes.tokens.split(chunk), basis.split(chunk)):
-        before = state(model, name, call, tokens)[:, token]
+        before = at_call(model, name, call, tokens)[1][:, token]
         with rank_one(at.layer, u[i], r[i]), interchange(model, name, call, token, before, B):
             parts.append(model(tokens)[:, -1].argmax(-1))
-    return torch.cat(parts) if parts else probes.answer
+    return torch.cat(parts)

@@ -37,17 +37,20 @@ from torch import Tensor
 
 import edit as editing
 import kg
+from edit import share_of
 from models import ARCHS, Config, Model, count_parameters, flops_per_path
 
 SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
 
 
 class UserError(Exception):
-    """Bad input: one line that names the value and the remedy; exit status 2."""
+    """Bad input: one line that names the value and the remedy."""
+    status = 2                          # with which the process exits
 
 
 class Diverged(Exception):
-    """Training reached a loss that is not finite; exit status 1."""
+    """Training reached a loss that is not finite."""
+    status = 1
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,13 @@ class Recipe:
     eval_every: int = 200
 
     def __post_init__(self):
-        for name in ("steps", "batch", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("branches", "one_hop_weight", "lr", "muon_lr", "weight_decay", "warmup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("momentum", "label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if name in ("steps", "batch", "eval_every") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if name in ("momentum", "label_smoothing", "ema") and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must not be negative, got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,12 +84,10 @@ class Recipe:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: every singular value becomes about 1, so that every direction of a matrix
-    moves at the same rate [1].
+    """Momentum with every singular value of the update made about 1: all directions move at the same rate [1].
 
-    torch.optim.Muon is the same rule, but orthogonalises in bfloat16: on CPUs without bfloat16 units it takes 30 times as
-    long (42 ms against 1.3 ms for a 64 x 1024 matrix on one core), more than the rest of a step. This one stays in float32.
-    """
+    torch.optim.Muon is the same rule, but in bfloat16: on CPUs without bfloat16 units it takes 30 times as long (42 ms
+    against 1.3 ms for a 64 x 1024 matrix on one core), more than the rest of a step. This one stays in float32."""
     def __init__(self, params, lr: float, weight_decay: float, momentum: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -117,8 +116,8 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
 class Batches:
     """Batches of facts with their trained continuations, drawn on the device without waiting for it.
 
-    With `alias`, the number of relations of a graph whose relations have two tokens each, half of the relations are asked for
-    by the second, which stands `alias` after the first."""
+    With `alias`, the number of relations of a graph whose relations have two tokens each, half of the relations are
+    asked for by the second, which stands `alias` after the first."""
 
     def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0):
         self.paths, self.recipe, self.generator, self.alias = paths, recipe, generator, alias
@@ -131,13 +130,13 @@ class Batches:
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [batch, 2 + branches], their positions, and answers [batch, 1 + branches], -100 where none is trained.
 
-        Each fact is drawn once at most; its trained paths are cut into `branches` even strata and one is drawn from each."""
+        Each fact is drawn once at most, and one path from each of `branches` even strata of its trained paths."""
         device, (b, m) = self.rows.device, (self.recipe.batch, self.recipe.branches)
         fact = torch.randperm(len(self.count), generator=self.generator, device=device)[:b]
         count = self.count[fact][:, None]                                        # [batch, 1]
         u = torch.rand(len(fact), m, generator=self.generator, device=device)
         place = ((torch.arange(m, device=device) + u) / m * count).long().minimum(count - 1)
-        row = self.rows[(self.start[fact][:, None] + place).clamp(0, len(self.rows) - 1)]        # [batch, branches]
+        row = self.rows[(self.start[fact][:, None] + place).clamp(0, len(self.rows) - 1)]    # [batch, branches]
         tokens = torch.cat([self.queries[fact], self.paths.tokens[row, 2]], 1)
         if self.alias:
             tokens[:, 1:] += self.alias * torch.randint(2, tokens[:, 1:].shape, generator=self.generator, device=device)
@@ -155,7 +154,7 @@ def loss_of(logits: Tensor, answers: Tensor, recipe: Recipe) -> Tensor:
 
 @torch.no_grad()
 def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, Tensor]:
-    """The model's answers to every fact [n_facts] and every path [n_paths]; each prefix is computed once per `width` paths."""
+    """The model's answers to every fact [n_facts] and every path [n_paths], `width` paths to one prefix."""
     device, n_paths = paths.facts.device, len(paths.first)
     n_rows = torch.bincount(paths.first)
     width = min(int(n_rows.max()), 32)
@@ -172,16 +171,20 @@ def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, T
     return out[first_bundle, 1], two_hop
 
 
+@torch.no_grad()
+def last_answers(model: Model, tokens: Tensor) -> Tensor:
+    """The model's answers [n] at the last of the tokens [n, token]."""
+    return torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(4096)])
+
+
 def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, float | None]:
     """Share of right answers over all facts and, with `compose`, over each split; None for an empty split."""
-    if compose:
-        one_hop, two_hop = predict(model, paths)
-        hits = {"one_hop": one_hop == paths.facts[:, 2]}
-        hits |= {name: (two_hop == paths.two_hop)[paths.masks[name]] for name in SPLITS}
-    else:
-        one_hop = torch.cat([model(part)[:, -1].argmax(-1) for part in editing.queries(paths).split(4096)])
-        hits = {"one_hop": one_hop == paths.facts[:, 2]} | {name: paths.facts[:0, 2] for name in SPLITS}
-    return {name: int(hit.sum()) / len(hit) if len(hit) else None for name, hit in hits.items()}
+    if not compose:
+        right = last_answers(model, editing.queries(paths)) == paths.facts[:, 2]
+        return {"one_hop": share_of(right)} | dict.fromkeys(SPLITS)
+    one_hop, two_hop = predict(model, paths)
+    return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | \
+        {name: share_of((two_hop == paths.two_hop)[paths.masks[name]]) for name in SPLITS}
 
 
 class Run:
@@ -204,21 +207,19 @@ class Run:
         self.results, self.history, self.state, self.environment, self.shared = {}, [], None, None, None
         self.check_folder()
 
-    # -- the folder ---------------------------------------------------------------------------------------------------
-
     def check_folder(self):
         """Refuse, before any training, a folder that cannot be used or that holds something else; load a checkpoint."""
-        folder = self.folder
+        out = self.folder
+        config, checkpoint, results = (out / name for name in ("config.json", "ckpt.pt", "results.json"))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
                 pass
         except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
-        config = folder / "config.json"
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
         if not config.exists():
-            if any(file.suffix != ".part" for file in folder.iterdir()):
-                raise UserError(f"--out {folder}: not empty and not a run folder (no config.json); choose another folder")
+            if any(file.suffix != ".part" for file in out.iterdir()):
+                raise UserError(f"--out {out}: not empty and not a run folder (no config.json); choose another folder")
             return
         try:
             found = json.loads(config.read_text())
@@ -228,37 +229,52 @@ class Run:
             raise UserError(f"{config}: not the configuration of a run; choose another --out") from None
         if self.args.retrain:
             return
-        if differs := differences(found, self.identity):
-            raise UserError(f"--out {folder}: holds another run, which differs in {', '.join(differs)}; "
+        if differs := differences({key: found[key] for key in self.identity}, self.identity):
+            raise UserError(f"--out {out}: holds another run, which differs in {', '.join(differs)}; "
                             f"use --retrain or another --out")
-        checkpoint = folder / "ckpt.pt"
         if checkpoint.exists():
-            self.state = load_checkpoint(checkpoint, self)
-        elif (folder / "results.json").exists():
-            raise UserError(f"--out {folder}: holds results, but no ckpt.pt to go on from; use --retrain or another --out")
+            self.state = self.load_checkpoint(checkpoint)
+        elif results.exists():
+            raise UserError(f"--out {out}: holds results, but no ckpt.pt to go on from; use --retrain or another --out")
         if not self.finished and not self.args.resume:
             at = f"step {self.state['step']}" if self.state else "its start"
-            raise UserError(f"--out {folder}: an unfinished run, at {at} of {self.recipe.steps}; use --resume or --retrain")
-        if self.finished and (folder / "results.json").exists():
+            raise UserError(f"--out {out}: an unfinished run, at {at} of {self.recipe.steps}; "
+                            f"use --resume or --retrain")
+        if self.finished and results.exists():
             try:
-                self.results = json.loads((folder / "results.json").read_text())
+                self.results = json.loads(results.read_text())
                 self.environment = self.results["config"]["environment"]         # that of the training
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{folder / 'results.json'}: not readable; remove it and run the stages again") from None
+                raise UserError(f"{results}: not readable; remove it and run the stages again") from None
+
+    def load_checkpoint(self, path: Path) -> dict:
+        """The state in a checkpoint; UserError unless it is whole and of this run."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if differences(state["identity"], self.identity):
+                raise ValueError("it belongs to a run with other settings")
+            load_parts(self.fresh(), state)                  # what does not fit says so here, before anything is done
+            last = state["history"][-1]
+            named = {"one_hop", "loss", "seconds", *SPLITS} <= last.keys()
+            if last["step"] != state["step"] or not named or state["seconds"] < 0:
+                raise ValueError("its history does not end where it does")
+        except Exception as error:                           # unpickling can raise anything
+            why = " ".join(str(error).split())[:80] or type(error).__name__
+            raise UserError(f"{path}: not a checkpoint of this run ({why}); use --retrain or another --out") from None
+        return state
 
     @property
     def finished(self) -> bool:
         return self.state is not None and self.state["step"] == self.recipe.steps
 
     def known(self, model: Model) -> tuple[Tensor, ...]:
-        """The model's answers to facts and paths; the ID facts [n_facts] and the paths [n_paths] that it answers right; the ID
-        paths."""
+        """The model's answers to facts and paths; the ID facts and the paths that it answers right; the ID paths."""
         paths, (one_hop, two_hop) = self.paths, predict(model, self.paths)
-        return (one_hop, two_hop, (one_hop == paths.facts[:, 2]) & ~paths.ood_fact, two_hop == paths.two_hop,
-                paths.masks["train"] | paths.masks["id"])
+        known, right = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact, two_hop == paths.two_hop
+        return one_hop, two_hop, known, right, paths.masks["train"] | paths.masks["id"]
 
     def stream(self) -> torch.Generator:
-        """The random numbers of the stages, the same for each of them and in all four cells; the training uses others."""
+        """Random numbers for the stages, the same for each of them and in all four cells, other than in training."""
         return torch.Generator().manual_seed(-self.seed - 1)
 
     def ordinary(self) -> Tensor:
@@ -269,17 +285,15 @@ class Run:
     def save_results(self):
         write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1, allow_nan=False).encode())
 
-    # -- training -----------------------------------------------------------------------------------------------------
-
     def fresh(self) -> dict:
         """Everything that training changes, at step 0."""
-        model = Model(self.config, torch.Generator().manual_seed(4 * self.seed + 2)).to(self.device)
-        hidden = [p for name, p in model.named_parameters() if name != "embedding.weight"]
-        recipe = self.recipe
+        recipe, seed = self.recipe, torch.Generator().manual_seed(4 * self.seed + 2)
+        model = Model(self.config, seed).to(self.device)
+        embedding, decay = model.embedding.weight, recipe.weight_decay
+        hidden = [p for p in model.parameters() if p is not embedding]
         return {"model": model, "average": copy.deepcopy(model).requires_grad_(False),
-                "adam": torch.optim.AdamW([model.embedding.weight], recipe.lr, (0.9, 0.98),
-                                          weight_decay=recipe.weight_decay),
-                "muon": Muon(hidden, recipe.muon_lr, recipe.weight_decay, recipe.momentum),
+                "adam": torch.optim.AdamW([embedding], recipe.lr, (0.9, 0.98), weight_decay=decay),
+                "muon": Muon(hidden, recipe.muon_lr, decay, recipe.momentum),
                 "generator": torch.Generator(self.device).manual_seed(4 * self.seed + 3)}
 
     def train(self) -> Model:
@@ -289,14 +303,9 @@ class Run:
         step, seconds = 0, 0.0
         if self.state:
             step, seconds, self.history = self.state["step"], self.state["seconds"], self.state["history"]
-        if self.finished:                                    # perhaps on another device
-            average.load_state_dict(self.state["average"])
-            self.write_config()
-            return average.eval()
-        if self.state:
             load_parts(parts, self.state)
         if self.state or not (self.folder / "config.json").exists():
-            self.write_config()                              # with --retrain not before there is something to replace the old run
+            self.write_config()                              # with --retrain not before there is a replacement
 
         forward = torch.compile(model) if self.args.compile else model
         batches = Batches(self.paths, recipe, parts["generator"], self.config.aliases * self.config.n_relations)
@@ -319,10 +328,9 @@ class Run:
             if step % recipe.eval_every == 0 or step == recipe.steps:
                 mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
                 if not math.isfinite(mean_loss) or not all(p.isfinite().all() for p in model.parameters()):
-                    last = self.history[-1]["step"] if self.history else None
-                    raise Diverged(f"the loss or a weight is not finite at step {step}; "
-                                   + (f"{self.folder / 'ckpt.pt'} holds step {last}; " if last else "")
-                                   + "lower --lr or --muon-lr and --retrain")
+                    held = [f"{self.folder / 'ckpt.pt'} holds step {r['step']}; " for r in self.history[-1:]]
+                    raise Diverged(f"{self.folder}: the loss or a weight is not finite at step {step}; "
+                                   f"{''.join(held)}lower --lr or --muon-lr and --retrain")
                 total.zero_()
                 record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths, recipe.branches > 0)
                 record["seconds"] = round(time.perf_counter() - began, 2)
@@ -342,11 +350,10 @@ class Run:
 
     def write_config(self):
         """What determines the training (compared when a folder is met again), and what is only recorded."""
-        args = self.args
         self.environment = self.environment or {
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
             "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
-        stages = {name: getattr(args, name) for name in ("compile", "n_edits", *STAGES)}
+        stages = {name: getattr(self.args, name) for name in ("compile", "n_edits", *STAGES)}
         write_atomically(self.folder / "config.json", json.dumps(
             self.identity | {"stages": stages, "environment": self.environment}, indent=1).encode())
 
@@ -374,167 +381,9 @@ class Run:
 # Stage: edits
 # ---------------------------------------------------------------------------------------------------------------------
 
-def edit_sites(config: Config) -> list[tuple[str, int, int]]:
-    """(layer, call, pass) of every store: in Dense the block is the pass; a shared weight is called once in every block."""
-    sites, per_pass = [], config.blocks
-    for i in range(config.depth * per_pass):
-        block = i % per_pass if config.loop else i
-        if config.memory:
-            sites.append(("memory.values", i, i // per_pass))
-        if config.feed_forward or not config.memory:
-            sites.append((f"blocks.{block}.feed_forward.down", i // per_pass if config.loop else 0, i // per_pass))
-    return sites
-
-
-def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing.Requests, int]:
-    """n random ID facts and for each a new tail, drawn from the other tails of its relation. Also returns how many ID facts
-    could not be drawn because their relation has one tail only."""
-    facts = run.paths.facts.cpu()
-    id_facts = (~run.paths.ood_fact.cpu()).nonzero().flatten()
-    tails = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
-    editable = torch.tensor([f for f in id_facts.tolist() if len(tails[int(facts[f, 1])]) > 1], dtype=torch.long)
-    fact = editable[torch.randperm(len(editable), generator=generator)[:n]]
-    new = []
-    for _, relation, old in facts[fact].tolist():
-        others = tails[relation][tails[relation] != old]
-        new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
-    return make_requests(run, fact, torch.tensor(new, dtype=torch.long)), len(id_facts) - len(editable)
-
-
-def make_requests(run: Run, fact: Tensor, new: Tensor) -> editing.Requests:
-    fact, new = fact.to(run.device), new.to(run.device)
-    return editing.Requests(fact, editing.queries(run.paths)[fact], run.paths.facts[fact, 2], new)
-
-
-def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
-    """Requests from names; UserError for a name or a fact that the graph does not have."""
-    facts, new = [], []
-    rows = {(h, r): i for i, (h, r, _) in enumerate(run.paths.facts.tolist())}
-    entities, relations = ({name: i for i, name in enumerate(x)} for x in (run.graph.entities, run.graph.relations))
-    for head, relation, tail in wanted:
-        for name, known, kind in (head, entities, "entity"), (relation, relations, "relation"), (tail, entities, "entity"):
-            if name not in known:
-                raise UserError(f"--edit-fact: unknown {kind} {name!r}; the graph has {', '.join(list(known)[:5])}, ...")
-        key = entities[head], relations[relation]
-        if key not in rows:
-            raise UserError(f"--edit-fact: the graph has no fact ({head}, {relation}); only existing facts can be changed")
-        facts.append(rows[key])
-        new.append(entities[tail])
-    return make_requests(run, torch.tensor(facts), torch.tensor(new))
-
-
-def residual(model, at, requests, target, tails, known, u=None, batch=None) -> tuple[Tensor, int]:
-    """r of each request for the target asked; a prototype that has no other known fact falls back on the gradient, counted.
-    u: directions of the edits through which the gradient looks, those of ROME if not given."""
-    r, has_one = editing.prototype_residual(at, requests, tails, known & (target == "prototype"))
-    if not has_one.all():
-        u = editing.direction("rome", at, requests) if u is None else u
-        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u, batch=batch))
-    return r, int((~has_one).sum()) * (target == "prototype")
-
-
-COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the
-compositions with the edited fact first, second, whose answer is what now follows, among edits with
-direct success (number of probes). facts, comps., row: share of answers that moved though they should
-not: of other facts, of compositions without the edited fact, of facts on the same row of the store
-(the row where the key of a fact has its largest entry)."""
-FAR = """far: distance of the value written from the nearest that the store holds for a known fact, in units of
-their mean length; near: the gradient's target, pulled towards these."""
-
-
-def edit_stage(run: Run, model: Model):
-    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets. What
-    all four cells answer right (`run.shared`) is scored beside what the model itself does."""
-    generator, paths, began = run.stream(), run.paths, time.perf_counter()
-    one_hop, two_hop, known, right, asked = run.known(model)
-    tails = paths.facts[:, 2]
-    requests, fixed = draw_requests(run, run.args.n_edits, generator)
-    n, n_known = len(requests.fact), int(known[requests.fact].sum())
-    print(f"\nedits of {n} ID facts, one at a time; {n_known} of them known before"
-          + f"; {fixed} ID facts cannot be edited (their relation has one tail only)" * (fixed > 0))
-    run.results["edits"] = []
-    if not n:
-        return run.save_results()
-    probes, left_out = editing.propagation_probes(requests, paths, known, right, asked)
-    probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
-    if run.shared:
-        common, _ = editing.propagation_probes(requests, paths, *run.shared, asked)
-        probes |= {f"{name}_shared": probe for name, probe in common.items()}
-    print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, {len(probes['hop2'].edit)} with it "
-          f"second; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row", "far")]
-    chosen = a_priori_site(run, model, requests, known)
-    for name, call, at_pass in edit_sites(run.config):
-        at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
-        near = editing.neighbour_probes(requests, at, paths, one_hop)
-        store = {"facts_per_row": 1 + len(near["same_row"].edit) / n,
-                 "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])}
-        own = lambda r: editing.distance_to_values(at.values[known], at.values[requests.fact] + r) / at.values.norm(dim=-1).mean()
-        for method in ("rome", "memit", "row"):
-            diagnostics = {}
-            u = editing.direction(method, at, requests, diagnostics)
-            targets = ["prototype", "gradient", "near"] if method == "rome" and (name, call, at_pass) == chosen else \
-                ["prototype"] if method == "memit" else ["prototype", "gradient"]          # one MEMIT edit is nearly ROME's
-            for target in targets:
-                if target == "near":
-                    r, fallbacks = editing.gradient_residual(model, at, requests, u, near=at.values[known]), 0
-                else:
-                    r, fallbacks = residual(model, at, requests, target, tails, known, u)
-                entry = {"method": method, "target": target.replace("near", "gradient"), "near": target == "near", "site": name,
-                         "pass": at_pass, "a_priori": (name, call, at_pass) == chosen}
-                entry |= editing.score(model, at, requests, u, r, probes | near)
-                entry |= {"gradient_for_want_of_a_prototype": fallbacks, "distance": float(own(r).mean())} | diagnostics | store
-                run.results["edits"].append(entry)
-                share = lambda key: "-" if entry[key] is None else f"{entry[key]:.3f}"
-                rows.append((name.replace("feed_forward", "ff"), at_pass, method, target + "*" * (fallbacks > 0), share("direct"),
-                             f"{share('hop1')} ({entry['probes_hop1']})", f"{share('hop2')} ({entry['probes_hop2']})",
-                             share("unrelated_one_hop_moved"), share("unrelated_two_hop_moved"), share("same_row_moved"),
-                             f"{entry['distance']:.2f}"))
-    run.results["edit_seconds"] = round(time.perf_counter() - began, 2)
-    run.results["edit_left_out"] = left_out
-    run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
-    run.save_results()
-    print(table(rows) + "\n" + COLUMNS + "\n" + FAR)
-    starred = max((entry["gradient_for_want_of_a_prototype"] for entry in run.results["edits"]), default=0)
-    if starred:
-        print(f"* {starred} of the {n} wanted tails belong to no other known fact: there the gradient was used.")
-    print(f"{run.results['edit_seconds']:.0f} s for all edits")
-
-
-def edit_fact_stage(run: Run, model: Model):
-    """Edit facts given by name, one at a time (ROME, a-priori site, prototype), and show what the model answers then."""
-    paths, requests = run.paths, named_requests(run, run.args.edit_fact)
-    one_hop, two_hop, _, right, _ = run.known(model)
-    known = one_hop == paths.facts[:, 2]                     # here OOD facts count too, and every path is asked
-    probes, left_out = editing.propagation_probes(requests, paths, known, right, paths.second >= 0)
-    name, call, at_pass = a_priori_site(run, model, requests, known & ~paths.ood_fact)
-    at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
-    u = editing.direction("rome", at, requests)
-    r, fallbacks = residual(model, at, requests, "prototype", paths.facts[:, 2], known, u)
-    word = lambda token: (run.graph.entities + run.graph.relations)[token]
-    row_of = {tuple(tokens): i for i, tokens in enumerate(paths.tokens.tolist())}
-    print(f"\nROME at {name}, pass {at_pass}, prototype target"
-          + " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
-          + "; left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    for i in range(len(requests.fact)):
-        question = editing.Probes(torch.tensor([i], device=run.device), requests.tokens[i:i + 1], requests.new[i:i + 1])
-        rows = [("question", "before", "after", "right now", "")]
-        for kind, probe in ("fact", question), ("first hop", probes["hop1"]), ("second hop", probes["hop2"]):
-            mine = editing.Probes(*(x[probe.edit == i] for x in (probe.edit, probe.tokens, probe.answer)))
-            after = editing.answers(model, at, u, r, mine)
-            for tokens, now, answer in list(zip(mine.tokens.tolist(), after.tolist(), mine.answer.tolist()))[:10]:
-                before = one_hop[requests.fact[i]] if kind == "fact" else two_hop[row_of[tuple(tokens)]]
-                rows.append((" ".join(map(word, tokens)), word(int(before)), word(now), word(answer), "ok" if now == answer else "NO"))
-            rows.append((f"-- {kind}: {int((after == mine.answer).sum())} of {len(after)} right", "", "", "", ""))
-        print("\n" + table(rows))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages: where a fact is, and when it is written
-# ---------------------------------------------------------------------------------------------------------------------
-
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
-    """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order."""
+    """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order. In a loop
+    every pass calls the same block; the one memory is called in every block."""
     found = []
     for i in range(config.depth * config.blocks):
         at_pass = i // config.blocks
@@ -548,8 +397,165 @@ def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
     return found
 
 
-def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """At most n random pairs of rows of tokens [m, token] that differ at `place` alone and in their answers [m]."""
+def edit_sites(config: Config) -> list[tuple[str, int, int]]:
+    """(layer, call, pass) of every store, by the nn.Linear whose columns hold what is stored."""
+    layer = {"memory": "values", "feed-forward": "down"}
+    return [(f"{module}.{layer[part]}", call, at_pass) for at_pass, part, module, call in traced_states(config)
+            if part in layer]
+
+
+def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing.Requests, int]:
+    """n random ID facts and for each a new tail, drawn from the other tails of its relation. Also returns how many ID
+    facts could not be drawn because their relation has one tail only."""
+    facts = run.paths.facts.cpu()
+    id_facts = (~run.paths.ood_fact.cpu()).nonzero().flatten()
+    tails = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
+    editable = torch.tensor([f for f in id_facts.tolist() if len(tails[int(facts[f, 1])]) > 1], dtype=torch.long)
+    fact = editable[torch.randperm(len(editable), generator=generator)[:n]]
+    new = []
+    for _, relation, old in facts[fact].tolist():
+        others = tails[relation][tails[relation] != old]
+        new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
+    return make_requests(run, fact, new), len(id_facts) - len(editable)
+
+
+def make_requests(run: Run, fact: Tensor | list[int], new: list[int]) -> editing.Requests:
+    fact, new = (torch.as_tensor(x, dtype=torch.long, device=run.device) for x in (fact, new))
+    return editing.Requests(fact, editing.queries(run.paths)[fact], run.paths.facts[fact, 2], new)
+
+
+def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
+    """Requests from names; UserError for a name or a fact that the graph does not have."""
+    facts, new = [], []
+    rows = {(h, r): i for i, (h, r, _) in enumerate(run.paths.facts.tolist())}
+    entity, relation = ({name: i for i, name in enumerate(x)} for x in (run.graph.entities, run.graph.relations))
+    for head, r, tail in wanted:
+        for name, known, kind in (head, entity, "entity"), (r, relation, "relation"), (tail, entity, "entity"):
+            if name not in known:
+                raise UserError(f"--edit-fact: unknown {kind} {name!r}; "
+                                f"the graph has {', '.join(list(known)[:5])}, ...")
+        if (entity[head], relation[r]) not in rows:
+            raise UserError(f"--edit-fact: the graph has no fact ({head}, {r}); only existing facts can be changed")
+        facts.append(rows[entity[head], relation[r]])
+        new.append(entity[tail])
+    return make_requests(run, facts, new)
+
+
+def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
+             u: Tensor | None = None, batch: int | None = None) -> tuple[Tensor, int]:
+    """r of each request for the target "prototype", "gradient" or "near" (the gradient's, pulled towards the values of
+    `known` facts). A prototype that has no other known fact falls back on the gradient, counted.
+    u: directions of the edits through which the gradient looks, those of ROME if not given."""
+    r, has_one = editing.prototype_residual(at, requests, run.paths.facts[:, 2], known & (target == "prototype"))
+    if not has_one.all():
+        u = editing.direction("rome", at, requests) if u is None else u
+        near = at.values[known] if target == "near" else None
+        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u, batch=batch, near=near))
+    return r, int((~has_one).sum()) * (target == "prototype")
+
+
+COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the
+compositions with the edited fact first, second, whose answer is what now follows, among edits with
+direct success (number of probes). facts, comps., row: share of answers that moved though they should
+not: of other facts, of compositions without the edited fact, of facts on the same row of the store
+(the row where the key of a fact has its largest entry)."""
+FAR = """far: distance of the value written from the nearest that the store holds for a known fact, in units of
+their mean length; near: the gradient's target, pulled towards these."""
+
+
+def edit_stage(run: Run, model: Model):
+    """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
+    What all four cells answer right (`run.shared`) is scored beside what the model itself does."""
+    generator, paths, began = run.stream(), run.paths, time.perf_counter()
+    one_hop, two_hop, known, right, asked = run.known(model)
+    requests, n_fixed = draw_requests(run, run.args.n_edits, generator)
+    n, entries = len(requests.fact), []
+    run.results["edits"] = entries
+    print(f"\nedits of {n} ID facts, one at a time; {int(known[requests.fact].sum())} of them known before"
+          + f"; {n_fixed} ID facts cannot be edited (their relation has one tail only)" * (n_fixed > 0))
+    if not n:
+        return run.save_results()
+    probes, left_out = editing.propagation_probes(requests, paths, known, right, asked)
+    probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
+    if run.shared:
+        common, _ = editing.propagation_probes(requests, paths, *run.shared, asked)
+        probes |= {f"{name}_shared": probe for name, probe in common.items()}
+    print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, "
+          f"{len(probes['hop2'].edit)} with it second; left out: {listed(left_out)}")
+    chosen = a_priori_site(run, model, requests, known)
+    for site in edit_sites(run.config):
+        name, call, at_pass = site
+        at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
+        near = editing.neighbour_probes(requests, at, paths, one_hop)
+        targets = {"rome": ["prototype", "gradient"] + ["near"] * (site == chosen and bool(known.any())),
+                   "memit": ["prototype"], "row": ["prototype", "gradient"]}     # one MEMIT edit is nearly ROME's
+        for method in targets:
+            diagnostics = {}
+            u = editing.direction(method, at, requests, diagnostics)
+            for target in targets[method]:
+                r, fallbacks = residual(run, model, at, requests, target, known, u)
+                stored = at.values[known] if known.any() else at.values
+                distance = editing.distance_to_values(stored, at.values[requests.fact] + r)
+                entries.append({
+                    "method": method, "target": target.replace("near", "gradient"), "near": target == "near",
+                    "site": name, "pass": at_pass, "a_priori": site == chosen,
+                    **editing.score(model, at, requests, u, r, probes | near),
+                    "gradient_for_want_of_a_prototype": fallbacks,
+                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean()), **diagnostics,
+                    "facts_per_row": 1 + len(near["same_row"].edit) / n,
+                    "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])})
+    run.results["edit_seconds"] = round(time.perf_counter() - began, 2)
+    run.results["edit_left_out"] = left_out
+    run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
+    run.save_results()
+    rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row", "far")]
+    for e in entries:
+        target = target_of(e) + "*" * (e["gradient_for_want_of_a_prototype"] > 0)
+        direct, hop1, hop2, *moved = (cell(e[key]) for key in SHARES)
+        hops = f"{hop1} ({e['probes_hop1']})", f"{hop2} ({e['probes_hop2']})"
+        rows.append((e["site"].replace("feed_forward", "ff"), e["pass"], e["method"], target, direct, *hops, *moved,
+                     cell(e["distance"], ".2f")))
+    print(f"{table(rows)}\n{COLUMNS}\n{FAR}")
+    if starred := max(e["gradient_for_want_of_a_prototype"] for e in entries):
+        print(f"* {starred} of the {n} wanted tails belong to no other known fact: there the gradient was used.")
+    print(f"{run.results['edit_seconds']:.0f} s for all edits")
+
+
+def edit_fact_stage(run: Run, model: Model):
+    """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model answers then."""
+    paths, requests = run.paths, named_requests(run, run.args.edit_fact)
+    one_hop, two_hop, _, right, _ = run.known(model)
+    known = one_hop == paths.facts[:, 2]                     # here OOD facts count too, and every path is asked
+    probes, left_out = editing.propagation_probes(requests, paths, known, right, paths.second >= 0)
+    name, call, at_pass = a_priori_site(run, model, requests, known & ~paths.ood_fact)
+    at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
+    u = editing.direction("rome", at, requests)
+    r, fallbacks = residual(run, model, at, requests, "prototype", known, u)
+    gradient = " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
+    print(f"\nROME at {name}, pass {at_pass}, prototype target{gradient}; left out: {listed(left_out)}")
+    word = lambda token: (run.graph.entities + run.graph.relations)[token]
+    before = dict(zip(map(tuple, paths.tokens.tolist()), two_hop.tolist()))
+    before |= zip(map(tuple, requests.tokens.tolist()), one_hop[requests.fact].tolist())
+    asked = {"fact": requests.questions(), "first hop": probes["hop1"], "second hop": probes["hop2"]}
+    after = {kind: editing.answers(model, at, u, r, probe) for kind, probe in asked.items()}
+    for i in range(len(requests.fact)):
+        rows = [("question", "before", "after", "right now", "")]
+        for kind, probe in asked.items():
+            mine = probe.edit == i
+            found = list(zip(*(x[mine].tolist() for x in (probe.tokens, after[kind], probe.answer))))
+            rows += [(" ".join(map(word, tokens)), word(before[tuple(tokens)]), word(now), word(answer),
+                      "ok" if now == answer else "NO") for tokens, now, answer in found[:10]]
+            n_right = int((after[kind] == probe.answer)[mine].sum())
+            rows.append((f"-- {kind}: {n_right} of {len(found)} right", "", "", "", ""))
+        print("\n" + table(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: where a fact is, and when it is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
+    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]."""
     rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
@@ -562,9 +568,9 @@ def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: 
 def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
     """(layer, call, pass) to edit, fixed before any edit is scored; recorded as results["a_priori"].
 
-    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block: there
-    the one whose output at the last token, restored after the head of a known fact was corrupted, raises the probability
-    of the answer most; over the `known` facts [n_facts] that are not requested, and the first one where there are none."""
+    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block:
+    there the one whose output at the last token, restored after the head of a known fact was corrupted, raises the
+    probability of the answer most; over the `known` facts [n_facts] that are not requested (none: the first store)."""
     sites, paths, chosen, effects, clean = edit_sites(run.config), run.paths, 0, None, []
     if not run.config.loop and not run.config.memory:
         apart = known.clone()
@@ -598,15 +604,16 @@ def locate_stage(run: Run, model: Model):
                                   ("composition", paths.tokens[right], paths.two_hop[right]):
         for place in range(tokens.shape[1]):
             clean, other = corruptions(tokens, answers, place, 200, generator)
-            effect, cells = {"top1": None, "rise": None}, ["-"] * len(states)
+            effect = {"query": query, "corrupted": words[place], "n": len(clean), "top1": None, "rise": None}
+            cells = ["-"] * len(states)
             if len(clean):
                 sites = [state[2:] for state in states]
                 top1, rise = editing.trace(model, tokens[clean], tokens[other], answers[clean], sites)
-                effect = {"top1": top1.tolist(), "rise": rise.tolist()}
+                effect |= {"top1": top1.tolist(), "rise": rise.tolist()}
                 cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in effect["top1"]]
-            effects.append({"query": query, "corrupted": words[place], "n": len(clean)} | effect)
+            effects.append(effect)
             columns.append([f"{query}: {words[place]}" if place == 0 else words[place],
-                            "".join(f"{word:>4}" for word in words[:tokens.shape[1]])] + cells + [f"{len(clean):4}"])
+                            "".join(f"{word:>4}" for word in words[:tokens.shape[1]]), *cells, f"{len(clean):4}"])
     states = [dict(zip(("pass", "part", "module", "call"), state)) for state in states]
     run.results["locate"] = {"states": states, "effects": effects}
     run.save_results()
@@ -614,7 +621,7 @@ def locate_stage(run: Run, model: Model):
     print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
     if rise := run.results["a_priori"]["effects"]:
         print("the head corrupted and the feed-forward of one block restored at the last token, the probability of\n"
-              "the answer rises by, block by block: " + ", ".join(f"{x:.3f}" for x in rise))
+              "the answer rises by, block by block: " + ", ".join(map(cell, rise)))
     print(f"{time.perf_counter() - began:.0f} s for tracing")
 
 
@@ -629,54 +636,47 @@ the old and the new answer, or (random) in a random plane. It is the state that 
 fact: at r1 for the fact itself and for hop 1, at the last token for hop 2."""
 
 
-def share_of(hit: Tensor) -> float | None:
-    return int(hit.sum()) / len(hit) if len(hit) else None
-
-
-def bar(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f} {'#' * round(10 * value):.<10}"
-
-
 def when_stage(run: Run, model: Model):
-    """Edits that act at some calls of their layer alone; then the first of them with its answer held at the old value."""
+    """Edits that act at some calls of their layer alone; then the first of them with its answer held as it was."""
     generator, paths, config, began = run.stream(), run.paths, run.config, time.perf_counter()
     _, _, known, right, asked = run.known(model)
     requests, _ = draw_requests(run, run.args.n_edits, generator)
-    probes = {"direct": editing.Probes(torch.arange(len(requests.fact), device=run.device), requests.tokens, requests.new)}
-    probes |= editing.propagation_probes(requests, paths, known, right, asked)[0]
-    chosen = a_priori_site(run, model, requests, known)
+    probes = {"direct": requests.questions()} | editing.propagation_probes(requests, paths, known, right, asked)[0]
     counts = {key: len(probe.edit) for key, probe in probes.items()}
     when = run.results["when"] = {"probes": counts, "written": []}
-    written = [("edit for", "pass", "acts", "direct", "hop 1", "hop 2")]
+    chosen = a_priori_site(run, model, requests, known)
     shared = config.loop or config.memory                    # one layer, called in every pass; else one in every block
-    for site in sorted((s for s in edit_sites(config) if s[0] == chosen[0] or not shared), key=lambda s: s != chosen):
+    sites = [site for site in edit_sites(config) if site[0] == chosen[0] or not shared]
+    for site in sorted(sites, key=lambda site: site != chosen):                  # the chosen one first
         name, call, at_pass = site
         at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
         u = editing.direction("rome", at, requests)
-        r, _ = residual(model, at, requests, "prototype", paths.facts[:, 2], known, u)
+        r, _ = residual(run, model, at, requests, "prototype", known, u)
         acts = {"always": None}
         if site == chosen and shared:
-            calls = range(sum(s[0] == name for s in edit_sites(config)))
+            calls = range(len(sites))
             acts |= {f"from call {t}": calls[t:] for t in calls[1:]} | {f"only call {t}": [t] for t in calls}
         for label, acting in acts.items():
             hits = {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer
                     for key, probe in probes.items()}
             if acting is None:
                 whole = hits
-            entry = {key: share_of(hit if key == "direct" else hit[whole["direct"][probes[key].edit]])
-                     for key, hit in hits.items()}
-            when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | entry)
-            written.append((name.replace("feed_forward", "ff"), at_pass, label, *map(bar, entry.values())))
+            shares = {key: share_of(hit if key == "direct" else hit[whole["direct"][probes[key].edit]])
+                      for key, hit in hits.items()}
+            when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
         if site == chosen:
             when["held"] = hold(run, model, at, u, r, requests, probes, whole, generator)
     run.save_results()
-    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} with\n"
-          f"the edited fact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
+    written = [("edit for", "pass", "acts", "direct", "hop 1", "hop 2")]
+    written += [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
+                for e in when["written"]]
+    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} "
+          f"with\nthe edited fact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
     if not shared:
         print("In Dense each block owns its layer, which is called once: to act later is to write in another block.")
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")]
-    held += [(after, bar(d), mean([d0]), bar(h1), mean([h10]), bar(h2), mean([h20]))
-             for after, _, _, d, d0, h1, h10, h2, h20 in (entry.values() for entry in when["held"])]
+    held += [(e["after"], *(text for key in probes for text in (bar(e[key]), cell(e[key + "_random"]))))
+             for e in when["held"]]
     print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
     print(f"{time.perf_counter() - began:.0f} s")
 
@@ -684,15 +684,14 @@ def when_stage(run: Run, model: Model):
 def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
          probes: dict[str, editing.Probes], right: dict[str, Tensor], generator: torch.Generator) -> list[dict]:
     """For the stream after each pass: the share of the probes `right` under the edit that stay so when it is held."""
-    E, blocks = model.embedding.weight, run.config.blocks
-    entries = []
-    for at_pass, _, module, call in [s for s in traced_states(run.config) if s[1] == "stream"][blocks - 1::blocks]:
+    E, blocks, entries = model.embedding.weight, run.config.blocks, []
+    streams = [state for state in traced_states(run.config) if state[1] == "stream"]
+    for at_pass, _, module, call in streams[blocks - 1::blocks]:
         entries.append({"after": at_pass, "module": module, "call": call})
         for key, probe in probes.items():
+            old, new = E[requests.old[probe.edit]], E[requests.new[probe.edit]]
             random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
-            planes = {key: editing.span(E[requests.old[probe.edit]], E[requests.new[probe.edit]]),
-                      f"{key}_random": editing.span(*random)}
-            for name, plane in planes.items():
+            for name, plane in (key, editing.span(old, new)), (f"{key}_random", editing.span(*random)):
                 now = editing.held_answers(model, at, u, r, probe, module, call, 2 if key == "hop2" else 1, plane)
                 entries[-1][name] = share_of((now == probe.answer)[right[key] & right["direct"][probe.edit]])
     return entries
@@ -709,97 +708,112 @@ over |r|, mean over the facts; pred: what the identity predicts for it. cos: lar
 directions of two facts. norm: |dW| / |W|. s: seconds with targets and moments, without diagnostics."""
 
 
-def mass_edit_stage(run: Run, model: Model):
-    """1 to 10 000 facts (at most half of those there are) in one update, by every method, at the first store and pass.
+class MassEdit:
+    """Many facts of a model in one update, at its first store and pass, and what becomes of these and other facts."""
 
-    What is chosen, lam and the bound of the fine-tuning, is chosen on facts that are not scored afterwards."""
-    paths, batch = run.paths, run.args.edit_batch
-    tokens, alias = editing.queries(paths), run.config.aliases * run.config.n_relations
-    ask = torch.no_grad()(lambda tokens: torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(4096)]))
-    before = ask(tokens)
-    known = before == paths.facts[:, 2]
-    wanted, _ = draw_requests(run, len(tokens), run.stream())
-    some = lambda rows: editing.Requests(*(getattr(wanted, f.name)[rows] for f in fields(wanted)))
-    n_tuning, largest = min(1000, len(wanted.fact) // 5), min(10_000, len(wanted.fact) // 2)
-    tuning, spared = some(slice(-n_tuning, None)), wanted.fact[largest:-n_tuning][:2000]
-    name, call, at_pass = edit_sites(run.config)[0]
+    def __init__(self, run: Run, model: Model):
+        self.run, self.model, self.tokens = run, model, editing.queries(run.paths)
+        self.site, self.tails = edit_sites(run.config)[0], run.paths.facts[:, 2]
+        self.before = last_answers(model, self.tokens)
+        self.known = self.before == self.tails
+        wanted, _ = draw_requests(run, len(self.tokens), run.stream())
+        n_tuning, largest = min(1000, len(wanted.fact) // 5), min(10_000, len(wanted.fact) // 2)
+        self.requests, self.tuning = wanted[:largest], wanted[len(wanted.fact) - n_tuning:]
+        self.spared = wanted.fact[largest:len(wanted.fact) - n_tuning][:2000]    # never edited
 
-    def measure(method: str, target: str, requests: editing.Requests, strength: float) -> dict:
+    def at_once(self, method: str, target: str, requests: editing.Requests, strength: float) -> dict:
         """One edit of all requests; strength is lam, and the bound for fine-tuning."""
+        name, call, at_pass = self.site
         entry = {"method": method, "target": target, "site": name, "pass": at_pass, "n": len(requests.fact),
                  "strength": strength}
-        began, notes = time.perf_counter(), {}
+        began, batch, notes, model = time.perf_counter(), self.run.args.edit_batch, {}, self.model
         requests.check_distinct()
-        at = editing.site(model, name, call, tokens, tokens)
-        others = known.index_fill(0, requests.fact, False)
-        if method == "finetune":
-            update = lambda notes: editing.finetune_update(model, at.layer, requests, strength, batch=batch)
-        else:
-            r, entry["fallbacks"] = residual(model, at, requests, target, paths.facts[:, 2], others, batch=batch)
-            K, W = at.keys[requests.fact], at.layer.weight.detach()
-            update = {"memit": lambda notes: editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes),
-                      "emmet": lambda notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
-                      "alphaedit": lambda notes: editing.alphaedit_update(K, r, at.C, strength, W=W, diagnostics=notes),
-                      "rome": lambda notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes)}[method]
+        at = editing.site(model, name, call, self.tokens)
+        K, W = at.keys[requests.fact], at.layer.weight.detach()
+        others = self.known.index_fill(0, requests.fact, False)                  # of these are the prototypes
+        if method != "finetune":
+            r, entry["fallbacks"] = residual(self.run, model, at, requests, target, others, batch=batch)
+        update = {
+            "memit": lambda notes: editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes),
+            "emmet": lambda notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
+            "alphaedit": lambda notes: editing.alphaedit_update(K, r, at.C, strength, W=W, diagnostics=notes),
+            "rome": lambda notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes),
+            "finetune": lambda _: editing.finetune_update(model, at.layer, requests, strength, batch=batch)}[method]
         try:
             dW = update(None)
         except ValueError as error:                          # more facts than rank, an empty null space
             return entry | {"infeasible": str(error)}
         entry["seconds"] = round(time.perf_counter() - began, 3)
-        if method in ("memit", "emmet", "alphaedit", "rome"):
-            update(notes)
+        if method != "finetune":
+            update(notes)                                    # once more, so that the seconds are without diagnostics
             size = r.double().norm(dim=-1).clamp(min=1e-12)
             notes |= {key: float((notes[key] / size).mean()) for key in notes if key.startswith("residual")}
-        return entry | notes | outcome(requests, {name: dW})
+        return entry | notes | self.outcome(requests, {name: dW})
 
-    def outcome(requests: editing.Requests, updates: dict[str, Tensor]) -> dict:
-        with editing.edit(model, updates):
-            hits = {"efficacy": ask(requests.tokens) == requests.new, "specificity": ask(tokens[spared]) == before[spared]}
+    def over_blocks(self, first: int, last: int, requests: editing.Requests, lam: float) -> dict:
+        """MEMIT over the blocks first..last of Dense, the residual asked of the stream after them."""
+        model, began = self.model, time.perf_counter()
+        stream = (f"blocks.{last + 1}.attention", 0) if last + 1 < len(model.blocks) else ("norm", 0)
+        after = editing.Site("stream", 0, None, None, None, editing.last_token(model, *stream, self.tokens)[0])
+        others = self.known.index_fill(0, requests.fact, False)
+        r, _ = editing.prototype_residual(after, requests, self.tails, others)
+        sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
+        updates = editing.memit_layers(model, sites, requests, r, lam, self.tokens, stream)
+        return {"method": "memit", "target": "prototype", "blocks": f"{first}-{last}", "n": len(requests.fact),
+                "strength": lam, "seconds": round(time.perf_counter() - began, 3)} | self.outcome(requests, updates)
+
+    def outcome(self, requests: editing.Requests, updates: dict[str, Tensor]) -> dict:
+        alias = self.run.config.aliases * self.run.config.n_relations
+        with editing.edit(self.model, updates):
+            hits = {"efficacy": last_answers(self.model, requests.tokens) == requests.new,
+                    "specificity": last_answers(self.model, self.tokens[self.spared]) == self.before[self.spared]}
             if alias:
-                hits["paraphrase"] = ask(requests.tokens + torch.tensor([0, alias], device=run.device)) == requests.new
+                renamed = requests.tokens + torch.tensor([0, alias], device=self.run.device)
+                hits["paraphrase"] = last_answers(self.model, renamed) == requests.new
         shares = {key: float(hit.double().mean()) for key, hit in hits.items()}
         return shares | {"score": 100 * len(shares) / sum(1 / max(share, 1e-9) for share in shares.values())}
 
-    def over_layers(first: int, last: int) -> dict:
-        """MEMIT over the blocks first..last of Dense, the residual asked of the stream after them."""
-        requests, began = some(slice(min(1000, largest))), time.perf_counter()
-        stream = (f"blocks.{last + 1}.attention", 0) if last + 1 < len(model.blocks) else ("norm", 0)
-        after = editing.Site("stream", 0, None, None, None, editing.last_token(model, *stream, tokens)[0])
-        r, _ = editing.prototype_residual(after, requests, paths.facts[:, 2], known.index_fill(0, requests.fact, False))
-        sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
-        updates = editing.memit_layers(model, sites, requests, r, best["memit"], tokens, stream)
-        return {"method": "memit", "target": "prototype", "blocks": f"{first}-{last}", "n": len(requests.fact),
-                "strength": best["memit"], "seconds": round(time.perf_counter() - began, 3)} | outcome(requests, updates)
 
-    print(f"\nediting up to {largest} of {len(tokens)} facts at once, {int(known.sum())} of them known, at {name}, pass {at_pass}; "
-          f"lam and bounds chosen on {n_tuning} other facts")
-    grid = {"memit": [10.0**i for i in range(-4, 4)], "alphaedit": [10.0**i for i in range(-4, 4)],
-            "finetune": [0.03, 0.1, 0.3, 1.0, 3.0], "emmet": [0.0], "rome": [0.0]}
-    sweep = [measure(method, "prototype", tuning, x) for method in ("memit", "alphaedit", "finetune") for x in grid[method]]
+def mass_edit_stage(run: Run, model: Model):
+    """1 to 10 000 facts (at most half of those there are) in one update, by every method, at the first store and pass.
+    What is chosen, lam and the bound of the fine-tuning, is chosen on facts that are not scored afterwards."""
+    mass = MassEdit(run, model)
+    if len(mass.requests.fact) < 5:
+        print(f"\n{2 * len(mass.requests.fact)} facts that can be edited are too few for mass edits, which want 10 at least")
+        return
+    largest, (name, _, at_pass) = len(mass.requests.fact), mass.site
+    print(f"\nediting up to {largest} of {len(mass.tokens)} facts at once, {int(mass.known.sum())} of them known, at "
+          f"{name}, pass {at_pass}; lam and bounds chosen on {len(mass.tuning.fact)} other facts")
+    powers = [10.0**i for i in range(-4, 4)]
+    grid = {"memit": powers, "alphaedit": powers, "finetune": [0.03, 0.1, 0.3, 1.0, 3.0]}
+    sweep = [mass.at_once(method, "gradient" if method == "finetune" else "prototype", mass.tuning, strength)
+             for method in grid for strength in grid[method]]
     best = {method: max((e for e in sweep if e["method"] == method), key=lambda e: e.get("score", 0))["strength"]
-            for method in ("memit", "alphaedit", "finetune")} | {"emmet": 0.0, "rome": 0.0}
-    sizes = sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)})
+            for method in grid} | {"emmet": 0.0, "rome": 0.0}                    # which have nothing to choose
     print(mass_table(sweep, "strength") + "\n")
-    edits = [measure(method, target, some(slice(n)), best[method]) for method, target in
+    sizes = sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)})
+    edits = [mass.at_once(method, target, mass.requests[:n], best[method]) for method, target in
              (("memit", "prototype"), ("memit", "gradient"), ("emmet", "prototype"), ("rome", "prototype"),
               ("alphaedit", "prototype"), ("finetune", "gradient")) for n in sizes]
     dense = not run.config.loop and not run.config.memory
-    layers = [over_layers(i, j) for j in range(len(model.blocks)) for i in range(j + 1)] if dense else []
-    run.results["mass"] = {"facts": len(tokens), "sweep": sweep, "edits": edits, "layers": layers}
+    layers = [mass.over_blocks(first, last, mass.requests[:1000], best["memit"])
+              for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
+    run.results["mass"] = {"facts": len(mass.tokens), "sweep": sweep, "edits": edits, "layers": layers}
     run.save_results()
-    print(mass_table(edits, "n") + ("\n\nover several blocks\n" + mass_table(layers, "blocks")) * dense + "\n" + MASS_COLUMNS)
+    over_blocks = f"\n\nover several blocks\n{mass_table(layers, 'blocks')}" * dense
+    print(f"{mass_table(edits, 'n')}{over_blocks}\n{MASS_COLUMNS}")
 
 
 def mass_table(entries: list[dict], varied: str) -> str:
     rows = [("method", "target", varied, "eff", "para", "spec", "score", "cond", "left", "pred", "cos", "norm", "s")]
     for e in entries:
-        cell = lambda key, form: format(e[key], form) if e.get(key) is not None else "-"
-        rows.append((e["method"], e["target"][:5], cell(varied, "g" * (varied != "blocks")), *(cell(key, ".3f") for key in ("efficacy", "paraphrase", "specificity")),
-                     "infeasible" if "infeasible" in e else cell("score", ".1f"), cell("condition", ".1e"),
-                     *(cell(key, ".3f") for key in ("residual_left", "residual_predicted", "largest_cosine", "relative_norm")),
-                     cell("seconds", ".2f")))
+        cells = lambda form, *keys: [cell(e.get(key), form) for key in keys]
+        rows.append((e["method"], e["target"].replace("type", "").replace("ient", ""), *cells("" if varied == "blocks" else "g", varied),
+                     *cells(".3f", "efficacy", "paraphrase", "specificity"),
+                     *(["infeasible"] if "infeasible" in e else cells(".1f", "score")), *cells(".1e", "condition"),
+                     *cells(".3f", "residual_left", "residual_predicted", "largest_cosine", "relative_norm"),
+                     *cells(".2f", "seconds")))
     return table(rows)
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -815,74 +829,97 @@ def table(rows: list[tuple]) -> str:
     return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2)] + [line(row) for row in rows[1:]])
 
 
-def mean(values: list, lowest: bool = False) -> str:
-    """Mean of shares and, if asked, the lowest of several; '-' where nothing was measured."""
+def cell(value, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def mean(values: list, form: str = ".3f", lowest: bool = False) -> str:
+    """Mean of what was measured and, if asked, the lowest of several; '-' where nothing was."""
     values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    text = f"{sum(values) / len(values):.3f}"
-    return text + f" ({min(values):.3f})" if lowest and len(values) > 1 else text
+    text = cell(sum(values) / len(values) if values else None, form)
+    return text + f" ({cell(min(values), form)})" if lowest and len(values) > 1 else text
 
 
-def report(folders: list[Path]):
-    """One table out of all runs in or below the folders, wherever they were computed: runs that differ in the seed alone are
-    one row."""
+def bar(share: float | None) -> str:
+    return "-" if share is None else f"{share:.3f} {'#' * round(10 * share):.<10}"
+
+
+def listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def target_of(entry: dict) -> str:
+    return "near" if entry["near"] else entry["target"]
+
+
+SHARES = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved", "same_row_moved")
+ACCURACY = """\
+means over the runs that differ in the seed alone (in brackets the lowest run); paths: OOD paths of all runs;
+first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD >= 0.9, mean of the
+runs that reach it; s: seconds of training"""
+SHARED = """ROME with the prototype target at the a-priori site, on the compositions that all four cells answer
+right before (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
+
+
+def read_runs(folders: list[Path]) -> list[list[dict]]:
+    """The results of all runs in or below the folders; runs that differ in the seed alone are one group."""
     groups: dict[str, list[dict]] = {}
     for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
         try:
             result = json.loads(file.read_text())
-            config = {key: value for key, value in result["config"].items() if key not in ("seed", "environment", "stages")}
+            config = {k: value for k, value in result["config"].items() if k not in ("seed", "environment", "stages")}
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
+            assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", [])), "made by an older version"
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
     if not groups:
         raise UserError(f"--report {folders[0]}: no results.json in it or below it; train a run there first")
-    ordered = sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
+    return sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
+
+
+def report(folders: list[Path]):
+    """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
+    groups = read_runs(folders)
     rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "first", "second", "grokked at", "s")]
-    for runs in ordered:
-        share = lambda key, lowest=False: mean([r["accuracy"][key] for r in runs], lowest)
+    for runs in groups:
+        share = lambda split: mean([r["accuracy"][split] for r in runs], lowest=split == "ood")
         grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
-        rows.append((runs[0]["arch"], len(runs), share("one_hop"), share("train"), share("id"), share("ood", True),
+        rows.append((runs[0]["arch"], len(runs), *map(share, ("one_hop", "train", "id", "ood")),
                      sum(r["n_paths"]["ood"] for r in runs), share("ood_first"), share("ood_second"),
-                     f"{sum(grokked) / len(grokked):.0f} ({len(grokked)} of {len(runs)})" if grokked else "never",
-                     f"{sum(r['seconds'] for r in runs) / len(runs):.0f}"))
-    print(table(rows))
-    print("means over the runs that differ in the seed alone (in brackets the lowest run); paths: OOD paths of all runs;\n"
-          "first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD >= 0.9, mean of the\n"
-          "runs that reach it; s: seconds of training")
-    rows = [("arch", "site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row")]
-    for runs in ordered:
-        key_of = lambda e: (e["site"], e["pass"], e["method"], "near" if e["near"] else e["target"])
-        for key in dict.fromkeys(key_of(e) for r in runs for e in r.get("edits", [])):
-            edits = [e for r in runs for e in r.get("edits", []) if key_of(e) == key]
-            share = lambda name, lowest=False: mean([e[name] for e in edits], lowest)
-            rows.append((runs[0]["arch"], "memory" if "memory" in key[0] else "ff", *key[1:],
-                         share("direct"), share("hop1", True), share("hop2", True), share("unrelated_one_hop_moved"),
-                         share("unrelated_two_hop_moved"), share("same_row_moved")))
+                     f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never",
+                     mean([r["seconds"] for r in runs], ".0f")))
+    print(f"{table(rows)}\n{ACCURACY}")
+
+    rows = [("arch", "site", "pass", "method", "target",
+             "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row")]
+    for runs in groups:
+        edits = {}                                           # {(site, pass, method, target): one entry of each run}
+        for e in (e for r in runs for e in r.get("edits", [])):
+            edits.setdefault((e["site"], e["pass"], e["method"], target_of(e)), []).append(e)
+        for (site, *key), some in edits.items():
+            rows.append((runs[0]["arch"], "memory" if "memory" in site else "ff", *key, *(
+                mean([e[share] for e in some], lowest=share.startswith("hop")) for share in SHARES)))
     if len(rows) > 1:
-        print("\n" + table(rows) + "\n" + COLUMNS)
-    shared = {}                                              # {arch: (hop 1, hop 2) of each seed}, ROME at the a-priori site
-    for runs in ordered:
-        for r in sorted(runs, key=lambda r: r["seed"]):
-            for e in r.get("edits", []):
-                if e["a_priori"] and e["method"] == "rome" and e["target"] == "prototype" and e.get("hop2_shared") is not None:
-                    shared.setdefault(r["arch"], []).append((e["hop1_shared"], e["hop2_shared"]))
+        print(f"\n{table(rows)}\n{COLUMNS}")
+
+    shared = {}                                              # {arch: (hop 1, hop 2) of each seed}
+    for r in (r for runs in groups for r in sorted(runs, key=lambda r: r["seed"])):
+        for e in r.get("edits", []):
+            rome = e["a_priori"] and (e["method"], target_of(e)) == ("rome", "prototype")
+            if rome and e.get("hop2_shared") is not None:
+                shared.setdefault(r["arch"], []).append((e["hop1_shared"], e["hop2_shared"]))
     if len(shared) > 1:
+        hop2 = {arch: [v[1] for v in values] for arch, values in shared.items()}
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
         for arch, values in shared.items():
-            rows.append((arch, *(" ".join(f"{v[hop]:.3f}" for v in values) for hop in (0, 1)), *(
-                f"{mann_whitney([v[1] for v in values], [v[1] for v in others]):.3f}" if other != arch else ""
-                for other, others in shared.items())))
-        print("\n" + table(rows) + "\n" + SHARED)
-
-
-SHARED = """ROME with the prototype target at the a-priori site, on the compositions that all four cells answer
-right before (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
+            rows.append((arch, *(" ".join(map(cell, hop)) for hop in zip(*values)),
+                         *("" if other == arch else cell(mann_whitney(hop2[arch], hop2[other])) for other in shared)))
+        print(f"\n{table(rows)}\n{SHARED}")
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
-    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions of the values enumerated."""
+    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions enumerated."""
     values = sorted(x + y)
     ranks = [values.index(v) + (values.count(v) + 1) / 2 for v in x + y]
     expected = len(x) * (len(values) + 1) / 2
@@ -892,20 +929,22 @@ def mann_whitney(x: list[float], y: list[float]) -> float:
 
 def progress(record: dict, steps: int) -> str:
     """One line per evaluation."""
-    share = lambda name: "  -  " if record[name] is None else f"{record[name]:.3f}"
+    share = lambda name: f"{cell(record[name]):^5}"
     left = record["seconds"] / record["step"] * (steps - record["step"])
-    return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  1-hop {share('one_hop')}  train "
-            f"{share('train')}  ID {share('id')}  OOD {share('ood')}  first {share('ood_first')}  second "
+    return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  1-hop {share('one_hop')}  "
+            f"train {share('train')}  ID {share('id')}  OOD {share('ood')}  first {share('ood_first')}  second "
             f"{share('ood_second')}  {record['seconds']:4.0f} s, {left:3.0f} s to go")
 
 
 def curve(history: list[dict], width: int = 60) -> str:
-    """Accuracy against steps, one character per evaluation: a digit is tenths (9: 0.90 to 0.99), # is 0.99 and above."""
-    shown = [history[round(i * (len(history) - 1) / (width - 1))] for i in range(width)] if len(history) > width else history
+    """Accuracy against steps, one character per evaluation: tenths (9: 0.90 to 0.99), # is 0.99 and above."""
+    if len(history) > width:
+        history = [history[round(i * (len(history) - 1) / (width - 1))] for i in range(width)]
     mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
-    lines = [f"{label:>5} |{''.join(mark(r[name]) for r in shown)}|" for label, name in
-             (("1-hop", "one_hop"), ("train", "train"), ("ID", "id"), ("OOD", "ood")) if shown[-1][name] is not None]
-    return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), steps {shown[0]['step']} to {shown[-1]['step']}"
+    lines = [f"{label:>5} |{''.join(mark(r[name]) for r in history)}|" for label, name in
+             (("1-hop", "one_hop"), ("train", "train"), ("ID", "id"), ("OOD", "ood")) if history[-1][name] is not None]
+    steps = f"steps {history[0]['step']} to {history[-1]['step']}"
+    return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), {steps}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -913,7 +952,7 @@ def curve(history: list[dict], width: int = 60) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def write_atomically(path: Path, content):
-    """bytes, or a function that writes to a file: the file at `path` is the old one or the new one, never half of it."""
+    """bytes, or a function that writes to a file: at `path` is the old file or the new one, never half of it."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
         content(file) if callable(content) else file.write(content)
@@ -922,26 +961,9 @@ def write_atomically(path: Path, content):
     os.replace(part, path)
 
 
-def load_checkpoint(path: Path, run: Run) -> dict:
-    """The state in a checkpoint; UserError unless it is whole and of this run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if differences(state["identity"], run.identity):
-            raise ValueError("it belongs to a run with other settings")
-        load_parts(run.fresh(), state)                       # what does not fit says so here, before anything is done
-        last = state["history"][-1]
-        if last["step"] != state["step"] or not {"one_hop", "loss", "seconds", *SPLITS} <= last.keys() or state["seconds"] < 0:
-            raise ValueError("its history does not end where it does")
-    except Exception as error:                               # unpickling can raise anything
-        why = " ".join(str(error).split())[:80] or type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of this run ({why}); "
-                        f"use --retrain or another --out") from None
-    return state
-
-
 def load_parts(parts: dict, state: dict):
-    """Put a checkpoint into the parts of a training. Random numbers differ from one kind of device to another: a run that goes
-    on on another kind draws its batches from a stream of its own."""
+    """Put a checkpoint into the parts of a training. Random numbers differ between kinds of device: a run that goes on
+    on another kind draws its batches from a stream of its own."""
     for name, part in parts.items():
         if name != "generator":
             part.load_state_dict(state[name])
@@ -953,18 +975,16 @@ def load_parts(parts: dict, state: dict):
                     raise ValueError(f"the state of {name} does not fit its weights")
 
 
-def differences(found: dict, identity: dict) -> list[str]:
-    """What determines the training and differs between a run found on disk and the one asked for; the place of the triples
-    does not count, their content does."""
-    old, new = flatten({key: found.get(key) for key in identity}), flatten(identity)
-    return [f"{key} ({json.dumps(old.get(key))} there, {json.dumps(new.get(key))} asked)"
-            for key in new | old if old.get(key) != new.get(key) and key != "data.triples"]
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    items = ((f"{prefix}{key}", value) for key, value in tree.items())
-    return {k: v for key, value in items for k, v in (flatten(value, key + ".") if isinstance(value, dict) else {key: value}).items()}
+def differences(found: dict, asked: dict, group: str = "") -> list[str]:
+    """Settings found on disk that are not those asked for; of the triples the content counts, not the place."""
+    differ = []
+    for key in asked | found:
+        there, here = found.get(key), asked.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            differ += differences(there, here, f"{group}{key}.")
+        elif there != here and key != "triples":
+            differ.append(f"{group}{key} ({json.dumps(there)} there, {json.dumps(here)} asked)")
+    return differ
 
 
 def peak_memory_mib(device: torch.device) -> int:
@@ -993,39 +1013,36 @@ def choose_device(name: str) -> torch.device:
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
           "mass_edit": mass_edit_stage}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"minedit: {message}; see --help\n")
-
-
 HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads", "depth": "passes",
-        "blocks": "blocks per pass", "d_ff": "width of a feed-forward", "ff_top_k": "units of it that one token may use, 0: all",
-        "slots": "rows of the shared memory",
+        "blocks": "blocks per pass", "d_ff": "width of a feed-forward",
+        "ff_top_k": "units of it that one token may use, 0: all", "slots": "rows of the shared memory",
         "top_k": "slots that one read may use", "addressing": "groups (winner of each of top_k groups) or topk",
         "steps": "training steps", "batch": "facts per step",
         "branches": "paths per fact and step, 0: train the facts alone",
-        "one_hop_weight": "weight of the 1-hop loss", "lr": "rate of AdamW", "muon_lr": "rate of Muon", "momentum": "of Muon",
-        "weight_decay": "of both optimizers", "label_smoothing": "of both losses", "warmup": "steps to the full rate",
-        "ema": "moving average of the weights", "eval_every": "steps between evaluations"}
-QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8, "depth": 2,
-         "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True, "locate": True, "when": True,
-         "mass_edit": True}
-MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128, "slots": 2048,
-        "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50, "momentum": 0.95,
-        "label_smoothing": 0.1, "weight_decay": 0.3}
+        "one_hop_weight": "weight of the 1-hop loss", "lr": "rate of AdamW", "muon_lr": "rate of Muon",
+        "momentum": "of Muon", "weight_decay": "of both optimizers", "label_smoothing": "of both losses",
+        "warmup": "steps to the full rate", "ema": "moving average of the weights",
+        "eval_every": "steps between evaluations"}
+QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128,
+         "top_k": 8, "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True,
+         "locate": True, "when": True, "mass_edit": True}
+MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
+        "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
+        "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="minedit.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Train a small transformer to grok two-hop composition, edit its facts, see what follows.")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minedit.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a small transformer to grok two-hop composition, edit its facts, see what follows.")
+    parser.error = lambda message: parser.exit(2, f"minedit: {message}; see --help\n")
     add = parser.add_argument
     add("--arch", choices=[*ARCHS, "all"], default="lmc", help="architecture")
     add("--seed", type=int, default=0, help="first seed: graph, split, weights and batches follow from it")
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--out", type=Path, help="run folder; for several runs the folder of run folders (default: runs/<arch>-seed<k>)")
+    add("--out", type=Path,
+        help="run folder; for several runs the folder of run folders (default: runs/<arch>-seed<k>)")
     add("--resume", action="store_true", help="go on with an unfinished run")
     add("--retrain", action="store_true", help="train again, replacing what the folder holds")
     add("--compile", action="store_true", help="torch.compile the training step's forward pass")
@@ -1034,9 +1051,11 @@ def build_parser() -> Parser:
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
     add("--locate", action="store_true", help="stage: causal tracing: which state carries an answer")
     add("--when", action="store_true", help="stage: edits that act in some passes only")
-    add("--mass-edit", action="store_true", help="stage: edit 1 to 10 000 facts at once, in a model of 20 000 facts under two names each")
+    add("--mass-edit", action="store_true",
+        help="stage: edit 1 to 10 000 facts at once, in a model of 20 000 facts under two names each")
     add("--edit-batch", type=int, default=1024, help="requests whose target values are sought at a time")
-    add("--quick", action="store_true", help="all four cells, trained and edited at toy size; without --out in runs/quick, anew")
+    add("--quick", action="store_true",
+        help="all four cells, trained and edited at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
     add("--entities", type=int, help="entities of the synthetic graph (default: 50)")
@@ -1054,15 +1073,6 @@ def build_parser() -> Parser:
 
 def prepare(args) -> list[Run]:
     """All runs that were asked for, each checked against its folder; UserError before anything is trained."""
-    try:
-        return checked_runs(args)
-    except (ValueError, MemoryError, RuntimeError) as error:                     # of kg.py and models.py; sizes beyond all memory
-        raise UserError(str(error).split("\n")[0] or "not enough memory for these sizes") from None
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}" if error.filename else error) from None
-
-
-def checked_runs(args) -> list[Run]:
     args.device = choose_device(args.device)
     if not 0 <= args.seed < 2**60:
         raise UserError(f"--seed must be in 0..2^60, got {args.seed}")
@@ -1071,52 +1081,54 @@ def checked_runs(args) -> list[Run]:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.resume and args.retrain:
         raise UserError("--resume goes on with a run and --retrain replaces it; give one of them")
-    graph, data = None, {}
+    graph, data = None, {"entities": 50 if args.entities is None else args.entities,
+                         "relations": 20 if args.relations is None else args.relations, "out_degree": args.out_degree}
     if args.triples:
         if args.entities or args.relations or args.out_degree:
-            raise UserError("--entities, --relations and --out-degree describe a synthetic graph; leave them out with --triples")
+            raise UserError("--entities, --relations and --out-degree describe a synthetic graph; "
+                            "leave them out with --triples")
         graph = kg.from_triples(args.triples)
         data = {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
-        print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, {graph.n_relations} "
-              f"relations" + "".join(f"; {note}" for note in graph.notes))
-    else:
-        data = {"entities": 50 if args.entities is None else args.entities,
-                "relations": 20 if args.relations is None else args.relations, "out_degree": args.out_degree}
+        print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
+              f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
     data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
     names = [(arch, seed) for arch in (ARCHS if args.arch == "all" else [args.arch])
              for seed in range(args.seed, args.seed + args.seeds)]
-    parent = args.out or Path("runs/quick" if args.quick else "runs")
-    runs = [Run(args, arch, seed, args.out if args.out and len(names) == 1 else parent / f"{arch}-seed{seed}", graph, data)
+    parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(names) == 1
+    runs = [Run(args, arch, seed, args.out if alone else parent / f"{arch}-seed{seed}", graph, data)
             for arch, seed in names]
-    if args.edit_fact:
-        for run in runs:
-            named_requests(run, args.edit_fact)
+    for run in runs:
+        named_requests(run, args.edit_fact or [])            # unknown names are refused now
     return runs
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
+    parser, run = build_parser(), None
     args = parser.parse_args(argv)
-    if args.mass_edit and not args.quick:
-        parser.set_defaults(**MASS)
-        args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**QUICK, retrain=args.out is None and not args.resume)
-        if args.triples:
-            parser.set_defaults(entities=None, relations=None)
-        args = parser.parse_args(argv)
-    run = None
+    elif args.mass_edit:
+        parser.set_defaults(**MASS)
+    if args.triples:                                         # the graph is not synthetic
+        parser.set_defaults(entities=None, relations=None)
+    args = parser.parse_args(argv)
     try:
         if args.report:
             report([args.report])
             return 0
-        runs = prepare(args)
+        try:
+            runs = prepare(args)
+        except (ValueError, MemoryError, RuntimeError) as error:                 # of kg.py, models.py; too large
+            raise UserError(str(error).split("\n")[0] or "not enough memory for these sizes") from None
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}" if error.filename else error) from None
+        stages = [name for name in STAGES if getattr(args, name)]
         for seed in dict.fromkeys(run.seed for run in runs):
-            models, shared, asked = {}, None, [name for name in STAGES if getattr(args, name)]
+            models, shared = {}, None
             for run in (run for run in runs if run.seed == seed):
                 print(f"\n{run.arch}, seed {run.seed}, on {device_name(run.device)}, in {run.folder}: "
                       f"{count_parameters(run.blank):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
-                      f"{len(run.paths.facts)} facts, paths: " + ", ".join(f"{n} {name}" for name, n in run.n_paths.items()))
+                      f"{len(run.paths.facts)} facts, paths: {listed(run.n_paths)}")
                 if run.finished:
                     print(f"loaded: trained for {run.recipe.steps} steps before (--retrain trains again)")
                 models[run] = run.train()
@@ -1126,7 +1138,7 @@ def main(argv: list[str] | None = None) -> int:
                     shared = [mine & others for mine, others in zip(right, shared or right)]
             for run, model in models.items():
                 run.shared = shared
-                for name in asked:
+                for name in stages:
                     if len(models) > 1:
                         print(f"\n{run.arch}, seed {run.seed}:", end="")
                     STAGES[name](run, model)
@@ -1137,12 +1149,9 @@ def main(argv: list[str] | None = None) -> int:
         print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
               file=sys.stderr)
         return 130
-    except UserError as error:
+    except (UserError, Diverged) as error:
         print(f"minedit: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"minedit: {run.folder}: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 
