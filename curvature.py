@@ -52,7 +52,8 @@ from torch import Tensor
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """The layer of that name; ValueError for an unknown name, TypeError for a module of another kind."""
-    layer, names = dict(model.named_modules()).get(name), [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layer, names = modules.get(name), [n for n, module in modules.items() if isinstance(module, nn.Linear)]
     if not isinstance(layer, nn.Linear):
         raise (ValueError if layer is None else TypeError)(f"{name!r} is no nn.Linear of the model; it has {names[:9]}...")
     return layer
@@ -314,7 +315,7 @@ def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: in
     order = scores.flatten().argsort(descending=True, stable=True)
     if removed is not None:                                  # |W - W'|^2 if a component goes, and all after it
         squares = (G.vectors.T @ double(W) @ A.vectors).square().flatten()[order].flip(0).cumsum(0)
-        kept = len(order) - int((squares <= removed ** 2 * squares[-1]).sum()) if kept is None and 0 <= removed < 1 else None
+        kept = len(order) - int((squares <= (removed + 1e-12) ** 2 * squares[-1]).sum()) if kept is None and 0 <= removed < 1 else None
     if kept is None or not 0 <= kept <= n:
         raise ValueError(f"pass either kept in 0..{n} for {name!r}, or removed in [0, 1); got {kept} and {removed}")
     return project(W, A, G, mask_of(order[:kept], scores))
@@ -331,7 +332,7 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
     if not 0 < share <= 1 or not forget or not others:
         raise ValueError(f"share must be in (0, 1], and each list hold a batch; got {share}, {len(forget)}, {len(others)}")
     weights = {name: linear(model, name).weight.detach() for name in layers}
-    scores = {name: (W.abs() / W.abs().max()).requires_grad_() for name, W in weights.items()}
+    scores = {name: (W.abs() / W.abs().max().clamp(min=1e-30)).requires_grad_() for name, W in weights.items()}
     top = lambda s: mask_of(s.detach().flatten().argsort(descending=True)[:round(share * s.numel())], s).to(s)
     optimizer = torch.optim.Adam(scores.values(), lr=lr)
 
@@ -342,6 +343,8 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
     with evaluation_mode(model):
         for step in range(steps):
             value = loss_on(*others[step % len(others)]) - weight * loss_on(*forget[step % len(forget)])
+            if not value.isfinite():
+                raise ValueError(f"the loss is {value:.3g} at step {step}: look at the weights, or for batches without a target")
             for s, gradient in zip(scores.values(), torch.autograd.grad(value, list(scores.values()))):
                 s.grad = gradient
             optimizer.step()
