@@ -53,10 +53,11 @@ from torch import Tensor
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """The layer of that name; ValueError for an unknown name, TypeError for a module of another kind."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    layer, names = modules.get(name), [n for n, module in modules.items() if isinstance(module, nn.Linear)]
-    if not isinstance(layer, nn.Linear):
-        raise (ValueError if layer is None else TypeError)(f"{name!r} is no nn.Linear of the model; it has {names[:9]}...")
-    return layer
+    if not isinstance(modules.get(name), nn.Linear):
+        names = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
+        error = TypeError if name in modules else ValueError
+        raise error(f"{name!r} is no nn.Linear of the model; such are {names[:8]}")
+    return modules[name]
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
             gold = torch.multinomial(probability, 1, generator=generator)[:, 0].to(logits.device)
         value = len(logits) * loss(logits, gold)             # loss = 1/N sum_n loss_n, and g is the gradient of the sum
         if value.dim() or not value.requires_grad:
-            raise ValueError(f"loss must be one number, a mean, that depends on {layers}; it has shape {list(value.shape)}")
+            raise ValueError(f"loss must be one number, a mean, and depend on {layers}; got shape {list(value.shape)}")
         gradients = torch.autograd.grad(value, [zero for _, _, zero in calls], materialize_grads=True)
     counts = (targets != -100).view(output.shape[:-1])
     for name, a, _ in calls:
@@ -121,7 +122,7 @@ def means(statistics, model: nn.Module, batches, loss, layers, labels: str = "sa
           block: int = 8192) -> dict[str, tuple[Tensor, ...]]:
     """{name: means over positions}; statistics(name, a, g) sums over a block of them. The rest: `kronecker_factors`."""
     if labels not in ("sampled", "gold") or positions not in ("all", "counted"):
-        raise ValueError(f"labels must be 'sampled' or 'gold', positions 'all' or 'counted', got {labels!r}, {positions!r}")
+        raise ValueError(f"labels are 'sampled' or 'gold', positions 'all' or 'counted'; got {labels!r}, {positions!r}")
     if isinstance(layers, str) or not (layers := list(layers)):
         raise TypeError(f"layers must be a list of one or more names of nn.Linear layers, got {layers!r}")
     total, n, n_counted = {}, dict.fromkeys(layers, 0), 0
@@ -140,8 +141,8 @@ def means(statistics, model: nn.Module, batches, loss, layers, labels: str = "sa
         if not n[name]:
             raise ValueError(f"the layer {name!r} is never called on these batches; leave it out")
         if not all(x.isfinite().all() for x in total[name]):
-            raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {total[name][0].dtype}; look for "
-                             f"inf or nan in the batches, or pass a wider dtype")
+            raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {total[name][0].dtype}; look "
+                             f"for inf or nan in the batches, or pass a wider dtype")
     return {name: tuple(x / n[name] for x in total[name]) for name in n}
 
 
@@ -168,7 +169,7 @@ def kronecker_factors(model: nn.Module, batches, loss, layers, labels: str = "sa
 
 
 def corrected_masses(model: nn.Module, batches, loss, factors: dict, **options) -> dict[str, Tensor]:
-    """{name: masses [d_out, d_in]}, the means over positions of (U_G^T g)^2 (x) (U_A^T a)^2, for lambda_i mu_j: EK-FAC [3].
+    """{name: masses [d_out, d_in]}: means over positions of (U_G^T g)^2 (x) (U_A^T a)^2, for lambda_i mu_j: EK-FAC [3].
 
     A second pass, with the `factors` {name: (A, G)} of the first; the options are those of `kronecker_factors`."""
     factors = {name: (eigen(A), eigen(G)) for name, (A, G) in factors.items()}
@@ -203,8 +204,8 @@ def eigen(factor: Tensor | Eigen) -> Eigen:
     values, vectors = torch.linalg.eigh(M)
     slack = 1e-3 * M.abs().max()                             # float32 sums are rounded
     if not slack > 0 or (M - M.T).abs().max() > slack or values[0] < -slack:
-        raise ValueError(f"a factor must be symmetric without negative eigenvalues and not zero; its eigenvalues are in "
-                         f"{values[0]:.3g}..{values[-1]:.3g}: leave out a layer that is dead or has no gradients")
+        raise ValueError(f"a factor must be symmetric, with no negative eigenvalue, and not zero; these are "
+                         f"{values[0]:.3g}..{values[-1]:.3g}: leave out a layer that is dead or has no gradient")
     return Eigen(values.clamp(min=0), vectors)
 
 
@@ -216,15 +217,25 @@ def mask_of(chosen: Tensor, like: Tensor) -> Tensor:
 def keep_mask(A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor | None = None) -> Tensor:
     """M, bool [d_out, d_in]: the pairs of most mass, lambda_i mu_j [1] or `masses`, as many as it takes to reach the
     share `keep` in (0, 1] of the sum, the crossing one included; 1 keeps every pair, those of zero mass too."""
-    masses = torch.outer(eigen(G).values, eigen(A).values) if masses is None else double(masses)
+    plain = torch.outer(eigen(G).values, eigen(A).values)
+    masses = plain if masses is None else double(masses)
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be a share of the curvature mass in (0, 1], got {keep}")
-    if not masses.isfinite().all() or (masses < 0).any() or not masses.any():
-        raise ValueError("masses must be finite, not negative and not all zero")
+    if masses.shape != plain.shape or not masses.isfinite().all() or (masses < 0).any() or not masses.any():
+        raise ValueError(f"masses must be finite, not negative, not all zero and {list(plain.shape)} to fit G and A, "
+                         f"got {list(masses.shape)}")
     values, order = masses.flatten().sort(descending=True, stable=True)
     reached = values.cumsum(0)
     enough = keep * reached[-1] * (1 - 1e-12)                # not for rounding to decide: 3 of 10 equal masses are 0.3
     return mask_of(order[:len(order) if keep == 1 else int((reached < enough).sum()) + 1], masses)
+
+
+def decompose(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen) -> tuple[Eigen, Eigen]:
+    """`eigen` of A and G. ValueError where W is not finite or does not fit them."""
+    A, G = eigen(A), eigen(G)
+    if W.shape != (len(G.values), len(A.values)) or not W.isfinite().all():
+        raise ValueError(f"W must be finite and {[len(G.values), len(A.values)]} to fit G and A, got {list(W.shape)}")
+    return A, G
 
 
 def project(W: Tensor, A: Eigen, G: Eigen, mask: Tensor) -> Tensor:
@@ -233,20 +244,12 @@ def project(W: Tensor, A: Eigen, G: Eigen, mask: Tensor) -> Tensor:
     return (G.vectors @ (C * mask) @ A.vectors.T).to(W)
 
 
-def check_weight(W: Tensor, A: Eigen, G: Eigen, masses: Tensor | None = None):
-    shape = (len(G.values), len(A.values))
-    for name, matrix in ("W", W), ("masses", W if masses is None else masses):
-        if matrix.shape != shape or not matrix.isfinite().all():
-            raise ValueError(f"{name} must be finite and {list(shape)} to fit G and A, got {list(matrix.shape)}")
-
-
 def ablate(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor | None = None) -> Tensor:
     """W' = U_G (C * M) U_A^T with C = U_G^T W U_A and M = keep_mask(A, G, keep, masses): the edit of [1].
 
     W [d_out, d_in], A [d_in, d_in], G [d_out, d_out]; keep = 1 returns W up to rounding. Raises ValueError on shapes
     that do not fit, values that are not finite, factors of zeros and keep outside (0, 1]."""
-    A, G = eigen(A), eigen(G)
-    check_weight(W, A, G, masses)
+    A, G = decompose(W, A, G)
     return project(W, A, G, keep_mask(A, G, keep, masses))
 
 
@@ -257,7 +260,7 @@ def ablated(model: nn.Module, weights: dict[str, Tensor]):
     old = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     for name, W in weights.items():
         if W.shape != old[name].shape or not W.isfinite().all():
-            raise ValueError(f"the weight of {name!r} must be finite and {list(old[name].shape)}, got {list(W.shape)}")
+            raise ValueError(f"the weight of {name!r} must be finite, {list(old[name].shape)}; got {list(W.shape)}")
     try:
         for name, W in weights.items():
             layers[name].weight.data.copy_(W)
@@ -268,11 +271,11 @@ def ablated(model: nn.Module, weights: dict[str, Tensor]):
 
 
 def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
-    """|U_band^T x| / |x| of inputs X [..., d_in] -> [..., n_bands]: how much of x lies in each band of A's eigenvectors,
-    those of the largest eigenvalues first, whatever the length of x. The squares add up to 1 (0 for x = 0)."""
+    """|U_band^T x| / |x| for inputs X [..., d_in] -> [..., n_bands]: how much of x, whatever its length, lies in each
+    band of A's eigenvectors, those of the largest eigenvalues first. The squares add up to 1 (to 0 for x = 0)."""
     U = eigen(A).vectors.flip(1)
     if X.shape[-1] != len(U) or not 1 <= n_bands <= len(U) or not X.isfinite().all():
-        raise ValueError(f"inputs must be finite, [..., {len(U)}], with 1..{len(U)} bands; got {list(X.shape)}, {n_bands}")
+        raise ValueError(f"X must be finite, [..., {len(U)}], in 1..{len(U)} bands; got {list(X.shape)} and {n_bands}")
     bands = torch.stack([part.norm(dim=-1) for part in (double(X) @ U).tensor_split(n_bands, -1)], -1)
     return bands / double(X).norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
@@ -297,27 +300,28 @@ def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: in
         activations, gradients   I, U_A by mu_j (G = I); U_G, I by lambda_i (A = I)
         svd, magnitude           singular vectors by singular values, min(d_out, d_in) in all; I, I by |W_ij|
     """
-    A, G = eigen(A), eigen(G)
-    check_weight(W, A, G)
+    A, G = decompose(W, A, G)
     identity = lambda M: Eigen(torch.ones_like(M.values), torch.eye(len(M.values)).to(M.vectors))
-    scores, n = None, W.numel()
+    random = lambda M: Eigen(M.values, random_orthogonal(len(M.values), generator).to(M.vectors))
+    n = min(W.shape) if name == "svd" else W.numel()
+    if (kept is None) == (removed is None) or not 0 <= (kept or 0) <= n or not 0 <= (removed or 0) < 1:
+        raise ValueError(f"pass either kept in 0..{n} for {name!r}, or removed in [0, 1); got {kept} and {removed}")
     match name:
         case "kfac": pass
-        case "random": G, A = (Eigen(M.values, random_orthogonal(len(M.values), generator).to(M.vectors)) for M in (G, A))
+        case "random": G, A = random(G), random(A)
         case "activations": G = identity(G)
         case "gradients": A = identity(A)
-        case "magnitude": G, A, scores = identity(G), identity(A), double(W).abs()
+        case "magnitude": G, A = identity(G), identity(A)
         case "svd":
             U, S, Vh = torch.linalg.svd(double(W), full_matrices=False)
-            G, A, scores, n = Eigen(S, U), Eigen(S, Vh.T), S.diag(), len(S)
+            G, A = Eigen(S, U), Eigen(S, Vh.T)
         case _: raise ValueError(f"no control {name!r}; use kfac, random, activations, gradients, svd or magnitude")
-    scores = torch.outer(G.values, A.values) if scores is None else scores
+    scores = double(W).abs() if name == "magnitude" else torch.outer(G.values, A.values)
+    scores = scores.diag().diag() if name == "svd" else scores                   # s_i^2 u_i v_i^T
     order = scores.flatten().argsort(descending=True, stable=True)
-    if removed is not None:                                  # |W - W'|^2 if a component goes, and all after it
-        squares = (G.vectors.T @ double(W) @ A.vectors).square().flatten()[order].flip(0).cumsum(0)
-        kept = len(order) - int((squares <= (removed + 1e-12) ** 2 * squares[-1]).sum()) if kept is None and 0 <= removed < 1 else None
-    if kept is None or not 0 <= kept <= n:
-        raise ValueError(f"pass either kept in 0..{n} for {name!r}, or removed in [0, 1); got {kept} and {removed}")
+    if kept is None:                                         # |W - W'|^2 without the last, the last two, ... components
+        lost = (G.vectors.T @ double(W) @ A.vectors).square().flatten()[order].flip(0).cumsum(0)
+        kept = len(order) - int((lost <= (removed + 1e-12) ** 2 * lost[-1]).sum())
     return project(W, A, G, mask_of(order[:kept], scores))
 
 
@@ -328,9 +332,9 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
         minimise over s     loss(others) - weight * loss(forget)     of the model with weights W * top(s)
 
     by Adam from s = |W| / max |W|, with top(s) taken for s in the gradient (straight-through). forget, others: lists of
-    batches (inputs, targets), one of each per step. After BalancedSubnet [4], not it: scores, start and schedule are ours."""
+    batches (inputs, targets), one of each per step. After BalancedSubnet [4], not it: start and schedule are ours."""
     if not 0 < share <= 1 or not forget or not others:
-        raise ValueError(f"share must be in (0, 1], and each list hold a batch; got {share}, {len(forget)}, {len(others)}")
+        raise ValueError(f"share must be in (0, 1], both lists not empty; got {share}, {len(forget)}, {len(others)}")
     weights = {name: linear(model, name).weight.detach() for name in layers}
     scores = {name: (W.abs() / W.abs().max().clamp(min=1e-30)).requires_grad_() for name, W in weights.items()}
     top = lambda s: mask_of(s.detach().flatten().argsort(descending=True)[:round(share * s.numel())], s).to(s)
@@ -344,7 +348,7 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
         for step in range(steps):
             value = loss_on(*others[step % len(others)]) - weight * loss_on(*forget[step % len(forget)])
             if not value.isfinite():
-                raise ValueError(f"the loss is {value:.3g} at step {step}: look at the weights, or for batches without a target")
+                raise ValueError(f"the loss is {value:.3g} at step {step}; does each batch have a target that counts?")
             for s, gradient in zip(scores.values(), torch.autograd.grad(value, list(scores.values()))):
                 s.grad = gradient
             optimizer.step()
