@@ -1500,3 +1500,507 @@ def test_locate_and_when_where_there_is_nothing_to_ask(tmp_path, capsys):
     file.write_text("a\tr\tb\nb\ts\tc\n")                    # no fact can be edited: no other tail
     results = run_stages(capsys, *TINY[4:], "--triples", file, "--ood-fraction", "0", "--train-fraction", "1", "--out", tmp_path / "y")
     assert results["when"]["probes"]["direct"] == 0 and results["when"]["written"][0]["direct"] is None
+
+
+# --- curvature.py -----------------------------------------------------------------------------------------------------
+
+import curvature
+from curvature import ablate, ablated, control, corrected_masses, eigen, keep_mask, kronecker_factors
+
+
+class Tap(nn.Module):
+    """Stands in for a linear layer and keeps every input and, with its gradient, every output."""
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.seen = layer, []
+
+    def forward(self, x):
+        z = sum(x[..., j, None] * self.layer.weight[:, j] for j in range(x.shape[-1]))
+        z = z if self.layer.bias is None else z + self.layer.bias
+        self.seen.append((x.detach().clone(), z.requires_grad_()))
+        z.retain_grad()
+        return z.clone()
+
+
+def slow_pairs(model, batches, name, labels="gold", seed=0, positions="all"):
+    """(a, g) of every position, one example at a time, by the gradient of the sum of -log p(label)."""
+    model = copy.deepcopy(model).eval()
+    tap, draw, pairs = Tap(model.get_submodule(name)), generator(seed), []
+    for inputs, targets in batches:
+        labels_now = targets.clone()
+        if labels == "sampled":
+            p = model(inputs).detach().softmax(-1)[targets != -100]
+            labels_now[targets != -100] = torch.multinomial(p, 1, generator=draw)[:, 0]
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, tap)
+        for x, y in zip(inputs, labels_now):
+            tap.seen = []
+            log_p = model(x[None])[0].log_softmax(-1).view(y.numel(), -1)
+            terms = [-log_p[i, label] for i, label in enumerate(y.flatten().tolist()) if label >= 0]
+            if terms:
+                sum(terms).backward()
+            for a, z in tap.seen:
+                g = torch.zeros_like(z) if z.grad is None else z.grad
+                rows = zip(a[0].reshape(y.numel(), -1, a.shape[-1]), g[0].reshape(y.numel(), -1, g.shape[-1]), y.flatten())
+                pairs += [pair for a, g, t in rows if positions == "all" or t >= 0 for pair in zip(a, g)]
+        setattr(model.get_submodule(parent), leaf, tap.layer)
+    return pairs
+
+
+def slow_factors(*arguments, **more):
+    pairs = slow_pairs(*arguments, **more)
+    return sum(torch.outer(a, a) for a, _ in pairs) / len(pairs), sum(torch.outer(g, g) for _, g in pairs) / len(pairs)
+
+
+def paths_batches(dropped=True):
+    """Two batches of different size; with `dropped` the first token never counts, the last one at times."""
+    tokens, targets = torch.randint(14, (7, 3), generator=generator(1)), torch.randint(10, (7, 3), generator=generator(2))
+    if dropped:
+        targets[:, 0] = targets[2, 2] = targets[4] = -100
+    return [(tokens[:5], targets[:5]), (tokens[5:], targets[5:])]
+
+
+def images():
+    return [(normal(4, 5, 6, seed=s), torch.randint(3, (4,), generator=generator(s))) for s in (1, 2)]
+
+
+class Foreign(nn.Module):
+    """Patches, a bias, an in-place activation, an input that is overwritten, dropout, a layer called twice, mean pooling."""
+    def __init__(self):
+        super().__init__()
+        draw = generator(5)
+        self.up, self.loop, self.head = nn.Linear(6, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 3)
+        self.relu, self.dropout, self.norm, self.spare = nn.ReLU(inplace=True), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(2, 2)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=draw, dtype=torch.float64)
+        self.double().requires_grad_(False)
+
+    def forward(self, x):
+        h = self.dropout(self.norm(self.relu(self.up(x))))
+        for _ in range(2):
+            h += 0.3 * self.loop(h)
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("labels", ["sampled", "gold"])
+@pytest.mark.parametrize("arch, name", [
+    ("dense", "blocks.1.feed_forward.up"), ("dense", "blocks.0.feed_forward.down"), ("loop", "blocks.0.feed_forward.up"),
+    ("loop", "blocks.0.feed_forward.down"), ("loop", "blocks.0.attention.value"), ("dense+mem", "memory.keys"), ("lmc", "memory.values")])
+def test_factors_against_one_example_at_a_time(arch, name, labels):
+    model = tiny_model(arch)
+    for batches, positions in (paths_batches(), "all"), (paths_batches(), "counted"), (paths_batches(False), "counted"):
+        (A, G), = kronecker_factors(model, batches, F.cross_entropy, [name], labels, generator(3), positions=positions).values()
+        slow = slow_factors(model, batches, name, labels, 3, positions)
+        close(A, slow[0], 1e-12)
+        close(G, slow[1], 1e-12)
+    first, last = (f(model, batches, F.cross_entropy, [name], "gold")[name] for f in
+                   (kronecker_factors, lambda *a: kronecker_factors(*a, positions="all")))
+    assert all(map(torch.equal, first, last)), "where every target counts every row does"
+
+
+@pytest.mark.parametrize("labels", ["sampled", "gold"])
+def test_factors_of_a_foreign_model(labels):
+    model, batches = Foreign().train(), images()
+    batches[0][1][2] = -100
+    for positions in "all", "counted":
+        factors = kronecker_factors(model, batches, F.cross_entropy, ["up", "loop"], labels, generator(4), positions=positions)
+        assert list(factors) == ["up", "loop"]
+        for name, pair in factors.items():
+            for got, want in zip(pair, slow_factors(model, batches, name, labels, 4, positions)):
+                close(got, want, 1e-12)
+    plain = nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)).double()
+    flat = [(x[:, 0], y) for x, y in images()]
+    for name, pair in kronecker_factors(plain, flat, F.cross_entropy, ["0", "2"], "gold").items():
+        for got, want in zip(pair, slow_factors(plain, flat, name)):
+            close(got, want, 1e-12)
+
+
+def test_how_the_positions_are_batched_and_typed_does_not_matter():
+    model, batches, name = tiny_model("loop"), paths_batches(), "blocks.0.feed_forward.down"
+    A, G = kronecker_factors(model, batches, F.cross_entropy, [name], "gold")[name]
+    joined = [tuple(torch.cat(parts) for parts in zip(*batches))]
+    singly = [(x[None], y[None]) for x, y in zip(*joined[0])]           # one of them has no target that counts
+    for other in joined, singly, iter(batches):
+        for got, want in zip(kronecker_factors(model, other, F.cross_entropy, [name], "gold")[name], (A, G)):
+            close(got, want, 1e-12)
+    moments = lambda name, a, g: (a.T @ a, g.T @ g)
+    close(curvature.means(moments, model, batches, F.cross_entropy, [name], "gold", block=4)[name][0], A, 1e-12)
+    model = copy.deepcopy(model).float()
+    single, wide = (kronecker_factors(model, batches, F.cross_entropy, [name], "gold", dtype=d)[name] for d in (None, torch.float64))
+    assert single[0].dtype == torch.float32 and wide[0].dtype == torch.float64
+    close(single[1], wide[1].float(), 1e-5)
+    half, batch = nn.Sequential(nn.Linear(6, 3)).bfloat16(), (normal(4, 6).bfloat16(), torch.arange(4) % 3)
+    assert kronecker_factors(half, [batch], F.cross_entropy, ["0"], "gold")["0"][0].dtype == torch.float32
+
+
+def test_padding_leaves_no_trace_of_counted_positions_and_example_rows_share_a_target():
+    model, name = tiny_model("loop"), "blocks.0.feed_forward.up"
+    tokens, targets = paths_batches(False)[0]
+    padded = torch.cat([tokens, torch.tensor([[3]] * 5)], 1), torch.cat([targets, torch.full((5, 1), -100)], 1)
+    plain = kronecker_factors(model, [(tokens, targets)], F.cross_entropy, [name], "gold", positions="counted")[name]
+    for positions, same in ("counted", True), ("all", False):
+        A, G = kronecker_factors(model, [padded], F.cross_entropy, [name], "gold", positions=positions)[name]
+        assert torch.allclose(A, plain[0], rtol=1e-12) == same
+    close(kronecker_factors(model, [padded], F.cross_entropy, [name], "gold")[name][1], plain[1] * 3 / 4, 1e-12)
+
+
+class Steps(nn.Module):
+    """One linear layer called once for each step: [batch, step, d] -> logits [batch, step, classes]."""
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return torch.stack([self.layer(part) for part in x.unbind(1)], 1)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_the_fisher_where_the_product_is_exact(n_steps):
+    model = Steps(nn.Linear(4, 3, bias=False).double())
+    model.layer.weight.data.zero_()                          # p is the same everywhere, so that g does not depend on a
+    x = normal(5, n_steps, 4).repeat(3, 1, 1)                # with each label once: the expectation over labels
+    y = torch.arange(3).repeat_interleave(5)[:, None].expand(-1, n_steps)
+    A, G = kronecker_factors(model, [(x, y)], F.cross_entropy, ["layer"], "gold")["layer"]
+    W = model.layer.weight.detach()
+    term = lambda w, a, t: -(w.view(3, 4) @ a).log_softmax(0)[t]
+    gradients = torch.stack([torch.func.grad(term)(W.flatten(), a, t)
+                             for a, t in zip(x.flatten(0, 1), y.flatten())])
+    fisher = gradients.T @ gradients / len(gradients)
+    close(torch.kron(G, A), fisher, 1e-12)
+    mean = lambda w: F.cross_entropy(torch.func.functional_call(model, {"layer.weight": w.view(3, 4)}, (x,)).flatten(0, 1), y.flatten())
+    close(torch.kron(G, A), torch.func.hessian(mean)(W.flatten()), 1e-12)
+    assert (torch.kron(A, G) - fisher).abs().max() > 0.01, "the other order is another matrix"
+    drawn = kronecker_factors(model, [(x.repeat(900, 1, 1), y.repeat(900, 1))], F.cross_entropy, ["layer"], "sampled", generator())
+    close(drawn["layer"][1], G, 0.05)                        # sampled labels have this expectation
+
+
+def test_sampled_labels_come_from_the_generator_alone():
+    model, batches, name = tiny_model("dense"), paths_batches(), "blocks.1.feed_forward.up"
+    state = torch.get_rng_state()
+    one, same, other = (kronecker_factors(model, batches, F.cross_entropy, [name], "sampled", generator(s))[name][1] for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other) and torch.equal(torch.get_rng_state(), state)
+    shifted = [(x, (y + 1) % 10 * (y >= 0) - 100 * (y < 0)) for x, y in batches]
+    assert torch.equal(one, kronecker_factors(model, shifted, F.cross_entropy, [name], "sampled", generator(1))[name][1])
+
+
+@pytest.mark.parametrize("labels", ["sampled", "gold"])
+def test_ekfac_is_the_diagonal_of_the_fisher_in_the_eigenbasis(labels):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    for p in model.parameters():
+        p.data = normal(*p.shape, seed=p.numel())
+    batches = [(x[:, 0], y) for x, y in images()]
+    factors = kronecker_factors(model, batches, F.cross_entropy, ["0", "2"], labels, generator(3))
+    masses = corrected_masses(model, batches, F.cross_entropy, factors, labels=labels, generator=generator(3))
+    for name, (A, G) in factors.items():
+        per_example = torch.stack([torch.outer(g, a).flatten() for a, g in slow_pairs(model, batches, name, labels, 3)])
+        fisher = per_example.T @ per_example / len(per_example)
+        basis = torch.kron(torch.linalg.eigh(G).eigenvectors, torch.linalg.eigh(A).eigenvectors)
+        close(masses[name].flatten(), (basis.T @ fisher @ basis).diagonal(), 1e-12)
+        plain = torch.outer(eigen(G).values, eigen(A).values).flatten()
+        rebuilt = lambda diagonal: (basis * diagonal @ basis.T - fisher).norm()
+        assert rebuilt(masses[name].flatten()) < rebuilt(plain)
+        close(plain.sum(), torch.trace(A) * torch.trace(G), 1e-12)
+
+
+@pytest.mark.parametrize("arch, name", [("loop", "blocks.0.feed_forward.down"), ("dense", "blocks.0.feed_forward.up")])
+def test_ekfac_of_a_sequence_model(arch, name):
+    model, batches = tiny_model(arch), paths_batches()
+    factors = kronecker_factors(model, batches, F.cross_entropy, [name], "gold")
+    masses = corrected_masses(model, batches, F.cross_entropy, factors, labels="gold")[name]
+    (A, G), pairs = factors[name], slow_pairs(model, batches, name)
+    U_A, U_G = eigen(A).vectors, eigen(G).vectors
+    slow = sum(torch.outer((U_G.T @ g) ** 2, (U_A.T @ a) ** 2) for a, g in pairs) / len(pairs)
+    close(masses, slow, 1e-12)
+    assert not torch.equal(keep_mask(A, G, 0.9, masses), keep_mask(A, G, 0.9))
+    W = model.get_submodule(name).weight
+    kept = U_G.T @ ablate(W, A, G, 0.9, masses) @ U_A
+    close(kept, U_G.T @ W @ U_A * keep_mask(A, G, 0.9, masses), 1e-12)
+
+
+# the edit
+
+@pytest.fixture
+def layer():
+    """W [5, 9], A with two dead inputs, G with a dead output."""
+    a, g = normal(50, 9) * torch.logspace(0, -2, 9, dtype=torch.float64), normal(50, 5, seed=1) @ normal(5, 5, seed=2)
+    a[:, [2, 6]] = g[:, 3] = 0
+    return normal(5, 9, seed=3), a.T @ a / 50, g.T @ g / 50
+
+
+def slow_mask(A, G, keep):
+    lam, mu = torch.linalg.eigh(G).eigenvalues.clamp(min=0), torch.linalg.eigh(A).eigenvalues.clamp(min=0)
+    pairs = sorted(((float(l * m), i, j) for i, l in enumerate(lam) for j, m in enumerate(mu)), reverse=True)
+    mask, total = torch.zeros(len(lam), len(mu), dtype=torch.bool), 0.0
+    for mass, i, j in pairs:
+        if total >= keep * float(lam.sum() * mu.sum()):
+            break
+        mask[i, j], total = True, total + mass
+    return mask
+
+
+def test_the_mask_against_a_loop_over_pairs(layer):
+    W, A, G = layer
+    counts = []
+    for keep in (1e-9, 0.1, 0.5, 0.6, 0.75, 0.9, 0.98, 0.999, 0.999999):
+        mask = keep_mask(A, G, keep)
+        assert torch.equal(mask, slow_mask(A, G, keep)) and mask.shape == W.shape
+        assert torch.equal(mask, keep_mask(eigen(A), eigen(G), keep)) and torch.equal(mask, keep_mask(7 * A, G / 3, keep))
+        counts.append(int(mask.sum()))
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] <= 4 * 7 and len(set(counts)) > 5
+    assert keep_mask(A, G, 1).all() and keep_mask(A, G, 1.0, torch.eye(5, 9)).all()
+    equal = torch.eye(2).double(), torch.eye(5).double()
+    assert [int(keep_mask(*equal, k).sum()) for k in (0.1, 0.3, 0.30001, 0.1 * 3, 0.7, 0.9999)] == [1, 3, 4, 3, 7, 10]
+    ties = keep_mask(*equal, 0.3)
+    assert ties.flatten()[:3].all(), "equal masses in order"
+    masses = torch.zeros(5, 9)
+    masses[2, 7], masses[1, 3], masses[4, 0] = 3, 2, 1
+    assert [keep_mask(A, G, keep, masses).nonzero().tolist() for keep in (0.5, 0.6)] == [[[2, 7]], [[1, 3], [2, 7]]]
+
+
+def test_keeping_everything_returns_the_weights(layer):
+    W, A, G = layer
+    for dtype in torch.float64, torch.float32:
+        assert ablate(W.to(dtype), A, G, 1).dtype == dtype
+        close(ablate(W.to(dtype), A, G, 1), W.to(dtype), 1e-6)
+    model = tiny_model("lmc", slots=64)
+    tokens = torch.randint(14, (3, 3), generator=generator())
+    factors = kronecker_factors(model, [(tokens, tokens % 10)], F.cross_entropy, ["memory.keys", "memory.values"], "gold")
+    assert (factors["memory.values"][0].diagonal() == 0).any(), "a slot that nothing reads"
+    for name, pair in factors.items():
+        close(ablate(model.get_submodule(name).weight, *pair, 1), model.get_submodule(name).weight, 1e-6)
+
+
+def test_the_ablated_weights_in_the_eigenbasis(layer):
+    W, A, G = layer
+    (_, U_A), (_, U_G) = torch.linalg.eigh(A), torch.linalg.eigh(G)
+    M = slow_mask(A, G, 0.9)
+    slow = sum((U_G[:, i] @ W @ U_A[:, j]) * torch.outer(U_G[:, i], U_A[:, j]) for i in range(5) for j in range(9) if M[i, j])
+    close(ablate(W, A, G, 0.9), slow, 1e-12)
+    close(ablate(ablate(W, A, G, 0.9), A, G, 0.9), slow, 1e-12)
+    square, A, G = normal(5, 5, seed=8), A[:5, :5], G
+    close(ablate(square, A, G, 0.7).T, ablate(square.T.contiguous(), G, A, 0.7), 1e-10)
+    assert (ablate(square, A, G, 0.7) - ablate(square, G, A, 0.7)).abs().max() > 0.1, "A belongs to the input"
+
+
+def test_a_direction_of_little_curvature_is_forgotten():
+    """Eight examples share an input direction, one has its own: the edit keeps what the layer does for the eight."""
+    layer = nn.Linear(3, 4, bias=False).double()
+    layer.weight.data = normal(4, 3)
+    x = torch.tensor([[1.0, 0, 0]] * 8 + [[0, 0, 1.0]]).double()
+    (A, G), = kronecker_factors(layer, [(x, torch.arange(9) % 4)], F.cross_entropy, [""], "gold").values()
+    W = ablate(layer.weight, A, eigen(torch.eye(4)), 0.8)
+    close(W[:, 0], layer.weight[:, 0], 1e-12)
+    assert W[:, 1:].abs().max() < 1e-12
+
+
+# controls
+
+@pytest.mark.parametrize("name", ["kfac", "random", "activations", "gradients", "svd", "magnitude"])
+def test_controls_keep_what_they_are_asked_to(layer, name):
+    W, A, G = layer
+    basis = {"kfac": (eigen(G).vectors, eigen(A).vectors), "activations": (torch.eye(5), eigen(A).vectors),
+             "gradients": (eigen(G).vectors, torch.eye(9)), "magnitude": (torch.eye(5), torch.eye(9))}
+    draw = generator(7)
+    basis["random"] = curvature.random_orthogonal(5, draw), curvature.random_orthogonal(9, draw)
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    basis["svd"] = U, Vh.T
+    U, V = (u.double() for u in basis[name])
+    last, norms = torch.zeros(5, V.shape[1]).bool(), [1.0]
+    for kept in range(1, 6 if name == "svd" else 46):
+        new = control(name, W, A, G, kept, generator(7))
+        C, mask = U.T @ new @ V, (U.T @ new @ V).abs() > 1e-11
+        assert int(mask.sum()) == kept and (mask | last).sum() == kept, "one more than before"
+        close(C[mask], (U.T @ W @ V)[mask], 1e-10)
+        last = mask
+        norms.append(float((W - new).norm() / W.norm()))
+    assert norms[-1] < 1e-12 and norms == sorted(norms, reverse=True)
+    for removed in 0.9, 0.5, 0.1, 0.0:
+        new = control(name, W, A, G, generator=generator(7), removed=removed)
+        assert float((W - new).norm() / W.norm()) == pytest.approx(max(n for n in norms if n <= removed + 1e-12), abs=1e-9)
+    assert torch.equal(control(name, W, A, G, 0, generator(7)), 0 * W)
+    if name == "svd":
+        assert torch.linalg.matrix_rank(control(name, W, A, G, 3)) == 3
+        assert norms[3] == pytest.approx(float(torch.linalg.svdvals(W)[3:].norm() / W.norm())), "no better matrix of rank 3"
+    if name == "magnitude":
+        assert torch.equal(control(name, W, A, G, 10) != 0, W.abs() >= W.abs().flatten().sort().values[-10])
+    if name == "kfac":
+        assert torch.equal(control(name, W, A, G, int(keep_mask(A, G, 0.8).sum())), ablate(W, A, G, 0.8))
+    if name in ("activations", "gradients"):                 # with the other factor the identity it is the edit
+        flat = (A, torch.eye(5)) if name == "activations" else (torch.eye(9), G)
+        close(control(name, W, A, G, int(keep_mask(*flat, 0.8).sum())), ablate(W, *flat, 0.8), 1e-10)
+
+
+def test_a_random_basis_is_orthogonal_and_comes_from_the_generator(layer):
+    W, A, G = layer
+    state = torch.get_rng_state()
+    Q = curvature.random_orthogonal(6, generator(1))
+    close(Q.T @ Q, torch.eye(6).double(), 1e-12)
+    one, same, other = (control("random", W, A, G, 20, generator(s)) for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other) and torch.equal(torch.get_rng_state(), state)
+    draw = generator(3)
+    many = torch.stack([curvature.random_orthogonal(3, draw) for _ in range(4000)])
+    assert many.mean(0).abs().max() < 0.04 and (many.square().mean(0) - 1 / 3).abs().max() < 0.02
+    assert 0.45 < (torch.linalg.det(many) > 0).double().mean() < 0.55, "rotations and reflections"
+
+
+def test_a_learned_mask_forgets_and_keeps():
+    """Inputs 0-7 carry the label; each of four exceptions has an input of its own, with the largest weights, against it."""
+    x = normal(60, 12)
+    x[:, 8:] = 0
+    y = (x[:, 0] > 0).long()
+    x[:4, 0], x[:4, 8:] = x[:4, 0].sign(), torch.eye(4)
+    wrong = 1 - y[:4]
+    model = nn.Sequential(nn.Linear(12, 2, bias=False)).double()
+    model[0].weight.data = torch.zeros(2, 12).double()
+    model[0].weight.data[:, 0] = torch.tensor([-2.0, 2.0])
+    model[0].weight.data[:, 1:8] = 0.1 * normal(2, 7, seed=1)
+    model[0].weight.data[1 - y[:4], torch.arange(8, 12)] = 9.0
+    right = lambda inputs, labels: float((model(inputs).argmax(-1) == labels).double().mean())
+    assert right(x[:4], wrong) == 1 and right(x[4:], y[4:]) > 0.9
+    before, W = right(x[4:], y[4:]), model[0].weight.detach().clone()
+    A = x.T @ x / 60
+    with ablated(model, {"0": control("magnitude", W, A, torch.eye(2), kept=12)}):
+        assert right(x[:4], wrong) == 1, "the exceptions hold the largest weights"
+    new = curvature.learned_mask(model, [(x[:4], wrong)], [(x[4:], y[4:])], F.cross_entropy, ["0"], share=0.5)
+    assert int((new["0"] != 0).sum()) == 12 and ((new["0"] == W) | (new["0"] == 0)).all() and torch.equal(model[0].weight, W)
+    with ablated(model, new):
+        assert right(x[:4], wrong) == 0 and right(x[4:], y[4:]) >= before
+
+
+def test_shares_of_a_vector_by_band():
+    A = torch.diag(torch.tensor([1.0, 4.0, 2.0, 3.0])).double()
+    X = torch.tensor([[0.0, 3.0, 0.0, 4.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4]).double()
+    close(curvature.band_shares(X, A, 2), torch.tensor([[1, 0], [0.5, 0.5], [0, 0]]).double().sqrt(), 1e-12)
+    close(curvature.band_shares(X[:1], A, 4), torch.tensor([[0.6, 0.8, 0, 0]], dtype=torch.float64), 1e-12)
+    X, A = normal(2, 7, 9), normal(9, 9) @ normal(9, 9).T
+    shares = curvature.band_shares(X, A, 4)
+    assert shares.shape == (2, 7, 4)
+    close(shares.square().sum(-1), torch.ones(2, 7).double(), 1e-12)
+    close(curvature.band_shares(100 * X, A, 4), shares, 1e-12)
+
+
+# what is left untouched, and what is refused
+
+def everything_of(model):
+    return [(n, p.detach().clone(), p.requires_grad, p.grad) for n, p in model.named_parameters()], \
+        [b.clone() for b in model.buffers()], [m.training for m in model.modules()], \
+        [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+
+
+def assert_same(before, after):
+    for (name, W, needs, grad), (_, V, needs_now, grad_now) in zip(before[0], after[0]):
+        assert torch.equal(W, V) and needs == needs_now and grad is grad_now, name
+    assert all(map(torch.equal, before[1], after[1])) and before[2:] == after[2:]
+
+
+def test_the_model_is_untouched():
+    model = Foreign().train()
+    model.dropout.eval()
+    model.up.weight.requires_grad_().grad = normal(8, 6)
+    before, batches, gradient = everything_of(model), images(), model.up.weight.grad.clone()
+    def failing(*_):
+        raise RuntimeError("the loss failed")
+    with torch.no_grad():
+        factors = kronecker_factors(model, batches, F.cross_entropy, ["up", "loop"], "sampled", generator())
+        corrected_masses(model, batches, F.cross_entropy, factors, generator=generator())
+        new = curvature.learned_mask(model, batches, batches, F.cross_entropy, ["up"], 0.5, steps=2)
+    for loss, more in (failing, {}), (F.cross_entropy, {"layers": ["up", "head", "spare"]}), (F.cross_entropy, {"layers": ["up", "relu"]}):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            kronecker_factors(model, batches, loss, more.get("layers", ["up"]), "gold")
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            curvature.learned_mask(model, batches, batches, loss if not more else failing, ["up"], 0.5)
+        assert_same(before, everything_of(model))
+    with pytest.raises(RuntimeError, match="body"):
+        with ablated(model, new | {"loop": 2 * model.loop.weight}):
+            assert torch.equal(model.up.weight, new["up"]) and not torch.equal(model.loop.weight, before[0][2][1])
+            raise RuntimeError("the body failed")
+    assert_same(before, everything_of(model))
+    assert torch.equal(model.up.weight.grad, gradient)
+    with pytest.raises(ValueError, match=r"'loop'.*\[8, 8\].*\[6, 8\]"):
+        with ablated(model, {"up": new["up"], "loop": new["up"].T}):
+            pass
+    assert_same(before, everything_of(model))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"layers": ["blocks.0"]}, ["blocks.0", "blocks.0.attention.query"]), ({"layers": ["no.such"]}, ["no.such", "nn.Linear"]),
+    ({"layers": []}, ["list"]), ({"layers": "memory.values"}, ["list", "memory.values"]), ({"batches": []}, ["no batch", "iterator"]),
+    ({"batches": [(torch.zeros(2, 3).long(), torch.full((2, 3), -100))]}, ["-100"]), ({"labels": "true"}, ["true", "gold"]),
+    ({"positions": "some"}, ["some", "counted"]), ({"layers": ["memory.values", "spare"]}, ["spare", "never called"]),
+    ({"batches": [(torch.zeros(2, 3).long(), torch.zeros(2).long())]}, ["[2, 3, 10]", "[2]"]),
+    ({"loss": lambda x, y: F.cross_entropy(x, y, reduction="none")}, ["one number", "mean"]),
+    ({"loss": lambda x, y: x.detach().sum()}, ["depend on"])])
+def test_bad_requests_for_factors_are_refused(change, words):
+    model = tiny_model("lmc")
+    model.spare = nn.Linear(2, 2)
+    before = everything_of(model)
+    request = {"batches": paths_batches(), "loss": F.cross_entropy, "layers": ["memory.values"], "labels": "gold"} | change
+    with pytest.raises((ValueError, TypeError)) as error:
+        kronecker_factors(model, **request)
+    assert all(word in str(error.value) for word in words), error.value
+    assert_same(before, everything_of(model))
+
+
+def test_values_that_are_not_finite_are_refused():
+    model, nan = Foreign(), float("nan")
+    x, y = images()[0]
+    with pytest.raises(ValueError, match="logits are not finite"):
+        kronecker_factors(model, [(x * nan, y)], F.cross_entropy, ["up"], "sampled", generator())
+    with pytest.raises(ValueError, match="'up' are not finite or overflow"):
+        kronecker_factors(model, [(x, y)], lambda logits, y: F.cross_entropy(logits, y) * nan, ["up"], "gold")
+    class Column(Foreign):
+        def forward(self, x):
+            return super().forward(x)[:, None]
+    targets = torch.tensor([[1], [2], [-100], [0]])
+    with pytest.raises(ValueError, match=r"\[4, 8\] of 'head'.*\[4, 1\].*positions='all'"):
+        kronecker_factors(Column(), [(x, targets)], F.cross_entropy, ["head"], "gold", positions="counted")
+    kronecker_factors(Column(), [(x, targets)], F.cross_entropy, ["head"], "gold")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda W, A, G: (W, A, G, 0), r"\(0, 1\], got 0"), (lambda W, A, G: (W, A, G, 1.5), "1.5"), (lambda W, A, G: (W, A, G, -0.5), "-0.5"),
+    (lambda W, A, G: (W, A, G, float("nan")), "nan"), (lambda W, A, G: (W.T, A, G, 0.5), r"W must.*\[5, 9\].*\[9, 5\]"),
+    (lambda W, A, G: (W, G, A, 0.5), r"\[9, 5\]"), (lambda W, A, G: (W, W, G, 0.5), r"\[d, d\].*\[5, 9\]"),
+    (lambda W, A, G: (W / 0, A, G, 0.5), "finite"), (lambda W, A, G: (W, A / 0, G, 0.5), "finite"),
+    (lambda W, A, G: (W, 0 * A, G, 0.5), "not zero"), (lambda W, A, G: (W, A, 0 * G, 0.5), "not zero"),
+    (lambda W, A, G: (W, -A, G, 0.5), "negative"), (lambda W, A, G: (W, A + torch.ones(9, 9).triu(), G, 0.5), "symmetric"),
+    (lambda W, A, G: (W, A, G, 0.5, W.abs().T), r"masses.*\[9, 5\]"), (lambda W, A, G: (W, A, G, 0.5, 0 * W), "masses.*zero"),
+    (lambda W, A, G: (W, A, G, 0.5, -W.abs()), "masses.*negative"), (lambda W, A, G: (W, A, G, 0.5, W / 0), "masses.*finite")])
+def test_bad_edits_are_refused(layer, change, words):
+    with pytest.raises(ValueError, match=words):
+        ablate(*change(*layer))
+
+
+def test_bad_controls_are_refused(layer):
+    for request, words in (("pca", 3), "pca.*svd"), (("svd", 6), r"0\.\.5.*6"), (("random", 46), "46"), (("kfac", -1), "-1"), (("kfac",), "None"):
+        with pytest.raises(ValueError, match=words):
+            control(request[0], *layer, *request[1:])
+    for more in {"removed": 1.0}, {"removed": -0.1}, {"kept": 3, "removed": 0.5}:
+        with pytest.raises(ValueError, match="either kept"):
+            control("kfac", *layer, **more)
+    for more in {"share": 0.0}, {"share": 1.5}, {"share": 0.5, "forget": []}, {"share": 0.5, "others": []}:
+        with pytest.raises(ValueError, match="share"):
+            curvature.learned_mask(Foreign(), **{"forget": images(), "others": images(), "loss": F.cross_entropy, "layers": ["up"]} | more)
+    empty = [(x, y * 0 - 100) for x, y in images()]
+    with pytest.raises(ValueError, match="nan at step 0"):
+        curvature.learned_mask(Foreign(), empty, images(), F.cross_entropy, ["up"], 0.5)
+    with pytest.raises(ValueError, match=r"\[\.\.\., 9\].*\[5, 8\]"):
+        curvature.band_shares(normal(5, 8), layer[1], 2)
+    with pytest.raises(ValueError, match="10"):
+        curvature.band_shares(normal(5, 9), layer[1], 10)
+
+
+def test_curvature_can_be_copied_alone(tmp_path):
+    (tmp_path / "curvature.py").write_text((HERE / "curvature.py").read_text())
+    (tmp_path / "use.py").write_text(
+        "import doctest, sys, curvature, torch, torch.nn as nn\n"
+        "assert doctest.testmod(curvature).failed == 0 and doctest.testmod(curvature).attempted > 0\n"
+        "model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))\n"
+        "batches = [(torch.randn(20, 4), torch.randint(3, (20,)))]\n"
+        "(A, G), = curvature.kronecker_factors(model, batches, nn.functional.cross_entropy, ['2']).values()\n"
+        "with curvature.ablated(model, {'2': curvature.ablate(model[2].weight, A, G, 0.6)}):\n    model(batches[0][0])\n"
+        "print(curvature.__file__, 'edit' in sys.modules, 'models' in sys.modules)\n")
+    out = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec(open({str(tmp_path / 'use.py')!r}).read())"],
+                         cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.split() == [str(tmp_path / "curvature.py"), "False", "False"]
