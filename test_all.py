@@ -16,10 +16,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import curvature
 import edit as editing
 import kg
 import minedit
 import models
+from curvature import ablate, ablated, control, corrected_masses, eigen, keep_mask, kronecker_factors
 from edit import alphaedit_update, edit, emmet_update, memit_update, record, rome_update, row_update, second_moment
 from models import ARCHS, Config, Model
 
@@ -52,7 +54,7 @@ def close(got, want, tolerance=1e-10):
 
 # --- documentation ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module", [kg, models, editing], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [kg, models, editing, curvature], ids=lambda m: m.__name__)
 def test_worked_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -1504,8 +1506,6 @@ def test_locate_and_when_where_there_is_nothing_to_ask(tmp_path, capsys):
 
 # --- curvature.py -----------------------------------------------------------------------------------------------------
 
-import curvature
-from curvature import ablate, ablated, control, corrected_masses, eigen, keep_mask, kronecker_factors
 
 
 class Tap(nn.Module):
