@@ -4,6 +4,7 @@ import contextlib
 import copy
 import doctest
 import json
+import os
 import random
 import shlex
 import subprocess
@@ -26,6 +27,8 @@ from edit import alphaedit_update, edit, emmet_update, memit_update, record, rom
 from models import ARCHS, Config, Model
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)                                     # at toy size threads wait for each other longer than they work
+os.environ["OMP_NUM_THREADS"] = "1"                          # for the runs that are started as commands
 TINY = ["--entities", "10", "--relations", "4", "--d-model", "16", "--n-heads", "2", "--d-ff", "32", "--slots", "32",
         "--top-k", "4", "--ff-top-k", "8", "--depth", "2", "--steps", "20", "--eval-every", "10", "--batch", "16", "--n-edits", "4",
         "--device", "cpu"]
