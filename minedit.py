@@ -487,6 +487,9 @@ def edit_stage(run: Run, model: Model):
         name, call, at_pass = site
         at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
         near = editing.neighbour_probes(requests, at, paths, one_hop)
+        stored = at.values[known] if known.any() else at.values
+        store = {"facts_per_row": 1 + len(near["same_row"].edit) / n,
+                 "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])}
         targets = {"rome": ["prototype", "gradient"] + ["near"] * (site == chosen and bool(known.any())),
                    "memit": ["prototype"], "row": ["prototype", "gradient"]}     # one MEMIT edit is nearly ROME's
         for method in targets:
@@ -494,16 +497,13 @@ def edit_stage(run: Run, model: Model):
             u = editing.direction(method, at, requests, diagnostics)
             for target in targets[method]:
                 r, fallbacks = residual(run, model, at, requests, target, known, u)
-                stored = at.values[known] if known.any() else at.values
                 distance = editing.distance_to_values(stored, at.values[requests.fact] + r)
                 entries.append({
                     "method": method, "target": target.replace("near", "gradient"), "near": target == "near",
                     "site": name, "pass": at_pass, "a_priori": site == chosen,
                     **editing.score(model, at, requests, u, r, probes | near),
                     "gradient_for_want_of_a_prototype": fallbacks,
-                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean()), **diagnostics,
-                    "facts_per_row": 1 + len(near["same_row"].edit) / n,
-                    "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])})
+                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean()), **diagnostics, **store})
     run.results["edit_seconds"] = round(time.perf_counter() - began, 2)
     run.results["edit_left_out"] = left_out
     run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
