@@ -442,15 +442,15 @@ def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
 
 
 def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
-             u: Tensor | None = None, batch: int | None = None) -> tuple[Tensor, int]:
+             u: Tensor | None = None, **options) -> tuple[Tensor, int]:
     """r of each request for the target "prototype", "gradient" or "near" (the gradient's, pulled towards the values of
     `known` facts). A prototype that has no other known fact falls back on the gradient, counted.
-    u: directions of the edits through which the gradient looks, those of ROME if not given."""
+    u: directions of the edits through which the gradient looks, those of ROME if not given; options: for it."""
     r, has_one = editing.prototype_residual(at, requests, run.paths.facts[:, 2], known & (target == "prototype"))
     if not has_one.all():
         u = editing.direction("rome", at, requests) if u is None else u
         near = at.values[known] if target == "near" else None
-        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u, batch=batch, near=near))
+        r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u, near=near, **options))
     return r, int((~has_one).sum()) * (target == "prototype")
 
 
@@ -701,11 +701,18 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
 # Stage: many edits at once
 # ---------------------------------------------------------------------------------------------------------------------
 
-MASS_COLUMNS = """n: facts edited at once. eff: share of them that get the new answer. para: the same, asked through the
-relation's other token. spec: share of other facts, never edited, that keep their answer. score:
-harmonic mean of the three, in percent. cond: condition number of the system solved. left: |r - dW k|
-over |r|, mean over the facts; pred: what the identity predicts for it. cos: largest cosine between the
-directions of two facts. norm: |dW| / |W|. s: seconds with targets and moments, without diagnostics."""
+MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
+eff: share of the facts that get the new answer. para: the same, asked through the relation's other
+token. spec: share of other facts, never edited, that keep their answer. score: harmonic mean of the
+three, in percent. cond: condition number of the system solved. left: |r - dW k| over |r|, mean over
+the facts; pred: what the identity predicts for it. cos: largest cosine between the directions of two
+facts. norm: |dW| / |W|. s: seconds, targets and C included, diagnostics not; ms: per edit."""
+CLOSED_FORMS = {
+    "memit": lambda at, W, K, r, lam, notes: editing.memit_update(K, r, at.C, lam, W=W, diagnostics=notes),
+    "emmet": lambda at, W, K, r, _, notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
+    "alphaedit": lambda at, W, K, r, threshold, notes: editing.alphaedit_update(
+        K, r, at.C, 1.0, threshold=threshold, W=W, diagnostics=notes),               # lam as published
+    "rome": lambda at, W, K, r, _, notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes)}
 
 
 class MassEdit:
@@ -715,7 +722,7 @@ class MassEdit:
         self.run, self.model, self.tokens = run, model, editing.queries(run.paths)
         self.site, self.tails = edit_sites(run.config)[0], run.paths.facts[:, 2]
         began = time.perf_counter()
-        self.at = editing.site(model, *self.site[:2], self.tokens)               # keys, values and C, once for all edits
+        self.at = editing.site(model, *self.site[:2], self.tokens)               # keys, values and C
         self.gathered = time.perf_counter() - began
         self.before = last_answers(model, self.tokens)
         self.known = self.before == self.tails
@@ -724,33 +731,38 @@ class MassEdit:
         self.requests, self.tuning = wanted[:largest], wanted[len(wanted.fact) - n_tuning:]
         self.spared = wanted.fact[largest:len(wanted.fact) - n_tuning][:2000]    # never edited
 
-    def at_once(self, method: str, target: str, requests: editing.Requests, strength: float) -> dict:
-        """One edit of all requests; strength is lam, and the bound for fine-tuning."""
-        name, _, at_pass = self.site
-        entry = {"method": method, "target": target, "site": name, "pass": at_pass, "n": len(requests.fact),
-                 "strength": strength}
-        began, batch, notes, model, at = time.perf_counter(), self.run.args.edit_batch, {}, self.model, self.at
+    def each(self, requests: editing.Requests, target: str, asked: list[tuple[str, float]]) -> list[dict]:
+        """One edit of all requests by each (method, strength): the residuals are sought once, and their time counts
+        for every method. The gradient's settings are those published for MEMIT."""
         requests.check_distinct()
-        K, W = at.keys[requests.fact], at.layer.weight.detach()
-        others = self.known.index_fill(0, requests.fact, False)                  # of these are the prototypes
-        if method != "finetune":
-            r, entry["fallbacks"] = residual(self.run, model, at, requests, target, others, batch=batch)
-        update = {
-            "memit": lambda notes: editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes),
-            "emmet": lambda notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
-            "alphaedit": lambda notes: editing.alphaedit_update(K, r, at.C, strength, W=W, diagnostics=notes),
-            "rome": lambda notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes),
-            "finetune": lambda _: editing.finetune_update(model, at.layer, requests, strength, batch=batch)}[method]
-        try:
-            dW = update(None)
-        except ValueError as error:                          # more facts than rank, an empty null space
-            return entry | {"infeasible": str(error)}
-        entry["seconds"] = round(time.perf_counter() - began + self.gathered * (method != "finetune"), 3)
-        if method != "finetune":
-            update(notes)                                    # once more, so that the seconds are without diagnostics
-            size = r.double().norm(dim=-1).clamp(min=1e-12)
-            notes |= {key: float((notes[key] / size).mean()) for key in notes if key.startswith("residual")}
-        return entry | notes | self.outcome(requests, {name: dW})
+        began, others = time.perf_counter(), self.known.index_fill(0, requests.fact, False)  # these are the prototypes
+        if any(method in CLOSED_FORMS for method, _ in asked):
+            r, fallbacks = residual(self.run, self.model, self.at, requests, target, others,
+                                    batch=self.run.args.edit_batch, steps=25, decay=0.5, clamp=0.75)
+        sought = self.gathered + time.perf_counter() - began
+        K, W, entries = self.at.keys[requests.fact], self.at.layer.weight.detach(), []
+        for method, strength in asked:
+            entry = {"method": method, "target": target if method in CLOSED_FORMS else "gradient",
+                     "site": self.site[0], "pass": self.site[2], "n": len(requests.fact), "strength": strength}
+            entries.append(entry)
+            began = time.perf_counter()
+            try:
+                if method == "finetune":
+                    dW = editing.finetune_update(self.model, self.at.layer, requests, strength,
+                                                 batch=self.run.args.edit_batch)
+                else:
+                    dW = CLOSED_FORMS[method](self.at, W, K, r, strength, None)
+            except ValueError as error:                      # more facts than rank, an empty null space
+                entry["infeasible"] = str(error)
+                continue
+            entry["seconds"] = round(time.perf_counter() - began + sought * (method != "finetune"), 3)
+            if method != "finetune":
+                CLOSED_FORMS[method](self.at, W, K, r, strength, entry)          # once more, for the diagnostics
+                size = r.double().norm(dim=-1).clamp(min=1e-12)
+                entry |= {key: float((entry[key] / size).mean()) for key in entry if key.startswith("residual")}
+                entry["fallbacks"] = fallbacks
+            entry |= self.outcome(requests, {self.site[0]: dW})
+        return entries
 
     def over_blocks(self, first: int, last: int, requests: editing.Requests, lam: float) -> dict:
         """MEMIT over the blocks first..last of Dense, the residual asked of the stream after them."""
@@ -778,44 +790,48 @@ class MassEdit:
 
 def mass_edit_stage(run: Run, model: Model):
     """1 to 10 000 facts (at most half of those there are) in one update, by every method, at the first store and pass.
-    What is chosen, lam and the bound of the fine-tuning, is chosen on facts that are not scored afterwards."""
+    Every strength is chosen on facts that are not scored afterwards, and so is the target of the peers of MEMIT."""
     mass = MassEdit(run, model)
     if len(mass.requests.fact) < 5:
-        print(f"\n{2 * len(mass.requests.fact)} facts that can be edited are too few for mass edits, which want 10 at least")
-        return
+        n_editable = 2 * len(mass.requests.fact)
+        return print(f"\n{n_editable} facts that can be edited are too few for mass edits: 10 at least")
     largest, (name, _, at_pass) = len(mass.requests.fact), mass.site
     print(f"\nediting up to {largest} of {len(mass.tokens)} facts at once, {int(mass.known.sum())} of them known, at "
-          f"{name}, pass {at_pass}; lam and bounds chosen on {len(mass.tuning.fact)} other facts")
-    powers = [10.0**i for i in range(-4, 4)]
-    grid = {"memit": powers, "alphaedit": powers, "finetune": [0.03, 0.1, 0.3, 1.0, 3.0]}
-    sweep = [mass.at_once(method, "gradient" if method == "finetune" else "prototype", mass.tuning, strength)
-             for method in grid for strength in grid[method]]
-    best = {method: max((e for e in sweep if e["method"] == method), key=lambda e: e.get("score", 0))["strength"]
-            for method in grid} | {"emmet": 0.0, "rome": 0.0}                    # which have nothing to choose
-    print(mass_table(sweep, "strength") + "\n")
-    sizes = sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)})
-    edits = [mass.at_once(method, target, mass.requests[:n], best[method]) for method, target in
-             (("memit", "prototype"), ("memit", "gradient"), ("emmet", "prototype"), ("rome", "prototype"),
-              ("alphaedit", "prototype"), ("finetune", "gradient")) for n in sizes
-             if n <= 1000 or (method, target) != ("memit", "gradient")]          # 40 steps of descent for each fact
+          f"{name}, pass {at_pass}; strengths chosen on {len(mass.tuning.fact)} other facts")
+    grid = [("memit", lam) for lam in (1, 3, 10, 30, 100, 300, 1000, 3000)]
+    grid += [("alphaedit", threshold) for threshold in (0.01, 0.03, 0.1, 0.3, 1.0)]
+    tuned = [("finetune", bound) for bound in (0.03, 0.1, 0.3, 0.5, 1.0)]
+    sweep = mass.each(mass.tuning, "prototype", grid) + mass.each(mass.tuning, "gradient", grid + tuned)
+    print(mass_table(sweep, "strength") + "\n", flush=True)
+    best = lambda *kind: max((e for e in sweep if (e["method"], e["target"]) == kind), key=lambda e: e.get("score", 0))
+    target = max(("prototype", "gradient"), key=lambda target: best("memit", target).get("score", 0))
+    edits, peers = [], [("emmet", 0.0), ("rome", 0.0), ("alphaedit", best("alphaedit", target)["strength"]),
+                        ("finetune", best("finetune", "gradient")["strength"])]
+    for n in sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)}):
+        for kind in "prototype", "gradient":
+            edits += mass.each(mass.requests[:n], kind, [("memit", best("memit", kind)["strength"])]
+                               + peers * (kind == target))
     dense = not run.config.loop and not run.config.memory
-    layers = [mass.over_blocks(first, last, mass.requests[:1000], best["memit"])
+    layers = [mass.over_blocks(first, last, mass.requests[:1000], best("memit", "prototype")["strength"])
               for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
     run.results["mass"] = {"facts": len(mass.tokens), "sweep": sweep, "edits": edits, "layers": layers}
     run.save_results()
     over_blocks = f"\n\nover several blocks\n{mass_table(layers, 'blocks')}" * dense
+    edits.sort(key=lambda e: (e["method"] != "memit", e["method"], e["target"]))
     print(f"{mass_table(edits, 'n')}{over_blocks}\n{MASS_COLUMNS}")
 
 
 def mass_table(entries: list[dict], varied: str) -> str:
-    rows = [("method", "target", varied, "eff", "para", "spec", "score", "cond", "left", "pred", "cos", "norm", "s")]
+    rows = [("method", "target", varied, "eff", "para", "spec", "score", "cond", "left", "pred", "cos", "norm", "s",
+             "ms")]
     for e in entries:
         cells = lambda form, *keys: [cell(e.get(key), form) for key in keys]
-        rows.append((e["method"], e["target"].replace("type", "").replace("ient", ""), *cells("" if varied == "blocks" else "g", varied),
+        each = None if "seconds" not in e else 1000 * e["seconds"] / e["n"]
+        rows.append((e["method"], e["target"][:5].strip("i"), *cells("" if varied == "blocks" else "g", varied),
                      *cells(".3f", "efficacy", "paraphrase", "specificity"),
                      *(["infeasible"] if "infeasible" in e else cells(".1f", "score")), *cells(".1e", "condition"),
-                     *cells(".3f", "residual_left", "residual_predicted", "largest_cosine", "relative_norm"),
-                     *cells(".2f", "seconds")))
+                     *cells(".3f", "residual_left", "residual_predicted", "largest_cosine"),
+                     *cells(".2f", "relative_norm"), *cells(".1f", "seconds"), cell(each, ".4g")))
     return table(rows)
 
 
