@@ -403,12 +403,16 @@ def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: in
     return torch.cat(inputs), torch.cat(outputs)
 
 
-def key_second_moment(model: nn.Module, layer: nn.Linear, tokens: Tensor, call: int | None = None,
+def key_second_moment(model: nn.Module, layer: nn.Linear, *inputs: tuple[Tensor, int | None],
                       chunk: int = 1024) -> Tensor:
-    """C of a layer over ordinary inputs: every token of `tokens` [n, token] at one call of the layer, None: at all."""
-    calls = slice(None) if call is None else slice(call, call + 1)
-    parts = [second_moment(record(model, layer, part)[0][calls]) * len(part) for part in tokens.split(chunk)]
-    return sum(parts) / len(tokens)
+    """C of a layer over ordinary keys: of each (tokens [n, token], call), every token at that call, None: at every call,
+    pooled."""
+    total, n = 0, 0
+    for tokens, call in inputs:
+        for part in tokens.split(chunk):
+            K = record(model, layer, part)[0][slice(None) if call is None else slice(call, call + 1)].flatten(0, -2)
+            total, n = total + second_moment(K) * len(K), n + len(K)
+    return total / n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,18 +448,19 @@ class Site:
     name: str                           # of the nn.Linear
     call: int                           # which of its calls within a forward pass, from 0
     layer: nn.Linear
-    C: Tensor                           # [d_in, d_in] second moment of ordinary keys at this call
+    C: Tensor                           # [d_in, d_in] second moment of ordinary keys
     keys: Tensor                        # [n_facts, d_in] at the last token of each fact's query
     values: Tensor                      # [n_facts, d_out]
 
 
 def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None,
          chunk: int = 1024) -> Site:
-    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] (default: the queries) are
-    inputs whose values to keep."""
+    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more inputs whose values to
+    keep. C pools the keys of the ordinary inputs at this call with those of the queries at every call: an edit of the
+    weight acts at all of them."""
     layer = model.get_submodule(name)
     keys, values = last_token(model, name, call, queries, chunk)
-    C = key_second_moment(model, layer, queries if ordinary is None else ordinary, call)
+    C = key_second_moment(model, layer, (queries, None), *([] if ordinary is None else [(ordinary, call)]))
     return Site(name, call, layer, C, keys, values)
 
 
@@ -560,7 +565,7 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     keys of the calls already written are carried along, so that the next solve leaves what they return; what its own
     write does at other calls it does not foresee: unlike in a stack, more sites need not bring the stream nearer."""
     requests.check_distinct()
-    moments = [key_second_moment(model, model.get_submodule(name), ordinary, call) for name, call in sites]
+    moments = [key_second_moment(model, model.get_submodule(name), (ordinary, call)) for name, call in sites]
     wanted = last_token(model, *stream, requests.tokens)[0] + r
     updates, carried = {}, {}
     with ExitStack() as edits:

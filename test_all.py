@@ -602,9 +602,11 @@ def test_recording_sees_every_call():
     keys, values = record(model, model.memory.values, tokens)
     assert keys.shape == (3, 4, 3, 32) and values.shape == (3, 4, 3, 16)
     close(values, keys @ model.memory.values.weight.T, 1e-12)
-    C = editing.key_second_moment(model, model.memory.values, tokens, chunk=3)
+    C = editing.key_second_moment(model, model.memory.values, (tokens, None), chunk=3)
     close(C, second_moment(keys), 1e-12)
-    close(editing.site(model, "memory.values", 1, tokens[:, :2], tokens).C, second_moment(keys[1]), 1e-12)
+    site = lambda *ordinary: editing.site(model, "memory.values", 1, tokens[:, :2], *ordinary)
+    close(site().C, second_moment(keys[:, :, :2]), 1e-12)    # the queries at every call, ordinary inputs at this one
+    close(site(tokens).C, second_moment(torch.cat([keys[1].flatten(0, 1), keys[:, :, :2].flatten(0, 2)])), 1e-12)
     with pytest.raises(ValueError, match="not called"):
         record(model, nn.Linear(2, 2), tokens)
     with pytest.raises(ValueError, match="no call 3"):
@@ -742,13 +744,14 @@ def test_memit_over_one_layer_is_memit_and_dead_keys_are_left_out(world):
     model, paths, requests, _ = world
     at = editing.site(model, "memory.values", 2, editing.queries(paths), paths.tokens)
     r, notes = normal(4, 16, seed=7), {}
+    C = editing.key_second_moment(model, at.layer, (paths.tokens, 2))
     one = lambda: editing.memit_layers(model, [("memory.values", 2)], requests, r, 1.0, paths.tokens, ("norm", 0), notes)
-    close(one()["memory.values"], memit_update(at.keys[requests.fact], r, at.C, 1.0))
+    close(one()["memory.values"], memit_update(at.keys[requests.fact], r, C, 1.0))
     assert len(notes["memory.values", 2]["residual_left"]) == 4
     hook = model.memory.values.register_forward_pre_hook(                        # the first request has no address
         lambda _, inputs: (inputs[0] * (torch.arange(len(inputs[0])) > 0)[:, None, None],) if len(inputs[0]) == 4 else None)
     try:
-        close(one()["memory.values"], memit_update(at.keys[requests.fact[1:]], r[1:], at.C, 1.0))
+        close(one()["memory.values"], memit_update(at.keys[requests.fact[1:]], r[1:], C, 1.0))
     finally:
         hook.remove()
 
