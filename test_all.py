@@ -602,8 +602,8 @@ def test_recording_sees_every_call():
     keys, values = record(model, model.memory.values, tokens)
     assert keys.shape == (3, 4, 3, 32) and values.shape == (3, 4, 3, 16)
     close(values, keys @ model.memory.values.weight.T, 1e-12)
-    C = editing.key_second_moment(model, model.memory.values, tokens, chunk=3)
-    close(C, second_moment(keys), 1e-12)
+    C = editing.key_second_moment(model, "memory.values", 2, tokens, chunk=3)
+    close(C, second_moment(keys[2]), 1e-12)
     close(editing.site(model, "memory.values", 1, tokens[:, :2], tokens).C, second_moment(keys[1]), 1e-12)
     with pytest.raises(ValueError, match="not called"):
         record(model, nn.Linear(2, 2), tokens)
@@ -1392,7 +1392,7 @@ def test_holding_a_subspace_at_its_old_value(world):
     probes = editing.Probes(torch.tensor([0, 1, 2, 3]), tokens, model(tokens)[:, -1].argmax(-1))
     edited = editing.answers(model, at, u, r, probes)
     assert (edited != probes.answer).sum() >= 3, "the edit changes answers"
-    hold = lambda call, token, basis: editing.held_answers(model, at, u, r, probes, "blocks.0", call, token, basis, chunk=3)
+    hold = lambda call, token, basis: editing.answers(model, at, u, r, probes, 3, held=("blocks.0", call, token, basis))
     nothing, everything = torch.zeros(4, 16, 0).double(), torch.eye(16).double().expand(4, 16, 16)
     for call in range(3):
         assert torch.equal(hold(call, 2, nothing), edited) and torch.equal(hold(call, 2, 0 * everything), edited)
@@ -1458,9 +1458,9 @@ def run_stages(capsys, *arguments):
 @pytest.mark.parametrize("arch, more", [(arch, []) for arch in ARCHS] + [("dense", ["--blocks", "2"]), ("lmc", ["--blocks", "2", "--feed-forward"])])
 def test_locate_and_when(tmp_path, capsys, monkeypatch, arch, more):
     acted, counted, answers, share_of = [], [], editing.answers, minedit.share_of
-    def watched_answers(*arguments, calls=None):
+    def watched_answers(*arguments, calls=None, held=None):
         acted.append(calls and list(calls))
-        return answers(*arguments, calls=calls)
+        return answers(*arguments, calls=calls, held=held)
     def watched_share(hit):
         counted.append(len(hit))
         return share_of(hit)
