@@ -428,10 +428,10 @@ def residual(run: Run, model: Model, at: editing.Site, requests: editing.Request
 
 COLUMNS = """direct: share of the edits whose own question has the new answer. hop 1, hop 2: share of the
 compositions with the edited fact first, second, whose answer is what now follows, among edits with
-direct success (number of probes). facts, comps., row: share of answers that moved though they should
-not: of other facts, of compositions without the edited fact, of facts on the same row of the store
-(by their largest key entry). near: the gradient's target, pulled towards stored values."""
-FAR = "far: distance of the value written from the nearest of a known fact, in units of their mean length."
+direct success (number of probes). facts, comps., row: share of answers that moved though they
+should not: of other facts, of compositions without the edited fact, of facts on the same row of the
+store (by their largest key entry). near: the gradient's target, pulled towards stored values."""
+FAR = "far: distance of the value written from the nearest of a known fact, in units of their mean length"
 
 
 def edit_stage(run: Run, model: Model):
@@ -545,9 +545,9 @@ def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Ten
     return chosen
 
 
-TRACED = """percent of the prompts that get their answer back (dot: none). One token of the question is replaced
-by another that changes the answer (corrupted); then one state, at the token of the column, is what it
-was (restored): the output of attention or of a store in that pass, or the stream after the block."""
+TRACED = """percent of the prompts that get their answer back (dot: none). One token is replaced by another that
+changes the answer (corrupted); then one state, at the token of the column, is what it was
+(restored): the output of attention or of a store in that pass, or the stream after the block."""
 
 
 def locate_stage(run: Run, model: Model):
@@ -580,14 +580,14 @@ def locate_stage(run: Run, model: Model):
               "the answer rises by, block by block: " + ", ".join(map(cell, rise)))
 
 
-WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME); first the site of --locate.
-acts: always, as an edit of the weights, or at some calls of the layer alone (with one block per pass,
-call t is in pass t). direct: share of the edits whose own question has the new answer. hop 1, hop 2:
-share of the compositions with the edited fact first, second, whose answer is what now follows, among
-edits that have direct success when they always act, whatever the row."""
-HELD = """share of the answers right in the first row above that stay right when one state keeps a part of what
-it is without the edit: the stream after the pass, in the plane of the embeddings of the old and the
-new answer, or in a random one; at r1 for the fact itself and hop 1, at the last token for hop 2."""
+WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME), that of --locate first. acts:
+always, as an edit of the weights, or at some calls of the layer alone (with one block per pass,
+call t is in pass t). direct: share of the edits whose own question has the new answer. hop 1, hop
+2: share of the compositions with the edited fact first, second, whose answer is what now follows,
+among edits that have direct success when they always act, whatever the row."""
+HELD = """share of the answers right in the first row above that stay right when one state keeps a part of
+what it is without the edit: the stream after the pass, in the plane of the embeddings of the old
+and new answer, or a random one; at r1 for the fact and hop 1, at the last token for hop 2."""
 
 
 def when_stage(run: Run, model: Model):
@@ -808,10 +808,10 @@ def target_of(entry: dict) -> str:
 
 SHARES = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved", "same_row_moved")
 ACCURACY = """means over the runs that differ in the seed alone (in brackets the lowest); paths: OOD paths of all
-runs; first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD >= 0.9,
-mean of the runs that reach it; s: seconds of training"""
-SHARED = """ROME with the prototype target at the a-priori site, on the compositions that all four cells answer
-right before (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
+runs; first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD
+>= 0.9, mean of the runs that reach it; s: seconds of training"""
+SHARED = """ROME, prototype target, a-priori site, on the compositions that all four cells answer right before
+(shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
 
 
 def read_runs(folders: list[Path]) -> list[list[dict]]:
@@ -987,7 +987,8 @@ def build_parser() -> argparse.ArgumentParser:
             add("--" + name.replace("_", "-"), action="store_true", help="stage: " + stage.__doc__.split("\n")[0])
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
-    add("--edit-batch", type=int, default=1024, help="requests whose target values are sought at a time")
+    add("--edit-batch", type=int, default=1024,
+        help="requests whose targets --mass-edit seeks at a time; its default model has 20 000 facts under two names each")
     add("--quick", action="store_true", help="all cells and stages at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
