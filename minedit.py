@@ -416,8 +416,8 @@ def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
 def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
              u: Tensor | None = None, batch: int | None = None) -> tuple[Tensor, int]:
     """r of each request for the target "prototype", "gradient" or "near" (the gradient's, pulled towards the values of
-    `known` facts), the gradient through edits of direction u (default: ROME's). A prototype that has no other known
-    fact falls back on the gradient, counted."""
+    `known` facts). A prototype that has no other known fact falls back on the gradient, counted.
+    u: directions of the edits through which the gradient looks, those of ROME if not given."""
     r, has_one = editing.prototype_residual(at, requests, run.paths.facts[:, 2], known & (target == "prototype"))
     if not has_one.all():
         u = editing.direction("rome", at, requests) if u is None else u
