@@ -386,9 +386,11 @@ def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: in
     return torch.cat(inputs), torch.cat(outputs)
 
 
-def key_second_moment(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024) -> Tensor:
-    """C of a layer, by name, at one of its calls, over ordinary inputs: every token of `tokens` [n, token]."""
-    parts = [second_moment(at_call(model, name, call, part)[0]) * len(part) for part in tokens.split(chunk)]
+def key_second_moment(model: nn.Module, layer: nn.Linear, tokens: Tensor, call: int | None = None,
+                      chunk: int = 1024) -> Tensor:
+    """C of a layer over ordinary inputs: every token of `tokens` [n, token] at one call of the layer, None: at all."""
+    calls = slice(None) if call is None else slice(call, call + 1)
+    parts = [second_moment(record(model, layer, part)[0][calls]) * len(part) for part in tokens.split(chunk)]
     return sum(parts) / len(tokens)
 
 
@@ -430,9 +432,12 @@ class Site:
 
 def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None,
          chunk: int = 1024) -> Site:
-    """`queries` [n_facts, token] ask for each fact; `ordinary` [n, token] (default: these) are inputs to be kept."""
-    C = key_second_moment(model, name, call, queries if ordinary is None else ordinary)
-    return Site(name, call, model.get_submodule(name), C, *last_token(model, name, call, queries, chunk))
+    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] (default: the queries) are
+    inputs whose values to keep."""
+    layer = model.get_submodule(name)
+    keys, values = last_token(model, name, call, queries, chunk)
+    C = key_second_moment(model, layer, queries if ordinary is None else ordinary, call)
+    return Site(name, call, layer, C, keys, values)
 
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None, lam: float = 1.0) -> Tensor:
@@ -533,7 +538,7 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     the writes, each of which acts at all calls. The next solve leaves what the calls already written return, but does
     not foresee what it does at other calls: unlike in a stack, more sites need not bring the stream nearer."""
     requests.check_distinct()
-    moments = [key_second_moment(model, *site, ordinary) for site in sites]
+    moments = [key_second_moment(model, model.get_submodule(name), ordinary, call) for name, call in sites]
     wanted = last_token(model, *stream, requests.tokens)[0] + r
     updates, carried = {}, {}
     with ExitStack() as edits:

@@ -602,8 +602,8 @@ def test_recording_sees_every_call():
     keys, values = record(model, model.memory.values, tokens)
     assert keys.shape == (3, 4, 3, 32) and values.shape == (3, 4, 3, 16)
     close(values, keys @ model.memory.values.weight.T, 1e-12)
-    C = editing.key_second_moment(model, "memory.values", 2, tokens, chunk=3)
-    close(C, second_moment(keys[2]), 1e-12)
+    C = editing.key_second_moment(model, model.memory.values, tokens, chunk=3)
+    close(C, second_moment(keys), 1e-12)
     close(editing.site(model, "memory.values", 1, tokens[:, :2], tokens).C, second_moment(keys[1]), 1e-12)
     with pytest.raises(ValueError, match="not called"):
         record(model, nn.Linear(2, 2), tokens)
