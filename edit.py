@@ -38,9 +38,8 @@ An edited fact should change the answers that follow from it and no others; the 
 
 Glossary: K — keys [n, d_in], one a row; R — residuals [n, d_out]; C — `second_moment` E[k k^T] [d_in, d_in]; lam — the
 weight λ of C in MEMIT; a **site** is an `nn.Linear` by name and the number of its call within one forward pass (a loop
-calls the same layer several times).
-The file needs torch alone. It works on any model called as `model(tokens) -> logits [batch, token, answers]`.
-Left out: biases (they are no part of a key), several keys averaged for one fact (prefixes, as in [2] and [4]).
+calls the same layer several times). The file needs torch alone, and any model called as `model(tokens) -> logits
+[batch, token, answers]`. Left out: biases (no part of a key), several keys averaged for one fact (prefixes, as in [2]).
 
 [1] Niu 2026, arXiv 2606.20737 (the single-row edit).   [2] Meng et al. 2022, ROME, arXiv 2202.05262, equation 2.
 [3] Gupta et al. 2024, arXiv 2403.07175: two different keys in one ROME update make disabling edits; here there is one.
@@ -57,9 +56,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The closed forms: float64 inside, the result in the dtype of the weights
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The closed forms: float64 inside, the result in the dtype of the weights -----------------------------------------
 
 def double(x: Tensor) -> Tensor:
     """x in float64, on the CPU where its device has none (MPS)."""
@@ -84,11 +81,9 @@ def second_moment(K: Tensor) -> Tensor:
     return K.T @ K / len(K)
 
 
-def check_request(name: str, vector: Tensor, size: int):
+def check_shape(name: str, vector: Tensor, size: int):
     if vector.shape != (size,):
         raise ValueError(f"{name} must have shape [{size}], got {list(vector.shape)}")
-    if not vector.isfinite().all():
-        raise ValueError(f"{name} holds a value that is not finite")
 
 
 def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None = None, lam: float = 1.0):
@@ -104,7 +99,7 @@ def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None 
     if not 0 < lam < float("inf"):
         raise ValueError(f"lam must be positive, got {lam}; emmet_update writes every value exactly")
     for bad, why in (~K.isfinite().all(1), "its key holds a value that is not finite"), \
-                    (~R.isfinite().all(1), "its residual holds a value that is not finite"), \
+                    (~R.isfinite().all(1), "its residual or value holds a value that is not finite"), \
                     ((K == 0).all(1), "a key of zeros cannot be edited: the layer returns 0 whatever its weights"):
         if bad.any():
             raise ValueError(f"request {int(bad.nonzero()[0])}: {why}")
@@ -126,10 +121,8 @@ def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None, lam: f
 
 
 def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """B [d_in, d_in] with B B^T = C^-1, in float64: B = L^-T where C = L L^T (Cholesky).
-
-    C is solved as given. Only where it is numerically singular (dead or dependent inputs) a ridge of
-    1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it, 0.0 where there is none."""
+    """B [d_in, d_in] with B B^T = C^-1, in float64: B = L^-T where C = L L^T (Cholesky). Only where C is numerically
+    singular (dead or dependent inputs) a ridge of 1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it."""
     C, ridge = double(C), 0.0
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     L, failed = torch.linalg.cholesky_ex(C)
@@ -145,11 +138,10 @@ def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
 
 
 def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """dW [d_out, d_in] that changes one column, k's entry of largest magnitude, so that dW k = r [1].
-
-    k [d_in], r [d_out]. Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros."""
-    check_request("the key k", k, k.shape[-1] if k.dim() else 1)
-    check_request("the residual r", r, r.shape[-1] if r.dim() else 1)
+    """dW [d_out, d_in] that changes one column, k's entry of largest magnitude, so that dW k = r [1]. k [d_in],
+    r [d_out]. Raises ValueError for a bad request (`check_batch`)."""
+    check_shape("the key k", k, k.numel())
+    check_shape("the residual r", r, r.numel())
     check_batch(k[None], r[None])
     dW = torch.outer(double(r), row_direction(k[None])[0])
     return finish(dW, k[None], r[None], r, None, diagnostics)
@@ -160,19 +152,18 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
 
     W [d_out, d_in], C [d_in, d_in], k [d_in], v [d_out] -> dW [d_out, d_in]. Of all matrices that put v at k, W + dW is
     the one that changes the values of ordinary keys least, in the mean square. `diagnostics`: see `inverse_factor` and
-    `finish`. Raises ValueError on shapes that do not fit, values that are not finite and a key of zeros."""
-    check_request("the key k", k, W.shape[1])
-    check_request("the value v", v, W.shape[0])
+    `finish`. Raises ValueError for a bad request (`check_batch`)."""
+    check_shape("the key k", k, W.shape[1])
+    check_shape("the value v", v, W.shape[0])
+    check_batch(k[None], v[None], C, W)
     r = double(v) - double(W) @ double(k)
-    check_batch(k[None], r[None], C, W)
     dW = torch.outer(r, rome_direction(C, k[None], diagnostics)[0])
     return finish(dW, k[None], r[None], W, W, diagnostics)
 
 
 def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None) -> Tensor:
     """ROME for one request after another, each on the weight that the last one left: the sum of the updates, of which
-    only the last is sure to hold. W, C as in `rome_update`, K [n, d_in], V [n, d_out]. The keys are taken as given:
-    they stay what they are where no earlier layer or call is edited."""
+    only the last is sure to hold. W, C as in `rome_update`, K [n, d_in], which stay as they are, V [n, d_out]."""
     check_batch(K, V, C, W)
     U, now = rome_direction(C, K, diagnostics), double(W).clone()
     for k, v, u in zip(double(K), double(V), U):
@@ -192,16 +183,14 @@ def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, dia
     return dW
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P ------------------------------------------------------
 
 def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
                  diagnostics: dict | None = None) -> Tensor:
     """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n facts at once.
 
-    K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request (`check_batch`),
-    for keys that coincide and for more requests than the keys have rank. `diagnostics` and W: see `solve`."""
+    K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request, for keys that
+    coincide and for more requests than the keys have rank. `diagnostics` and W: see `solve`."""
     check_batch(K, R, C, W)
     if len(K) > K.shape[1]:
         raise ValueError(f"{len(K)} requests are more than the rank of their keys, at most {K.shape[1]}, so that not "
@@ -214,12 +203,9 @@ def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | Non
     """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], eq. 14.
 
     K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean, so lam counts in requests: all
-    ordinary keys together weigh as much as lam requests. `form`: "primal" solves a system of size d_in, "dual" one of
-    size n; the default is the smaller one. Keys may coincide. Raises ValueError for a bad request (`check_batch`).
-
+    ordinary keys together weigh as much as lam requests. Keys may coincide. `form`, `diagnostics` and W: see `solve`.
     One batch after another: with `carried` = K_p^T K_p [d_in, d_in] of all earlier keys, lam C + K_p^T K_p takes the
-    place of lam C. Each residual taken on the edited W, the updates then add up to that of one batch.
-    `diagnostics` and W: see `solve`."""
+    place of lam C; each residual taken on the edited W, the updates then add up to that of one batch."""
     check_batch(K, R, C, W, lam)
     if carried is not None:
         if carried.shape != C.shape:
@@ -234,9 +220,8 @@ def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: 
 
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in squared lengths of a key (the paper: 1).
     The null space is spanned by the eigenvectors of C with an eigenvalue below bound = threshold * trace(C) / d_in (the
-    paper: below 1e-2, whatever the scale of the keys). Over ordinary keys, E |dW k|^2 <= bound * |dW|^2; what a key of
-    a request has outside the null space is of no use. The paper's term for earlier edits is left out. Raises ValueError
-    where the null space is empty and for a bad request (`check_batch`).
+    paper: below 1e-2, whatever the scale of the keys). Over ordinary keys, E |dW k|^2 <= bound * |dW|^2. The paper's
+    term for earlier edits is left out. Raises ValueError where the null space is empty and for a bad request.
     `diagnostics["null_space"]` is its dimension; for the rest and W see `solve`."""
     check_batch(K, R, C, W, lam)
     eigenvalues, eigenvectors = torch.linalg.eigh(double(C))
@@ -255,11 +240,10 @@ def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tens
     """dW = R^T (K P K^T + lam I)^-1 K P with P = B B^T, B [d_in, m], for the keys X = K B [n, m]:
 
         dual     dW^T = B X^T (X X^T + lam I)^-1 R              a system of size n
-        primal   dW^T = B (X^T X + lam I)^-1 X^T R              a system of size m
+        primal   dW^T = B (X^T X + lam I)^-1 X^T R              a system of size m; form=None: the smaller one
 
-    With C = L L^T and B = L^-T the primal form is R^T K (lam C + K^T K)^-1 with its matrix multiplied by L^-1 and L^-T
-    from the sides: the wide spectrum of C is no longer in the system, only in B. `diagnostics` gets, beside "ridge" of
-    `inverse_factor` and what `finish` measures,
+    With B = L^-T, C = L L^T, the primal matrix is L^-1 (lam C + K^T K) L^-T: the wide spectrum of C is in B alone.
+    `diagnostics` gets, beside "ridge" of `inverse_factor` and what `finish` measures,
 
         condition            condition number of the system solved
         residual_predicted   [n] norms of the rows of lam (K P K^T + lam I)^-1 R, what is left in exact arithmetic
@@ -304,40 +288,40 @@ def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Putting an edit into a model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Putting an edit into a model -------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, tuple[Tensor, float | None]]:
     """Add updates {layer name: dW} to the weights for good; returns (old weight, old mark) of each, for `restore`.
 
     An edited layer says so: the mark `layer.edited` is ||dW|| / ||W||. Nothing is changed where an update is bad
     (ValueError): not finite, not of the weight's shape, or with a sum that the weight's dtype cannot hold."""
-    layers, new = {name: model.get_submodule(name) for name in updates}, {}
-    for name, dW in updates.items():
-        layer = layers[name]
-        shape = list(layer.weight.shape)
-        if shape != list(dW.shape) or not dW.isfinite().all():
-            raise ValueError(f"the update of {name} must be finite and {shape}, got {list(dW.shape)}")
-        weight = double(new.get(layer, layer.weight))                            # two names may mean one layer
-        new[layer] = cast(weight + double(dW).to(weight.device), layer.weight)
-    old = {name: (layer.weight.detach().clone(), vars(layer).get("edited")) for name, layer in layers.items()}
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.weight.copy_(new[layer])
-            layer.edited = float(double(updates[name]).norm() / double(old[name][0]).norm())
+    old = {}
+    try:
+        for name, dW in updates.items():
+            layer = model.get_submodule(name)
+            W, shape = layer.weight, list(layer.weight.shape)
+            if shape != list(dW.shape) or not dW.isfinite().all():
+                raise ValueError(f"the update of {name} must be finite and {shape}, got {list(dW.shape)}")
+            new = cast(double(W) + double(dW).to(double(W).device), W)
+            old[name] = W.detach().clone(), vars(layer).get("edited")
+            layer.edited = float(double(dW).norm() / double(W).norm())
+            W.copy_(new)
+    except Exception:
+        restore(model, old)
+        raise
     return old
 
 
+@torch.no_grad()
 def restore(model: nn.Module, old: dict[str, tuple[Tensor, float | None]]):
     """Put back the weights and the marks that `apply_edit` returned, bit for bit."""
-    with torch.no_grad():
-        for name, (weight, mark) in old.items():
-            layer = model.get_submodule(name)
-            layer.weight.copy_(weight)
-            layer.edited = mark
-            if mark is None:                                                     # it was not edited
-                del layer.edited
+    for name, (weight, mark) in reversed(old.items()):                           # two names may mean one layer
+        layer = model.get_submodule(name)
+        layer.weight.copy_(weight)
+        layer.edited = mark
+        if mark is None:                                                         # it was not edited
+            del layer.edited
 
 
 @contextmanager
@@ -369,9 +353,8 @@ def intervene(module: nn.Module, change, calls=None):
 
 
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
-    """Inside, every example of a batch sees its own edit, W + r_b u_b^T, and W is untouched: u [batch, d_in], r
-    [batch, d_out], so that as many edits as the batch is long are tried out, or trained, in one forward pass. An edit
-    of the weights acts at every call of the layer; with `calls` it acts at those alone (see `intervene`)."""
+    """Inside, every example of a batch sees its own edit, W + r_b u_b^T, and W is untouched: u [batch, d_in],
+    r [batch, d_out]. It acts at every call of the layer, or at the `calls` given (see `intervene`)."""
     return intervene(layer, lambda k, value: value + torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None], calls)
 
 
@@ -415,9 +398,7 @@ def key_second_moment(model: nn.Module, layer: nn.Linear, *inputs: tuple[Tensor,
     return total / n
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests and their target values
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Requests and their target values ---------------------------------------------------------------------------------
 
 @dataclass
 class Requests:
@@ -466,8 +447,8 @@ def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tens
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None, lam: float = 1.0) -> Tensor:
     """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one request, which
-    writes 1 / (1 + lam / k^T C^-1 k) of what ROME writes). A fact whose key is zero cannot be edited at this site: its
-    u is zero, so that its edit counts as one that failed; `diagnostics["zero_keys"]` says how many there are."""
+    writes 1 / (1 + lam / k^T C^-1 k) of what ROME writes). Where a key is zero u is zero, so that the edit counts as
+    one that failed; `diagnostics["zero_keys"]` says how many there are."""
     keys = at.keys[requests.fact]
     alive = (keys != 0).any(-1)
     u = torch.zeros_like(keys)
@@ -505,10 +486,9 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
                       pull: float = 1.0) -> Tensor:
     """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|, by Adam; v0 = W k.
 
-    The model runs with W + r u^T at every call of the layer, as it will after the edit: in a loop, what the changed
-    weight does at the other passes is part of the loss. Each request is optimised for itself, `batch` of them at a time
-    (None: all). With `near` [m, d_out], values that the store holds, pull * distance^2 / |v0|^2 is added to the loss,
-    the distance of v0 + r to the nearest of them."""
+    The model runs with W + r u^T at every call of the layer, as it will after the edit. Each request is optimised for
+    itself, `batch` of them at a time (None: all). With `near` [m, d_out], values that the store holds, the loss gets
+    pull * distance^2 / |v0|^2, the distance of v0 + r to the nearest of them."""
     parts, usual = [], at.values.norm(dim=-1).mean()
     for i in torch.arange(len(u), device=u.device).split(batch or max(1, len(u))):
         v0 = at.values[requests.fact[i]]
@@ -532,8 +512,8 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
 
 def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, steps: int = 25,
                     batch: int | None = None) -> Tensor:
-    """dW by gradient descent on -log p(wanted answer), in the one layer, no entry of dW above bound * rms(W): the
-    constrained fine-tuning that [2] compares with, by Adam, at a rate that can reach the bound in five steps."""
+    """dW by Adam on -log p(wanted answer), in the one layer, no entry of dW above bound * rms(W): the constrained
+    fine-tuning that [2] compares with, at a rate that can reach the bound in five steps."""
     W, n = layer.weight.detach(), len(requests.new)
     limit = bound * float(W.square().mean().sqrt())
     dW = torch.zeros_like(W, requires_grad=True)
@@ -558,12 +538,10 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     or "norm" after the last block): its input at the last token should change by r [n, d_out]. Site after site, with
     the edits so far in place, what is missing there, divided by the number of sites left, is written by `memit_update`
     for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests whose key is
-    zero at a site are left to the others. The model is as before when this returns. What `memit_update` tells of a site
-    is diagnostics[name, call]. Raises ValueError where two requests are for one fact.
-
-    In a loop several sites are calls of one weight: dW is the sum of the writes, each of which acts at all calls. The
-    keys of the calls already written are carried along, so that the next solve leaves what they return; what its own
-    write does at other calls it does not foresee: unlike in a stack, more sites need not bring the stream nearer."""
+    zero at a site are left to the others. What `memit_update` tells of a site is diagnostics[name, call]. Raises
+    ValueError where two requests are for one fact. In a loop several sites are calls of one weight: dW is the sum of
+    the writes, each of which acts at all calls. The next solve leaves what the calls already written return, but does
+    not foresee what it does at other calls: unlike in a stack, more sites need not bring the stream nearer."""
     requests.check_distinct()
     moments = [key_second_moment(model, model.get_submodule(name), (ordinary, call)) for name, call in sites]
     wanted = last_token(model, *stream, requests.tokens)[0] + r
@@ -583,9 +561,7 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     return updates
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What an edit did: the fact, what follows from it, and everything else
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What an edit did: the fact, what follows from it, and everything else --------------------------------------------
 
 @dataclass
 class Probes:
@@ -601,9 +577,8 @@ def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, 
 
     paths: any object with facts [n_facts, 3] (head, relation, tail; sorted), tokens [n_paths, 3], two_hop, first,
     second [n_paths] as in kg.py. known [n_facts]: the model knows the fact and has seen it in compositions; right
-    [n_paths]: its answer is right before the edit; asked [n_paths]: the paths to draw from. Counted in the second
-    result and left out are paths that use the edited fact twice, whose right answer stays, that were wrong before, or
-    whose other fact (after the edit) does not exist or is not known."""
+    [n_paths]: its answer is right before the edit; asked [n_paths]: the paths to draw from. Left out, and counted in
+    the second result: where the other fact (after the edit) does not exist or is not known, and as named there."""
     head, relation, tail = paths.facts.T
     row_of = torch.full((int(max(head.max(), tail.max())) + 1, int(relation.max()) + 1), -1, device=head.device)
     row_of[head, relation] = torch.arange(len(head), device=head.device)         # fact of (head, relation), -1: none
@@ -650,8 +625,8 @@ def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor
 
 
 def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> dict[str, Probes]:
-    """Other facts that are near an edited one: with its head ("same_subject"), with its relation ("same_relation"), or
-    with their largest key entry where it has its own, on the row that the row edit changes ("same_row")."""
+    """Other facts near an edited one: with its head ("same_subject"), its relation ("same_relation"), or the place of
+    its largest key entry, on the row that the row edit changes ("same_row")."""
     probes = {}
     for name, group in ("same_subject", paths.facts[:, 0]), ("same_relation", paths.facts[:, 1]), \
                        ("same_row", at.keys.abs().argmax(-1)):
@@ -673,11 +648,21 @@ def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probe
 
 
 @torch.no_grad()
-def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512, calls=None) -> Tensor:
-    """The answer [m] to each probe by the model with the probe's own edit, W + r u^T (at `calls`, see `rank_one`)."""
+def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512, calls=None,
+            held: tuple[str, int, int, Tensor] | None = None) -> Tensor:
+    """The answer [m] to each probe by the model with the probe's own edit, W + r u^T (at `calls`, see `rank_one`).
+
+    held = (name, call, token, basis [m, d, k]): meanwhile this state keeps, in the span of the basis, what it holds
+    without the edit: our reading of the held answer subspace of [1]."""
     parts = []
-    for i, tokens in zip(probes.edit.split(chunk), probes.tokens.split(chunk)):
-        with rank_one(at.layer, u[i], r[i], calls):
+    for rows in torch.arange(len(probes.edit), device=u.device).split(chunk):
+        i, tokens = probes.edit[rows], probes.tokens[rows]
+        with ExitStack() as inside:
+            if held:
+                *state, basis = held
+                before = at_call(model, *state[:2], tokens)[1][:, state[2]]
+                inside.enter_context(interchange(model, *state, before, basis[rows]))
+            inside.enter_context(rank_one(at.layer, u[i], r[i], calls))
             parts.append(model(tokens)[:, -1].argmax(-1))
     return torch.cat(parts)
 
@@ -690,9 +675,8 @@ def share_of(hit: Tensor) -> float | None:
 def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, probes: dict[str, Probes]) -> dict:
     """Shares in 0..1 over all edits; None where there was nothing to ask.
 
-    direct: edits whose own query now has the new answer. Of the `probes`, those whose name begins with hop count if
-    right after the edit, over the edits with direct success (`probes_<name>` of them); of the others `<name>_moved` is
-    the share whose answer differs from the one before."""
+    direct: edits whose own query now has the new answer. <name> of the `probes` that begin with hop: right after the
+    edit, among edits with direct success (`probes_<name>` of them); <name>_moved of the others: answers that differ."""
     success = answers(model, at, u, r, requests.questions()) == requests.new
     result = {"n": len(success), "direct": share_of(success)}
     for name, probe in probes.items():
@@ -705,12 +689,9 @@ def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, 
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Locate: which state carries an answer
-# ---------------------------------------------------------------------------------------------------------------------
-# A state is what a module, by name, returns at one of its calls, at one token: an attention output, the read of a
-# store, or the whole residual stream after a block. What it carries shows when it is interchanged between two runs [2];
-# that the other run differs in one token is after Wang et al. 2024, arXiv 2405.15071.
+# --- Locate: which state carries an answer ----------------------------------------------------------------------------
+# A state is what a module, by name, returns at one of its calls, at one token. What it carries shows when it is
+# interchanged between two runs [2]; that the other run differs in one token is after Wang et al. 2024, 2405.15071.
 
 def interchange(model: nn.Module, name: str, call: int, token: int, other: Tensor, basis: Tensor | None = None):
     """Inside, for one forward pass, the state (name, call, token) is that of another run, other [batch, d]; with basis
@@ -726,10 +707,9 @@ def interchange(model: nn.Module, name: str, call: int, token: int, other: Tenso
 def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list[tuple[str, int]]) \
         -> tuple[Tensor, Tensor]:
     """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites`
-    and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token.
-
-    Returns the indirect effect in two measures, each [site, token]: the share of the prompts that get the clean answer
-    back, and the mean rise of its probability. ValueError where the prompts do not pair up or a site is not called."""
+    and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token. Returns two
+    measures [site, token]: the share of the prompts that get the clean answer back, and the mean rise of its
+    probability. ValueError where the prompts do not pair up or a site is not called."""
     if clean.shape != corrupted.shape or not len(clean):
         raise ValueError(f"clean and corrupted prompts must pair up and be at least one, "
                          f"got shapes {list(clean.shape)} and {list(corrupted.shape)}")
@@ -746,23 +726,6 @@ def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, si
     return share, rise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# When it is written
-# ---------------------------------------------------------------------------------------------------------------------
-
 def span(*vectors: Tensor) -> Tensor:
     """Orthonormal basis [batch, d, k] of the span of k vectors [batch, d] each."""
     return torch.linalg.qr(torch.stack(vectors, -1)).Q
-
-
-@torch.no_grad()
-def held_answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, name: str, call: int, token: int,
-                 basis: Tensor, chunk: int = 512) -> Tensor:
-    """As `answers`, the edit acting at every call, while the state (name, call, token) keeps, in the span of basis
-    [m, d, k], what it holds without the edit: our reading of the held answer subspace of [1]."""
-    parts = []
-    for i, tokens, B in zip(probes.edit.split(chunk), probes.tokens.split(chunk), basis.split(chunk)):
-        before = at_call(model, name, call, tokens)[1][:, token]
-        with rank_one(at.layer, u[i], r[i]), interchange(model, name, call, token, before, B):
-            parts.append(model(tokens)[:, -1].argmax(-1))
-    return torch.cat(parts)

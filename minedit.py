@@ -3,16 +3,9 @@
 Train a small transformer on a knowledge graph until it composes facts it never composed in training (grokking), edit
 facts in it in closed form, and see whether what follows from them changes too.
 
-    python minedit.py --arch lmc --edit                train (or load the finished run), edit, report
-    python minedit.py --arch all --seeds 5 --edit      the 2x2 table
-    python minedit.py --triples FILE.tsv --edit        the same on your own facts
-    python minedit.py --quick                          every stage at toy size
-    python minedit.py --report runs/                   one table out of many runs
-
 The recipe [README, "What made it grok"]: Muon [1] on the hidden matrices and AdamW on the embedding, both at a constant
 rate after a warm-up; strong weight decay, label smoothing, a loss that weighs the facts above the compositions, and a
-moving average of the weights, which is what is evaluated and edited. The paths of a batch that share a prefix share its
-computation: a batch is `batch` facts with `branches` continuations each.
+moving average of the weights, which is what is evaluated and edited. The commands stand in the README.
 
 [1] Jordan et al. 2024, Muon: an optimizer for hidden layers; torch.optim.Muon.
 """
@@ -38,36 +31,34 @@ from torch import Tensor
 import edit as editing
 import kg
 from edit import share_of
-from models import ARCHS, Config, Model, count_parameters, flops_per_path
+from models import ARCHS, Config, Model, count_parameters, flops_per_path, option
 
 SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
+LABELS = dict(zip(("one_hop", *SPLITS), ("1-hop", "train", "ID", "OOD", "first", "second")))
 
 
 class UserError(Exception):
-    """Bad input: one line that names the value and the remedy."""
-    status = 2                          # with which the process exits
-
-
-class Diverged(Exception):
-    """Training reached a loss that is not finite."""
-    status = 1
+    """One line that names the value and the remedy, and the status with which the process exits: 2 for bad input."""
+    def __init__(self, message, status: int = 2):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; the same for all four cells."""
-    steps: int = 1800
-    batch: int = 256                # facts per step
-    branches: int = 2               # trained continuations of each fact per step; 0: the facts alone are trained
-    one_hop_weight: float = 2.0     # weight of the 1-hop loss; the 2-hop loss has weight 1
-    lr: float = 5e-3                # AdamW, embedding
-    muon_lr: float = 1e-2           # Muon, hidden matrices
-    momentum: float = 0.985         # of Muon
-    weight_decay: float = 1.0       # both
-    label_smoothing: float = 0.2
-    warmup: int = 100               # steps to the full rate, constant after it
-    ema: float = 0.99               # moving average of the weights
-    eval_every: int = 200
+    steps: int = option(1800, "training steps")
+    batch: int = option(256, "facts per step")
+    branches: int = option(2, "trained paths of each fact per step, 0: the facts alone are trained")
+    one_hop_weight: float = option(2.0, "weight of the 1-hop loss; the 2-hop loss has weight 1")
+    lr: float = option(5e-3, "rate of AdamW, for the embedding")
+    muon_lr: float = option(1e-2, "rate of Muon, for the hidden matrices")
+    momentum: float = option(0.985, "of Muon")
+    weight_decay: float = option(1.0, "of both optimizers")
+    label_smoothing: float = option(0.2, "of both losses")
+    warmup: int = option(100, "steps to the full rate, constant after it")
+    ema: float = option(0.99, "moving average of the weights")
+    eval_every: int = option(200, "steps between evaluations")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -79,15 +70,11 @@ class Recipe:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
     """Momentum with every singular value of the update made about 1: all directions move at the same rate [1].
-
-    torch.optim.Muon is the same rule, but in bfloat16: on CPUs without bfloat16 units it takes 30 times as long (42 ms
-    against 1.3 ms for a 64 x 1024 matrix on one core), more than the rest of a step. This one stays in float32."""
+    torch.optim.Muon does it in bfloat16, which on many CPUs takes 30 times as long, more than the rest of a step."""
     def __init__(self, params, lr: float, weight_decay: float, momentum: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -104,20 +91,19 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """U V^T, nearly, for G = U S V^T: five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X [1]."""
-    X = G.T if G.shape[0] > G.shape[1] else G
-    X = X / (X.norm() + 1e-7)
+    if G.shape[0] > G.shape[1]:
+        return orthogonalize(G.T, steps).T
+    X = G / (G.norm() + 1e-7)
     for _ in range(steps):
         A = X @ X.T
         B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
         X = torch.addmm(X, B, X, beta=3.4445)
-    return X.T if G.shape[0] > G.shape[1] else X
+    return X
 
 
 class Batches:
-    """Batches of facts with their trained continuations, drawn on the device without waiting for it.
-
-    With `alias`, the number of relations of a graph whose relations have two tokens each, half of the relations are
-    asked for by the second, which stands `alias` after the first."""
+    """Batches of facts with their trained continuations, drawn on the device without waiting for it. With `alias`, half
+    of the relations are asked for by their second token, which stands `alias` after the first."""
 
     def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0):
         self.paths, self.recipe, self.generator, self.alias = paths, recipe, generator, alias
@@ -128,9 +114,8 @@ class Batches:
         self.positions = torch.tensor([0, 1] + [2] * recipe.branches, device=paths.facts.device)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens [batch, 2 + branches], their positions, and answers [batch, 1 + branches], -100 where none is trained.
-
-        Each fact is drawn once at most, and one path from each of `branches` even strata of its trained paths."""
+        """tokens [batch, 2 + branches], their positions, answers [batch, 1 + branches], -100 where none is trained.
+        Each fact comes once at most, with one path from each of `branches` even strata of its trained paths."""
         device, (b, m) = self.rows.device, (self.recipe.batch, self.recipe.branches)
         fact = torch.randperm(len(self.count), generator=self.generator, device=device)[:b]
         count = self.count[fact][:, None]                                        # [batch, 1]
@@ -146,9 +131,9 @@ class Batches:
 
 def loss_of(logits: Tensor, answers: Tensor, recipe: Recipe) -> Tensor:
     """Cross entropy of the facts and of the compositions, each a mean over its own answers, weighted w : 1."""
+    w = recipe.one_hop_weight
     loss = lambda x, y: F.cross_entropy(x.flatten(0, -2), y.flatten(), reduction="sum", ignore_index=-100,
                                         label_smoothing=recipe.label_smoothing) / (y >= 0).sum().clamp(min=1)
-    w = recipe.one_hop_weight
     return (w * loss(logits[:, 1], answers[:, 0]) + loss(logits[:, 2:], answers[:, 1:])) / (w + 1)
 
 
@@ -204,42 +189,40 @@ class Run:
                          "recipe": asdict(self.recipe)}
         with torch.device("meta"):                           # names and shapes, no memory
             self.blank = Model(self.config)
-        self.results, self.history, self.state, self.environment, self.shared = {}, [], None, None, None
+        self.step, self.history, self.parts = 0, [], None    # of the training; of the checkpoint, where there is one
+        self.results, self.environment, self.shared = {}, None, None
         self.check_folder()
 
     def check_folder(self):
         """Refuse, before any training, a folder that cannot be used or that holds something else; load a checkpoint."""
         out = self.folder
         config, checkpoint, results = (out / name for name in ("config.json", "ckpt.pt", "results.json"))
+        refuse = lambda why, remedy="use --retrain or another --out": UserError(f"--out {out}: {why}; {remedy}")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out):
-                pass
+            tempfile.TemporaryFile(dir=out).close()
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+            raise refuse(f"cannot be written ({error.strerror})", "choose another folder") from None
         if not config.exists():
             if any(file.suffix != ".part" for file in out.iterdir()):
-                raise UserError(f"--out {out}: not empty and not a run folder (no config.json); choose another folder")
+                raise refuse("not empty and not a run folder (no config.json)", "choose another folder")
             return
         try:
             found = json.loads(config.read_text())
-            if not self.identity.keys() <= found.keys():
-                raise ValueError
-        except (OSError, ValueError, AttributeError):
+            differs = differences({key: found[key] for key in self.identity}, self.identity)
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{config}: not the configuration of a run; choose another --out") from None
         if self.args.retrain:
             return
-        if differs := differences({key: found[key] for key in self.identity}, self.identity):
-            raise UserError(f"--out {out}: holds another run, which differs in {', '.join(differs)}; "
-                            f"use --retrain or another --out")
+        if differs:
+            raise refuse(f"holds another run, which differs in {', '.join(differs)}")
         if checkpoint.exists():
-            self.state = self.load_checkpoint(checkpoint)
+            self.load_checkpoint(checkpoint)
         elif results.exists():
-            raise UserError(f"--out {out}: holds results, but no ckpt.pt to go on from; use --retrain or another --out")
+            raise refuse("holds results, but no ckpt.pt to go on from")
         if not self.finished and not self.args.resume:
-            at = f"step {self.state['step']}" if self.state else "its start"
-            raise UserError(f"--out {out}: an unfinished run, at {at} of {self.recipe.steps}; "
-                            f"use --resume or --retrain")
+            at = f"step {self.step}" if self.parts else "its start"
+            raise refuse(f"an unfinished run, at {at} of {self.recipe.steps}", "use --resume or --retrain")
         if self.finished and results.exists():
             try:
                 self.results = json.loads(results.read_text())
@@ -247,25 +230,24 @@ class Run:
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{results}: not readable; remove it and run the stages again") from None
 
-    def load_checkpoint(self, path: Path) -> dict:
-        """The state in a checkpoint; UserError unless it is whole and of this run."""
+    def load_checkpoint(self, path: Path):
+        """Go on from a checkpoint; UserError unless it is whole and of this run."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state, self.parts = torch.load(path, map_location="cpu", weights_only=True), self.fresh()
             if differences(state["identity"], self.identity):
                 raise ValueError("it belongs to a run with other settings")
-            load_parts(self.fresh(), state)                  # what does not fit says so here, before anything is done
+            load_parts(self.parts, state)
             last = state["history"][-1]
-            named = {"one_hop", "loss", "seconds", *SPLITS} <= last.keys()
-            if last["step"] != state["step"] or not named or state["seconds"] < 0:
+            if last["step"] != state["step"] or not {"loss", *LABELS} <= last.keys() or last["seconds"] < 0:
                 raise ValueError("its history does not end where it does")
+            self.step, self.history = state["step"], state["history"]
         except Exception as error:                           # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
             raise UserError(f"{path}: not a checkpoint of this run ({why}); use --retrain or another --out") from None
-        return state
 
     @property
     def finished(self) -> bool:
-        return self.state is not None and self.state["step"] == self.recipe.steps
+        return self.step == self.recipe.steps
 
     def known(self, model: Model) -> tuple[Tensor, ...]:
         """The model's answers to facts and paths; the ID facts and the paths that it answers right; the ID paths."""
@@ -298,15 +280,11 @@ class Run:
 
     def train(self) -> Model:
         """Train to the end of the budget, from the checkpoint where there is one; returns the averaged model."""
-        parts, recipe = self.fresh(), self.recipe
+        if not (self.folder / "config.json").exists():       # else not before there is something to replace it
+            self.write_config()
+        parts, recipe, self.parts = self.parts or self.fresh(), self.recipe, None
         model, average = parts["model"], parts["average"]
-        step, seconds = 0, 0.0
-        if self.state:
-            step, seconds, self.history = self.state["step"], self.state["seconds"], self.state["history"]
-            load_parts(parts, self.state)
-        if self.state or not (self.folder / "config.json").exists():
-            self.write_config()                              # with --retrain not before there is a replacement
-
+        step, seconds = self.step, self.history[-1]["seconds"] if self.history else 0.0
         forward = torch.compile(model) if self.args.compile else model
         batches = Batches(self.paths, recipe, parts["generator"], self.config.aliases * self.config.n_relations)
         total, began = torch.zeros((), device=self.device), time.perf_counter() - seconds
@@ -329,33 +307,34 @@ class Run:
                 mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
                 if not math.isfinite(mean_loss) or not all(p.isfinite().all() for p in model.parameters()):
                     held = [f"{self.folder / 'ckpt.pt'} holds step {r['step']}; " for r in self.history[-1:]]
-                    raise Diverged(f"{self.folder}: the loss or a weight is not finite at step {step}; "
-                                   f"{''.join(held)}lower --lr or --muon-lr and --retrain")
+                    raise UserError(f"{self.folder}: the loss or a weight is not finite at step {step}; "
+                                    f"{''.join(held)}lower --lr or --muon-lr and --retrain", status=1)
                 total.zero_()
                 record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths, recipe.branches > 0)
                 record["seconds"] = round(time.perf_counter() - began, 2)
+                self.step = step
                 self.history.append(record)
                 print(progress(record, recipe.steps), flush=True)
-                self.checkpoint(step, record["seconds"], parts)
+                self.checkpoint(parts)
         return average.eval()
 
-    def checkpoint(self, step: int, seconds: float, parts: dict):
-        state = {"identity": self.identity, "step": step, "seconds": seconds, "history": self.history,
-                 "device": self.device.type}
+    def checkpoint(self, parts: dict):
+        state = {"identity": self.identity, "step": self.step, "history": self.history, "device": self.device.type}
         state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
         write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
         (self.folder / "results.json").unlink(missing_ok=True)                   # of a run that this one replaces
         self.write_config()
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history).encode())
 
-    def write_config(self):
+    def write_config(self) -> dict:
         """What determines the training (compared when a folder is met again), and what is only recorded."""
         self.environment = self.environment or {
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
             "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
         stages = {name: getattr(self.args, name) for name in ("compile", "n_edits", *STAGES)}
-        write_atomically(self.folder / "config.json", json.dumps(
-            self.identity | {"stages": stages, "environment": self.environment}, indent=1).encode())
+        config = self.identity | {"stages": stages, "environment": self.environment}
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
+        return config
 
     def summarize(self):
         """The final figures of the training in results.json and on the screen."""
@@ -365,21 +344,19 @@ class Run:
             "arch": self.arch, "seed": self.seed, "steps": self.recipe.steps, "seconds": last["seconds"],
             "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
             "parameters": count_parameters(self.blank), "flops_per_path": flops_per_path(self.config),
-            "accuracy": {name: last[name] for name in ("one_hop",) + SPLITS},
+            "accuracy": {name: last[name] for name in LABELS},
             "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
             "memorized_at": first(lambda r: (r["train"] if self.recipe.branches else r["one_hop"]) >= 0.99),
             "grokked_at": first(lambda r: r["ood"] is not None and r["train"] >= 0.99 and r["ood"] >= 0.9),
-            "config": json.loads((self.folder / "config.json").read_text())}
+            "config": self.write_config()}
         self.save_results()
         step = lambda name: f"at step {self.results[name]}" if self.results[name] else "not reached"
-        print("\n" + curve(self.history))
-        print(f"memorized (train >= 0.99) {step('memorized_at')}; grokked (OOD >= 0.9 on {self.n_paths['ood']} paths) "
-              f"{step('grokked_at')}; {last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most")
+        print(f"\n{curve(self.history)}\nmemorized (train >= 0.99) {step('memorized_at')}; grokked (OOD >= 0.9 on "
+              f"{self.n_paths['ood']} paths) {step('grokked_at')}; {last['seconds']:.0f} s, "
+              f"{self.results['peak_memory_mib']} MiB at most")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage: edits
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Stage: edits -----------------------------------------------------------------------------------------------------
 
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
     """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order. In a loop
@@ -389,8 +366,7 @@ def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
         at_pass = i // config.blocks
         block, call = (i % config.blocks, at_pass) if config.loop else (i, 0)
         found.append((at_pass, "attention", f"blocks.{block}.attention", call))
-        if config.memory:
-            found.append((at_pass, "memory", "memory", i))
+        found += [(at_pass, "memory", "memory", i)] * config.memory
         if config.feed_forward or not config.memory:
             found.append((at_pass, "feed-forward", f"blocks.{block}.feed_forward", call))
         found.append((at_pass, "stream", f"blocks.{block}", call))
@@ -426,19 +402,15 @@ def make_requests(run: Run, fact: Tensor | list[int], new: list[int]) -> editing
 
 def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
     """Requests from names; UserError for a name or a fact that the graph does not have."""
-    facts, new = [], []
-    rows = {(h, r): i for i, (h, r, _) in enumerate(run.paths.facts.tolist())}
-    entity, relation = ({name: i for i, name in enumerate(x)} for x in (run.graph.entities, run.graph.relations))
+    entities, relations = run.graph.entities, run.graph.relations
+    rows = {(entities[h], relations[r]): i for i, (h, r, _) in enumerate(run.paths.facts.tolist())}
     for head, r, tail in wanted:
-        for name, known, kind in (head, entity, "entity"), (r, relation, "relation"), (tail, entity, "entity"):
+        for name, known, kind in (head, entities, "entity"), (r, relations, "relation"), (tail, entities, "entity"):
             if name not in known:
-                raise UserError(f"--edit-fact: unknown {kind} {name!r}; "
-                                f"the graph has {', '.join(list(known)[:5])}, ...")
-        if (entity[head], relation[r]) not in rows:
+                raise UserError(f"--edit-fact: unknown {kind} {name!r}; the graph has {', '.join(known[:5])}, ...")
+        if (head, r) not in rows:
             raise UserError(f"--edit-fact: the graph has no fact ({head}, {r}); only existing facts can be changed")
-        facts.append(rows[entity[head], relation[r]])
-        new.append(entity[tail])
-    return make_requests(run, facts, new)
+    return make_requests(run, [rows[head, r] for head, r, _ in wanted], [entities.index(tail) for *_, tail in wanted])
 
 
 def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
@@ -454,31 +426,30 @@ def residual(run: Run, model: Model, at: editing.Site, requests: editing.Request
     return r, int((~has_one).sum()) * (target == "prototype")
 
 
-COLUMNS = """direct: share of the edits whose own question now has the new answer. hop 1, hop 2: share of the
+COLUMNS = """direct: share of the edits whose own question has the new answer. hop 1, hop 2: share of the
 compositions with the edited fact first, second, whose answer is what now follows, among edits with
-direct success (number of probes). facts, comps., row: share of answers that moved though they should
-not: of other facts, of compositions without the edited fact, of facts on the same row of the store
-(the row where the key of a fact has its largest entry)."""
-FAR = """far: distance of the value written from the nearest that the store holds for a known fact, in units of
-their mean length; near: the gradient's target, pulled towards these."""
+direct success (number of probes). facts, comps., row: share of answers that moved though they
+should not: of other facts, of compositions without the edited fact, of facts on the same row of the
+store (by their largest key entry). near: the gradient's target, pulled towards stored values."""
+FAR = "far: distance of the value written from the nearest of a known fact, in units of their mean length"
 
 
 def edit_stage(run: Run, model: Model):
     """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
     What all four cells answer right (`run.shared`) is scored beside what the model itself does."""
-    generator, paths, began = run.stream(), run.paths, time.perf_counter()
+    generator, paths = run.stream(), run.paths
     one_hop, two_hop, known, right, asked = run.known(model)
     requests, n_fixed = draw_requests(run, run.args.n_edits, generator)
-    n, entries = len(requests.fact), []
-    run.results["edits"] = entries
+    n = len(requests.fact)
+    entries = run.results["edits"] = []
     print(f"\nedits of {n} ID facts, one at a time; {int(known[requests.fact].sum())} of them known before"
           + f"; {n_fixed} ID facts cannot be edited (their relation has one tail only)" * (n_fixed > 0))
     if not n:
-        return run.save_results()
+        return
     probes, left_out = editing.propagation_probes(requests, paths, known, right, asked)
     probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
     if run.shared:
-        common, _ = editing.propagation_probes(requests, paths, *run.shared, asked)
+        common = editing.propagation_probes(requests, paths, *run.shared, asked)[0]
         probes |= {f"{name}_shared": probe for name, probe in common.items()}
     print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, "
           f"{len(probes['hop2'].edit)} with it second; left out: {listed(left_out)}")
@@ -504,27 +475,22 @@ def edit_stage(run: Run, model: Model):
                     **editing.score(model, at, requests, u, r, probes | near),
                     "gradient_for_want_of_a_prototype": fallbacks,
                     "distance": float((distance / at.values.norm(dim=-1).mean()).mean()), **diagnostics, **store})
-    run.results["edit_seconds"] = round(time.perf_counter() - began, 2)
     run.results["edit_left_out"] = left_out
-    run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
-    run.save_results()
     rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row", "far")]
     for e in entries:
         target = target_of(e) + "*" * (e["gradient_for_want_of_a_prototype"] > 0)
-        direct, hop1, hop2, *moved = (cell(e[key]) for key in SHARES)
-        hops = f"{hop1} ({e['probes_hop1']})", f"{hop2} ({e['probes_hop2']})"
-        rows.append((e["site"].replace("feed_forward", "ff"), e["pass"], e["method"], target, direct, *hops, *moved,
+        shares = [cell(e[key]) + (f" ({e[f'probes_{key}']})" if key.startswith("hop") else "") for key in SHARES]
+        rows.append((e["site"].replace("feed_forward", "ff"), e["pass"], e["method"], target, *shares,
                      cell(e["distance"], ".2f")))
     print(f"{table(rows)}\n{COLUMNS}\n{FAR}")
     if starred := max(e["gradient_for_want_of_a_prototype"] for e in entries):
         print(f"* {starred} of the {n} wanted tails belong to no other known fact: there the gradient was used.")
-    print(f"{run.results['edit_seconds']:.0f} s for all edits")
 
 
 def edit_fact_stage(run: Run, model: Model):
     """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model answers then."""
     paths, requests = run.paths, named_requests(run, run.args.edit_fact)
-    one_hop, two_hop, _, right, _ = run.known(model)
+    one_hop, _, _, right, _ = run.known(model)
     known = one_hop == paths.facts[:, 2]                     # here OOD facts count too, and every path is asked
     probes, left_out = editing.propagation_probes(requests, paths, known, right, paths.second >= 0)
     name, call, at_pass = a_priori_site(run, model, requests, known & ~paths.ood_fact)
@@ -533,26 +499,21 @@ def edit_fact_stage(run: Run, model: Model):
     r, fallbacks = residual(run, model, at, requests, "prototype", known, u)
     gradient = " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
     print(f"\nROME at {name}, pass {at_pass}, prototype target{gradient}; left out: {listed(left_out)}")
-    word = lambda token: (run.graph.entities + run.graph.relations)[token]
-    before = dict(zip(map(tuple, paths.tokens.tolist()), two_hop.tolist()))
-    before |= zip(map(tuple, requests.tokens.tolist()), one_hop[requests.fact].tolist())
+    words = lambda *tokens: " ".join((run.graph.entities + run.graph.relations)[token] for token in tokens)
     asked = {"fact": requests.questions(), "first hop": probes["hop1"], "second hop": probes["hop2"]}
-    after = {kind: editing.answers(model, at, u, r, probe) for kind, probe in asked.items()}
+    asked = {kind: (probe.edit, probe.tokens, last_answers(model, probe.tokens),
+                    editing.answers(model, at, u, r, probe), probe.answer) for kind, probe in asked.items()}
     for i in range(len(requests.fact)):
         rows = [("question", "before", "after", "right now", "")]
-        for kind, probe in asked.items():
-            mine = probe.edit == i
-            found = list(zip(*(x[mine].tolist() for x in (probe.tokens, after[kind], probe.answer))))
-            rows += [(" ".join(map(word, tokens)), word(before[tuple(tokens)]), word(now), word(answer),
-                      "ok" if now == answer else "NO") for tokens, now, answer in found[:10]]
-            n_right = int((after[kind] == probe.answer)[mine].sum())
-            rows.append((f"-- {kind}: {n_right} of {len(found)} right", "", "", "", ""))
+        for kind, (edit, *columns) in asked.items():
+            found = [(words(*tokens), words(before), words(now), words(answer), "ok" if now == answer else "NO")
+                     for tokens, before, now, answer in zip(*(x[edit == i].tolist() for x in columns))]
+            n_right = sum(row[-1] == "ok" for row in found)
+            rows += found[:10] + [(f"-- {kind}: {n_right} of {len(found)} right", "", "", "", "")]
         print("\n" + table(rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages: where a fact is, and when it is written
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Stages: where a fact is, and when it is written ------------------------------------------------------------------
 
 def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
     """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]."""
@@ -571,29 +532,27 @@ def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Ten
     The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block:
     there the one whose output at the last token, restored after the head of a known fact was corrupted, raises the
     probability of the answer most; over the `known` facts [n_facts] that are not requested (none: the first store)."""
-    sites, paths, chosen, effects, clean = edit_sites(run.config), run.paths, 0, None, []
+    sites, paths, effects, clean = edit_sites(run.config), run.paths, None, []
     if not run.config.loop and not run.config.memory:
-        apart = known.clone()
-        apart[requests.fact] = False
+        apart = known.index_fill(0, requests.fact, False)
         tokens, tails = editing.queries(paths)[apart], paths.facts[apart, 2]
         clean, other = corruptions(tokens, tails, 0, 200, run.stream())
         if len(clean):
             stores = [(name.removesuffix(".down"), call) for name, call, _ in sites]
             effects = editing.trace(model, tokens[clean], tokens[other], tails[clean], stores)[1][:, -1].tolist()
-            chosen = effects.index(max(effects))
-    run.results["a_priori"] = dict(zip(("site", "call", "pass"), sites[chosen])) | {"effects": effects, "n": len(clean)}
-    return sites[chosen]
+    chosen = sites[effects.index(max(effects)) if effects else 0]
+    run.results["a_priori"] = dict(zip(("site", "call", "pass"), chosen)) | {"effects": effects, "n": len(clean)}
+    return chosen
 
 
-TRACED = """percent of the prompts that get their answer back (dot: none). One token of the question is replaced
-by another of its kind that changes the answer (corrupted); then one state, at the token of the
-column, is what it was (restored): the output of attention or of a store in that pass, or the whole
-residual stream after the block."""
+TRACED = """percent of the prompts that get their answer back (dot: none). One token is replaced by another that
+changes the answer (corrupted); then one state, at the token of the column, is what it was
+(restored): the output of attention or of a store in that pass, or the stream after the block."""
 
 
 def locate_stage(run: Run, model: Model):
     """Causal tracing of known ID facts and of known compositions of them: which state carries the answer."""
-    generator, paths, began = run.stream(), run.paths, time.perf_counter()
+    generator, paths = run.stream(), run.paths
     _, _, known, right, asked = run.known(model)
     right = right & asked
     name, call, at_pass = a_priori_site(run, model, draw_requests(run, run.args.n_edits, generator)[0], known)
@@ -604,41 +563,36 @@ def locate_stage(run: Run, model: Model):
                                   ("composition", paths.tokens[right], paths.two_hop[right]):
         for place in range(tokens.shape[1]):
             clean, other = corruptions(tokens, answers, place, 200, generator)
-            effect = {"query": query, "corrupted": words[place], "n": len(clean), "top1": None, "rise": None}
-            cells = ["-"] * len(states)
+            top1, rise, cells = None, None, ["-"] * len(states)
             if len(clean):
-                sites = [state[2:] for state in states]
-                top1, rise = editing.trace(model, tokens[clean], tokens[other], answers[clean], sites)
-                effect |= {"top1": top1.tolist(), "rise": rise.tolist()}
-                cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in effect["top1"]]
-            effects.append(effect)
+                top1, rise = (effect.tolist() for effect in editing.trace(
+                    model, tokens[clean], tokens[other], answers[clean], [state[2:] for state in states]))
+                cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in top1]
+            effects.append({"query": query, "corrupted": words[place], "n": len(clean), "top1": top1, "rise": rise})
             columns.append([f"{query}: {words[place]}" if place == 0 else words[place],
                             "".join(f"{word:>4}" for word in words[:tokens.shape[1]]), *cells, f"{len(clean):4}"])
     states = [dict(zip(("pass", "part", "module", "call"), state)) for state in states]
     run.results["locate"] = {"states": states, "effects": effects}
-    run.save_results()
     print(f"\ncausal tracing\n{table(list(zip(*columns)))}\n{TRACED}")
     print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
     if rise := run.results["a_priori"]["effects"]:
         print("the head corrupted and the feed-forward of one block restored at the last token, the probability of\n"
               "the answer rises by, block by block: " + ", ".join(map(cell, rise)))
-    print(f"{time.perf_counter() - began:.0f} s for tracing")
 
 
-WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME); first the site that --locate
-names. acts: always, as an edit of the weights does, or at some calls of the layer alone (with one
-block per pass, call t is in pass t). direct: share of the edits whose own question has the new
-answer. hop 1, hop 2: share of the compositions with the edited fact first, second, whose answer is
-what now follows, among edits that have direct success when they always act, whatever the row."""
-HELD = """share of the answers right in the first row above that stay right when one state keeps a part of the
-value it has without the edit: the residual stream after the pass, in the plane of the embeddings of
-the old and the new answer, or (random) in a random plane. It is the state that answers the edited
-fact: at r1 for the fact itself and for hop 1, at the last token for hop 2."""
+WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME), that of --locate first. acts:
+always, as an edit of the weights, or at some calls of the layer alone (with one block per pass,
+call t is in pass t). direct: share of the edits whose own question has the new answer. hop 1, hop
+2: share of the compositions with the edited fact first, second, whose answer is what now follows,
+among edits that have direct success when they always act, whatever the row."""
+HELD = """share of the answers right in the first row above that stay right when one state keeps a part of
+what it is without the edit: the stream after the pass, in the plane of the embeddings of the old
+and new answer, or a random one; at r1 for the fact and hop 1, at the last token for hop 2."""
 
 
 def when_stage(run: Run, model: Model):
     """Edits that act at some calls of their layer alone; then the first of them with its answer held as it was."""
-    generator, paths, config, began = run.stream(), run.paths, run.config, time.perf_counter()
+    generator, paths, config = run.stream(), run.paths, run.config
     _, _, known, right, asked = run.known(model)
     requests, _ = draw_requests(run, run.args.n_edits, generator)
     probes = {"direct": requests.questions()} | editing.propagation_probes(requests, paths, known, right, asked)[0]
@@ -656,29 +610,25 @@ def when_stage(run: Run, model: Model):
         if site == chosen and shared:
             calls = range(len(sites))
             acts |= {f"from call {t}": calls[t:] for t in calls[1:]} | {f"only call {t}": [t] for t in calls}
-        for label, acting in acts.items():
-            hits = {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer
-                    for key, probe in probes.items()}
-            if acting is None:
-                whole = hits
-            shares = {key: share_of(hit if key == "direct" else hit[whole["direct"][probes[key].edit]])
-                      for key, hit in hits.items()}
+        hits = {label: {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer
+                        for key, probe in probes.items()} for label, acting in acts.items()}
+        success = hits["always"]["direct"]
+        for label, hit in hits.items():
+            shares = {key: share_of(hit[key][success[probes[key].edit] | (key == "direct")]) for key in probes}
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
         if site == chosen:
-            when["held"] = hold(run, model, at, u, r, requests, probes, whole, generator)
-    run.save_results()
-    written = [("edit for", "pass", "acts", "direct", "hop 1", "hop 2")]
-    written += [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
-                for e in when["written"]]
+            when["held"] = hold(run, model, at, u, r, requests, probes, hits["always"], generator)
+    written = [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
+               for e in when["written"]]
     print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} "
-          f"with\nthe edited fact first, {counts['hop2']} with it second\n{table(written)}\n{WRITTEN}")
+          f"with\nthe edited fact first, {counts['hop2']} with it second\n"
+          f"{table([('edit for', 'pass', 'acts', 'direct', 'hop 1', 'hop 2'), *written])}\n{WRITTEN}")
     if not shared:
         print("In Dense each block owns its layer, which is called once: to act later is to write in another block.")
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")]
     held += [(e["after"], *(text for key in probes for text in (bar(e[key]), cell(e[key + "_random"]))))
              for e in when["held"]]
     print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
-    print(f"{time.perf_counter() - began:.0f} s")
 
 
 def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
@@ -692,7 +642,8 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
             old, new = E[requests.old[probe.edit]], E[requests.new[probe.edit]]
             random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
             for name, plane in (key, editing.span(old, new)), (f"{key}_random", editing.span(*random)):
-                now = editing.held_answers(model, at, u, r, probe, module, call, 2 if key == "hop2" else 1, plane)
+                held = module, call, 2 if key == "hop2" else 1, plane
+                now = editing.answers(model, at, u, r, probe, held=held)
                 entries[-1][name] = share_of((now == probe.answer)[right[key] & right["direct"][probe.edit]])
     return entries
 
@@ -872,12 +823,11 @@ def target_of(entry: dict) -> str:
 
 
 SHARES = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved", "same_row_moved")
-ACCURACY = """\
-means over the runs that differ in the seed alone (in brackets the lowest run); paths: OOD paths of all runs;
-first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD >= 0.9, mean of the
-runs that reach it; s: seconds of training"""
-SHARED = """ROME with the prototype target at the a-priori site, on the compositions that all four cells answer
-right before (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
+ACCURACY = """means over the runs that differ in the seed alone (in brackets the lowest); paths: OOD paths of all
+runs; first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD
+>= 0.9, mean of the runs that reach it; s: seconds of training"""
+SHARED = """ROME, prototype target, a-priori site, on the compositions that all four cells answer right before
+(shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
 
 
 def read_runs(folders: list[Path]) -> list[list[dict]]:
@@ -922,18 +872,18 @@ def report(folders: list[Path]):
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{COLUMNS}")
 
-    shared = {}                                              # {arch: (hop 1, hop 2) of each seed}
+    shared = {}                                              # {arch: hop 1 and hop 2 of each seed}
     for r in (r for runs in groups for r in sorted(runs, key=lambda r: r["seed"])):
         for e in r.get("edits", []):
             rome = e["a_priori"] and (e["method"], target_of(e)) == ("rome", "prototype")
             if rome and e.get("hop2_shared") is not None:
-                shared.setdefault(r["arch"], []).append((e["hop1_shared"], e["hop2_shared"]))
+                for hop, values in zip(("hop1_shared", "hop2_shared"), shared.setdefault(r["arch"], ([], []))):
+                    values.append(e[hop])
     if len(shared) > 1:
-        hop2 = {arch: [v[1] for v in values] for arch, values in shared.items()}
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
-        for arch, values in shared.items():
-            rows.append((arch, *(" ".join(map(cell, hop)) for hop in zip(*values)),
-                         *("" if other == arch else cell(mann_whitney(hop2[arch], hop2[other])) for other in shared)))
+        for arch, hops in shared.items():
+            p = (cell(mann_whitney(hops[1], others[1])) if others is not hops else "" for others in shared.values())
+            rows.append((arch, *(" ".join(map(cell, hop)) for hop in hops), *p))
         print(f"\n{table(rows)}\n{SHARED}")
 
 
@@ -948,11 +898,10 @@ def mann_whitney(x: list[float], y: list[float]) -> float:
 
 def progress(record: dict, steps: int) -> str:
     """One line per evaluation."""
-    share = lambda name: f"{cell(record[name]):^5}"
+    shares = "  ".join(f"{label} {cell(record[name]):^5}" for name, label in LABELS.items())
     left = record["seconds"] / record["step"] * (steps - record["step"])
-    return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  1-hop {share('one_hop')}  "
-            f"train {share('train')}  ID {share('id')}  OOD {share('ood')}  first {share('ood_first')}  second "
-            f"{share('ood_second')}  {record['seconds']:4.0f} s, {left:3.0f} s to go")
+    return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  {shares}  "
+            f"{record['seconds']:4.0f} s, {left:3.0f} s to go")
 
 
 def curve(history: list[dict], width: int = 60) -> str:
@@ -960,15 +909,13 @@ def curve(history: list[dict], width: int = 60) -> str:
     if len(history) > width:
         history = [history[round(i * (len(history) - 1) / (width - 1))] for i in range(width)]
     mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
-    lines = [f"{label:>5} |{''.join(mark(r[name]) for r in history)}|" for label, name in
-             (("1-hop", "one_hop"), ("train", "train"), ("ID", "id"), ("OOD", "ood")) if history[-1][name] is not None]
+    lines = [f"{LABELS[name]:>5} |{''.join(mark(r[name]) for r in history)}|"
+             for name in ("one_hop", "train", "id", "ood") if history[-1][name] is not None]
     steps = f"steps {history[0]['step']} to {history[-1]['step']}"
     return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), {steps}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files, machine, command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Files, machine, command line -------------------------------------------------------------------------------------
 
 def write_atomically(path: Path, content):
     """bytes, or a function that writes to a file: at `path` is the old file or the new one, never half of it."""
@@ -981,17 +928,16 @@ def write_atomically(path: Path, content):
 
 
 def load_parts(parts: dict, state: dict):
-    """Put a checkpoint into the parts of a training. Random numbers differ between kinds of device: a run that goes on
+    """Put a checkpoint into the parts of a training. Random states differ between kinds of device: a run that goes on
     on another kind draws its batches from a stream of its own."""
     for name, part in parts.items():
         if name != "generator":
             part.load_state_dict(state[name])
         elif state["device"] == part.device.type:
             part.set_state(state[name])
-        if isinstance(part, torch.optim.Optimizer):
-            for p, kept in part.state.items():
-                if any(x.dim() and x.shape != p.shape for x in kept.values()):
-                    raise ValueError(f"the state of {name} does not fit its weights")
+        if isinstance(part, torch.optim.Optimizer) and any(
+                x.dim() and x.shape != p.shape for p, kept in part.state.items() for x in kept.values()):
+            raise ValueError(f"the state of {name} does not fit its weights")
 
 
 def differences(found: dict, asked: dict, group: str = "") -> list[str]:
@@ -1022,29 +968,17 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
+    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name not in ("auto", *found):
         raise UserError(f"--device {name}: not available on this machine; use --device auto or cpu")
-    return torch.device(name)
+    return torch.device(found[0] if name == "auto" else name)
 
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
           "mass_edit": mass_edit_stage}
-HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads", "depth": "passes",
-        "blocks": "blocks per pass", "d_ff": "width of a feed-forward",
-        "ff_top_k": "units of it that one token may use, 0: all", "slots": "rows of the shared memory",
-        "top_k": "slots that one read may use", "addressing": "groups (winner of each of top_k groups) or topk",
-        "steps": "training steps", "batch": "facts per step",
-        "branches": "paths per fact and step, 0: train the facts alone",
-        "one_hop_weight": "weight of the 1-hop loss", "lr": "rate of AdamW", "muon_lr": "rate of Muon",
-        "momentum": "of Muon", "weight_decay": "of both optimizers", "label_smoothing": "of both losses",
-        "warmup": "steps to the full rate", "ema": "moving average of the weights",
-        "eval_every": "steps between evaluations"}
-QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128,
-         "top_k": 8, "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True,
-         "locate": True, "when": True, "mass_edit": True}
+QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | {
+    "arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8,
+    "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
@@ -1060,33 +994,30 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="first seed: graph, split, weights and batches follow from it")
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--out", type=Path,
-        help="run folder; for several runs the folder of run folders (default: runs/<arch>-seed<k>)")
+    add("--out", type=Path, help="run folder, of several runs its parent; None: runs/<arch>-seed<k>")
     add("--resume", action="store_true", help="go on with an unfinished run")
     add("--retrain", action="store_true", help="train again, replacing what the folder holds")
     add("--compile", action="store_true", help="torch.compile the training step's forward pass")
-    add("--edit", action="store_true", help="stage: edit random facts, one at a time")
+    for name, stage in STAGES.items():
+        if name != "edit_fact":
+            add("--" + name.replace("_", "-"), action="store_true", help="stage: " + stage.__doc__.split("\n")[0])
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
-    add("--locate", action="store_true", help="stage: causal tracing: which state carries an answer")
-    add("--when", action="store_true", help="stage: edits that act in some passes only")
-    add("--mass-edit", action="store_true",
-        help="stage: edit 1 to 10 000 facts at once, in a model of 20 000 facts under two names each")
-    add("--edit-batch", type=int, default=1024, help="requests whose target values are sought at a time")
-    add("--quick", action="store_true",
-        help="all four cells, trained and edited at toy size; without --out in runs/quick, anew")
+    add("--edit-batch", type=int, default=1024,
+        help="requests whose targets --mass-edit seeks at a time; its default model has 20 000 facts under two names each")
+    add("--quick", action="store_true", help="all cells and stages at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
-    add("--entities", type=int, help="entities of the synthetic graph (default: 50)")
-    add("--relations", type=int, help="relations of the synthetic graph (default: 20)")
-    add("--out-degree", type=int, help="facts per entity of the synthetic graph (default: one per relation)")
+    add("--entities", type=int, default=50, help="entities of the synthetic graph")
+    add("--relations", type=int, default=20, help="relations of the synthetic graph")
+    add("--out-degree", type=int, help="facts per entity of the synthetic graph, None: one per relation")
     add("--aliases", action="store_true", help="train every relation under two tokens")
     add("--ood-fraction", type=float, default=0.1, help="share of the facts that no trained composition uses")
     add("--train-fraction", type=float, default=0.8, help="share of the ID paths that is trained")
     add("--feed-forward", action="store_true", help="keep the private feed-forward beside the memory")
-    for option in (*fields(Config), *fields(Recipe)):
-        if option.name in HELP:
-            add("--" + option.name.replace("_", "-"), type=option.type, default=option.default, help=HELP[option.name])
+    for field in (*fields(Config), *fields(Recipe)):
+        if field.metadata:
+            add("--" + field.name.replace("_", "-"), type=field.type, default=field.default, **field.metadata)
     return parser
 
 
@@ -1100,10 +1031,9 @@ def prepare(args) -> list[Run]:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.resume and args.retrain:
         raise UserError("--resume goes on with a run and --retrain replaces it; give one of them")
-    graph, data = None, {"entities": 50 if args.entities is None else args.entities,
-                         "relations": 20 if args.relations is None else args.relations, "out_degree": args.out_degree}
+    graph, data = None, {name: getattr(args, name) for name in ("entities", "relations", "out_degree")}
     if args.triples:
-        if args.entities or args.relations or args.out_degree:
+        if any(data.values()):
             raise UserError("--entities, --relations and --out-degree describe a synthetic graph; "
                             "leave them out with --triples")
         graph = kg.from_triples(args.triples)
@@ -1160,7 +1090,12 @@ def main(argv: list[str] | None = None) -> int:
                 for name in stages:
                     if len(models) > 1:
                         print(f"\n{run.arch}, seed {run.seed}:", end="")
+                    began = time.perf_counter()
                     STAGES[name](run, model)
+                    seconds = run.results[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+                    run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
+                    run.save_results()
+                    print(f"{seconds:.0f} s for --{name.replace('_', '-')}")
         if len(runs) > 1:
             print()
             report([run.folder for run in runs])
@@ -1168,7 +1103,7 @@ def main(argv: list[str] | None = None) -> int:
         print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
               file=sys.stderr)
         return 130
-    except (UserError, Diverged) as error:
+    except UserError as error:
         print(f"minedit: {error}", file=sys.stderr)
         return error.status
     return 0

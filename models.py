@@ -11,23 +11,21 @@ Every cell makes `depth` passes over the residual stream, and reads
 
 in each. The two booleans say who owns the weights: without `loop` each pass has a block of its own, with it one block
 is applied again and again; without `memory` the store is the block's own feed-forward layer, with it one store is
-shared by the whole model (norm, query, keys and values), as in Memory Layers at Scale [2].
-Both stores are of one kind, so that the cells differ in who owns them and in little else: a sparse address of positive
-numbers, then an `nn.Linear` whose columns hold what is stored there, `feed_forward.down` or `memory.values`. These two are
-the edit sites of edit.py. A feed-forward with the usual dense addresses is `ff_top_k=0`.
+shared by the whole model (norm, query, keys and values), as in Memory Layers at Scale [2]. A looped feed-forward is
+called in every pass and so is shared too: what it lacks is the memory's query matrix. Both stores are of one kind: a
+sparse address of positive numbers, then an `nn.Linear` whose columns hold what is stored there, `feed_forward.down` or
+`memory.values`. These two are the edit sites of edit.py. `ff_top_k=0` is a feed-forward with the usual dense addresses.
 
-Glossary: x — residual stream [batch, token, d_model]; slots — rows of the memory, N in [1]; top_k — slots that one read
-may use, ff_top_k — units of a feed-forward that one token may use; blocks — blocks per pass (1; more make a group that is
-looped or stacked as a whole). With one block per pass a loop's feed-forward is called in every pass and so is shared too:
-what it lacks is the memory's query matrix.
+Glossary: x — residual stream [batch, token, d_model]; slots — rows of the memory, N in [1]; blocks — blocks per pass
+(1; more make a group that is looped or stacked as a whole).
 Reconstruction: only the abstracts of [1] could be read; sizes, addressing and normalisation are our choice (README).
 Left out: dropout, biases, key-value caches, mixed precision.
 
 [1] Niu 2026, Repeated Shared Access Enables Grokking, arXiv 2606.20737.   [2] Berges et al. 2024, arXiv 2412.09764.
-[3] Su et al. 2021, RoFormer (rotary positions), arXiv 2104.09864.          [4] So et al. 2021, Primer (ReLU^2), 2109.08668.
+[3] Su et al. 2021, RoFormer (rotary positions), arXiv 2104.09864.    [4] So et al. 2021, Primer (ReLU^2), 2109.08668.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -42,6 +40,11 @@ ARCHS = {
 }
 
 
+def option(default, help: str):
+    """A field of a dataclass that is an option of the command line."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Config:
     """Sizes of a model; also the legend of the shape comments below. Raises ValueError naming the values that clash."""
@@ -51,15 +54,15 @@ class Config:
     loop: bool = True               # one group of blocks applied `depth` times, instead of `depth` groups
     memory: bool = True             # one shared memory in place of every block's feed-forward
     feed_forward: bool = False      # in a memory cell: keep the private feed-forward beside the memory
-    d_model: int = 64
-    n_heads: int = 4
-    depth: int = 3                  # passes
-    blocks: int = 1                 # blocks per pass
-    d_ff: int = 1024                # width of a private feed-forward
-    ff_top_k: int = 64              # units of it that one token may use, 0: all
-    slots: int = 1024               # rows of the shared memory
-    top_k: int = 64                 # slots that one read may use
-    addressing: str = "groups"      # "groups": the winner of each of top_k equal groups; "topk": the top_k largest
+    d_model: int = option(64, "width of the residual stream")
+    n_heads: int = option(4, "attention heads")
+    depth: int = option(3, "passes")
+    blocks: int = option(1, "blocks per pass")
+    d_ff: int = option(1024, "width of a private feed-forward")
+    ff_top_k: int = option(64, "units of it that one token may use, 0: all")
+    slots: int = option(1024, "rows of the shared memory")
+    top_k: int = option(64, "slots that one read may use")
+    addressing: str = option("groups", "groups: the winner of each of top_k equal groups; topk: the top_k largest")
 
     def __post_init__(self):
         for name in ("n_entities", "n_relations", "d_model", "n_heads", "depth", "blocks", "d_ff", "slots", "top_k"):
@@ -78,9 +81,7 @@ class Config:
                                  f"got {width} {n} and {k} {n_kept}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Parts ------------------------------------------------------------------------------------------------------------
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions [3]: the pair (x_i, x_{i + d/2}) is turned by the angle position * frequency_i."""
@@ -92,12 +93,9 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_heads = config.n_heads
-        d_model = config.d_model
-        self.norm = nn.RMSNorm(d_model, elementwise_affine=False)
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key = nn.Linear(d_model, d_model, bias=False)
-        self.value = nn.Linear(d_model, d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(config.d_model, config.d_model, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
         x = self.norm(x)
@@ -110,8 +108,7 @@ class Attention(nn.Module):
 
 
 class SquaredWinners(torch.autograd.Function):
-    """kept^2 with kept = score where score >= best, else 0. Autograd's own formulas do the same in twice the time on a CPU:
-    they keep the mask beside the scores and go over the largest tensor of the model five times."""
+    """kept^2 with kept = score where score >= best, else 0. Autograd's own formulas take twice the time on a CPU."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, best: Tensor) -> Tensor:
@@ -127,10 +124,9 @@ class SquaredWinners(torch.autograd.Function):
 
 
 def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
-    """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width].
-
-    At most top_k entries are not zero (ties aside): the largest ones, or the winner of each of top_k equal groups, entry j
-    being in group j % top_k. The groups cost a fraction of the sort and learn as well. top_k = 0 keeps every entry."""
+    """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width]. Ties aside, the top_k
+    largest win, or the best of each of top_k groups, entry j being in group j % top_k; groups cost a fraction of the
+    sort and learn as well. top_k = 0 keeps every entry."""
     if not top_k:
         return scores.relu().square()
     if addressing == "topk":
@@ -180,9 +176,7 @@ class Block(nn.Module):
         return x + sum(reads[1:], reads[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The model --------------------------------------------------------------------------------------------------------
 
 class Model(nn.Module):
     """A causal transformer over entity and relation tokens that answers with an entity at every token."""
@@ -198,8 +192,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None):
-        """Weights ~ N(0, 1 / d_in), those that write to the residual stream five times smaller,
-        embeddings N(0, 0.1^2)."""
+        """Weights ~ N(0, 1 / d_in), those that write to the stream five times smaller; embeddings N(0, 0.1^2)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 writes = name.endswith(("attention.out", "feed_forward.down", "memory.values"))
@@ -209,10 +202,8 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens [batch, token] -> logits over entities [batch, token, n_entities].
 
-        A token sees itself and the tokens at earlier `positions` [token] (default 0, 1, 2, ...: causal attention).
-        Tokens that share a position do not see each other, so (h, r1, r2, r2', r2'') at positions (0, 1, 2, 2, 2) is three
-        paths whose common prefix is computed once.
-        """
+        A token sees itself and the tokens at earlier `positions` [token] (default 0, 1, 2, ...: causal attention), so
+        that (h, r1, r2, r2', r2'') at positions (0, 1, 2, 2, 2) is three paths whose common prefix is computed once."""
         config = self.config
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -1395,7 +1395,7 @@ def test_holding_a_subspace_at_its_old_value(world):
     probes = editing.Probes(torch.tensor([0, 1, 2, 3]), tokens, model(tokens)[:, -1].argmax(-1))
     edited = editing.answers(model, at, u, r, probes)
     assert (edited != probes.answer).sum() >= 3, "the edit changes answers"
-    hold = lambda call, token, basis: editing.held_answers(model, at, u, r, probes, "blocks.0", call, token, basis, chunk=3)
+    hold = lambda call, token, basis: editing.answers(model, at, u, r, probes, 3, held=("blocks.0", call, token, basis))
     nothing, everything = torch.zeros(4, 16, 0).double(), torch.eye(16).double().expand(4, 16, 16)
     for call in range(3):
         assert torch.equal(hold(call, 2, nothing), edited) and torch.equal(hold(call, 2, 0 * everything), edited)
@@ -1461,9 +1461,9 @@ def run_stages(capsys, *arguments):
 @pytest.mark.parametrize("arch, more", [(arch, []) for arch in ARCHS] + [("dense", ["--blocks", "2"]), ("lmc", ["--blocks", "2", "--feed-forward"])])
 def test_locate_and_when(tmp_path, capsys, monkeypatch, arch, more):
     acted, counted, answers, share_of = [], [], editing.answers, minedit.share_of
-    def watched_answers(*arguments, calls=None):
+    def watched_answers(*arguments, calls=None, held=None):
         acted.append(calls and list(calls))
-        return answers(*arguments, calls=calls)
+        return answers(*arguments, calls=calls, held=held)
     def watched_share(hit):
         counted.append(len(hit))
         return share_of(hit)
