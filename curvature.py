@@ -46,9 +46,7 @@ import torch.nn as nn
 from torch import Tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Factors: means over positions of what a layer reads and of the gradients at what it returns
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Factors: means over positions of what a layer reads and of the gradients at what it returns ----------------------
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """The layer of that name; ValueError for an unknown name, TypeError for a module of another kind."""
@@ -180,9 +178,7 @@ def corrected_masses(model: nn.Module, batches, loss, factors: dict, **options) 
     return {name: masses for name, (masses,) in means(squares, model, batches, loss, factors, **options).items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The edit: float64 inside, the result in the dtype of the weights
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The edit: float64 inside, the result in the dtype of the weights -------------------------------------------------
 
 class Eigen(NamedTuple):
     values: Tensor                      # [d] ascending, none negative
@@ -280,9 +276,7 @@ def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
     return bands / double(X).norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Controls: as many components, or as large a change, chosen in another way
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Controls: as many components, or as large a change, chosen in another way ----------------------------------------
 
 def random_orthogonal(d: int, generator: torch.Generator | None = None) -> Tensor:
     """[d, d], uniform over rotations and reflections: Q of a Gaussian matrix Q R, the diagonal of R made positive."""

@@ -648,9 +648,7 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
     return entries
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage: many edits at once
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Stage: many edits at once ----------------------------------------------------------------------------------------
 
 MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
 eff: share of the facts that get the new answer. para: the same, asked through the relation's other
@@ -786,9 +784,7 @@ def mass_table(entries: list[dict], varied: str) -> str:
     return table(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Report -----------------------------------------------------------------------------------------------------------
 
 def table(rows: list[tuple]) -> str:
     """Rows of cells, the first one the header, as aligned columns: text to the left, the rest to the right."""
