@@ -653,9 +653,10 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
 MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
 eff: share of the facts that get the new answer. para: the same, asked through the relation's other
 token. spec: share of other facts, never edited, that keep their answer. score: harmonic mean of the
-three, in percent. cond: condition number of the system solved. left: |r - dW k| over |r|, mean over
-the facts; pred: what the identity predicts for it. cos: largest cosine between the directions of two
-facts. norm: |dW| / |W|. s: seconds, targets and C included, diagnostics not; ms: per edit."""
+three, in percent (none: there is no solution). cond: condition number of the system solved. left:
+|r - dW k| over |r|, mean over the facts; pred: what the identity predicts for it. cos: largest cosine
+between the directions of two facts. norm: |dW| / |W|. s: seconds, targets and C included,
+diagnostics not; ms: per edit."""
 CLOSED_FORMS = {
     "memit": lambda at, W, K, r, lam, notes: editing.memit_update(K, r, at.C, lam, W=W, diagnostics=notes),
     "emmet": lambda at, W, K, r, _, notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
@@ -778,9 +779,9 @@ def mass_table(entries: list[dict], varied: str) -> str:
         each = None if "seconds" not in e else 1000 * e["seconds"] / e["n"]
         rows.append((e["method"], e["target"][:5].strip("i"), *cells("" if varied == "blocks" else "g", varied),
                      *cells(".3f", "efficacy", "paraphrase", "specificity"),
-                     *(["infeasible"] if "infeasible" in e else cells(".1f", "score")), *cells(".1e", "condition"),
+                     *(["none"] if "infeasible" in e else cells(".1f", "score")), *cells(".1e", "condition"),
                      *cells(".3f", "residual_left", "residual_predicted", "largest_cosine"),
-                     *cells(".2f", "relative_norm"), *cells(".1f", "seconds"), cell(each, ".4g")))
+                     *cells(".2f", "relative_norm"), *cells(".1f", "seconds"), cell(each, ".0f")))
     return table(rows)
 
 
