@@ -13,21 +13,27 @@ moving average of the weights, which is what is evaluated and edited. The comman
 import argparse
 import copy
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import curvature
 import edit as editing
 import kg
 from edit import share_of
@@ -286,22 +292,10 @@ class Run:
         model, average = parts["model"], parts["average"]
         step, seconds = self.step, self.history[-1]["seconds"] if self.history else 0.0
         forward = torch.compile(model) if self.args.compile else model
-        batches = Batches(self.paths, recipe, parts["generator"], self.config.aliases * self.config.n_relations)
+        batches = self.batches(parts["generator"])
         total, began = torch.zeros((), device=self.device), time.perf_counter() - seconds
         while step < recipe.steps:
-            tokens, positions, answers = batches.draw()
-            loss = loss_of(forward(tokens, positions), answers, recipe)
-            loss.backward()
-            rate = min(1.0, (step + 1) / max(1, recipe.warmup))
-            for optimizer, lr in (parts["adam"], recipe.lr), (parts["muon"], recipe.muon_lr):
-                optimizer.param_groups[0]["lr"] = lr * rate
-                optimizer.step()
-                optimizer.zero_grad()
-            keep = min(recipe.ema, (step + 1) / (step + 10))                     # the average starts short
-            with torch.no_grad():
-                for mean, p in zip(average.parameters(), model.parameters()):
-                    mean.lerp_(p, 1 - keep)
-                total += loss
+            total += self.advance(parts, batches, forward, step)
             step += 1
             if step % recipe.eval_every == 0 or step == recipe.steps:
                 mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
@@ -317,6 +311,26 @@ class Run:
                 print(progress(record, recipe.steps), flush=True)
                 self.checkpoint(parts)
         return average.eval()
+
+    def advance(self, parts: dict, batches: Batches, forward, step: int) -> Tensor:
+        """One step of training, which waits for nothing that the device computes; returns the loss."""
+        recipe, model = self.recipe, parts["model"]
+        tokens, positions, answers = batches.draw()
+        loss = loss_of(forward(tokens, positions), answers, recipe)
+        loss.backward()
+        rate = min(1.0, (step + 1) / max(1, recipe.warmup))
+        for optimizer, lr in (parts["adam"], recipe.lr), (parts["muon"], recipe.muon_lr):
+            optimizer.param_groups[0]["lr"] = lr * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        keep = min(recipe.ema, (step + 1) / (step + 10))                         # the average starts short
+        with torch.no_grad():
+            for mean, p in zip(parts["average"].parameters(), model.parameters()):
+                mean.lerp_(p, 1 - keep)
+        return loss.detach()
+
+    def batches(self, generator: torch.Generator) -> Batches:
+        return Batches(self.paths, self.recipe, generator, self.config.aliases * self.config.n_relations)
 
     def checkpoint(self, parts: dict):
         state = {"identity": self.identity, "step": self.step, "history": self.history, "device": self.device.type}
@@ -785,6 +799,159 @@ def mass_table(entries: list[dict], varied: str) -> str:
     return table(rows)
 
 
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+ANSWERS, HOPS, WRITTEN_AT_ONCE = ("one_hop", "train", "id", "ood"), ("direct", "hop1", "hop2"), ("efficacy", "paraphrase", "specificity")
+FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting", "mass": "facts edited at once",
+           "locate": "question: token replaced, token restored", "retention": "share of the curvature mass kept"}       # x axes
+STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), "os^Dv*",  # Okabe, Ito: for all eyes
+                  ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)))))                       # and in grey
+
+
+def points(groups: list[list[dict]]) -> dict:
+    """{figure: {panel: {line: {x: values}}}} of all that is drawn, a value for each run."""
+    found = {file: defaultdict(lambda: defaultdict(lambda: defaultdict(list))) for file in FIGURES}
+
+    def put(file, panel, line, x, entry, keys):
+        for key in keys:
+            if entry.get(key) is not None:
+                found[file][panel.format(key)][line.format(key)][str(x)].append(entry[key])
+    for i, r in ((i, r) for i, runs in enumerate(groups) for r in runs):
+        name = r["arch"] + f" {i}" * (r["arch"] in [runs[0]["arch"] for runs in groups[:i]])     # with other settings
+        for e in r["history"]:
+            put("grokking", name, "{}", e["step"], e, ANSWERS)
+        for e in filter(is_main, r.get("edits", [])):
+            put("propagation", "edits: ROME, prototype", "{}", name, e, HOPS)
+        for e in sorted(r.get("when", {}).get("written", []), key=lambda e: e["pass"]):
+            put("when", name, "{}", f"{e['pass']}, {e['acts']}", e, HOPS)
+        for e in r.get("locate", {}).get("effects", []):
+            for state, shares in zip(r["locate"]["states"], e["top1"] or []):
+                for word, share in zip(("h", "r1", "r2"), shares):
+                    x = f"{e['query'][:4]}: {e['corrupted']}, {word}"
+                    put("locate", f"tracing, {name}", f"{state['pass']} {state['part']}", x, {"share": share}, ["share"])
+        for e in r.get("mass", {}).get("edits", []):
+            put("mass", name + ", {}", f"{e['method']}, {e['target']}", e["n"], e, WRITTEN_AT_ONCE)
+        for e in r.get("ablate", {}).get("sweep", []):
+            if (e["method"], e["layers"]) == ("kfac", r["ablate"]["chosen"]["kfac"]["layers"]):
+                put("retention", f"K-FAC, {name}", "{}", e["keep"], e, ("recited", "true", *ANSWERS))
+    return found
+
+
+def plot(folders: list[Path], out: Path):
+    """Figures of all runs in or below the folders, as SVG files in `out`: the mean over the runs and their range; for
+    causal tracing the share of prompts that get their answer back, from white to black. Needs matplotlib."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    out.mkdir(parents=True, exist_ok=True)
+    for file, panels in points(read_runs(folders)).items():
+        width, columns = (4.6, 2) if file == "locate" else (2.6, 4)
+        columns, rows, joined = min(len(panels), columns), -(-len(panels) // columns), file in ("grokking", "mass", "retention")
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "minedit", "font.size": 9, "font.sans-serif": "DejaVu Sans"}):
+            figure = Figure((width * columns + 0.8, 2.8 * rows + 0.5), layout="constrained")
+            for place, (name, lines) in enumerate(panels.items()):
+                ax, ticks = figure.add_subplot(rows, columns, place + 1), list(dict.fromkeys(itertools.chain(*lines.values())))
+                n = max(len(values) for line in lines.values() for values in line.values())
+                ax.set(title=f"{name} (n = {n})", xlabel=FIGURES[file])
+                ax.set_xticks(range(len(ticks)), ticks, rotation=90 * (len("".join(ticks)) > 30))
+                for i, (line, values) in enumerate(lines.items() if file != "locate" else []):
+                    colour, mark, dash = STYLES[i % len(STYLES)]
+                    x = [ticks.index(x) + 0.2 * (i - len(lines) / 2 + 0.5) * (not joined) for x in values]
+                    y, low, high = ([f(v) for v in values.values()] for f in (statistics.fmean, min, max))
+                    ax.plot(x, y, color=colour, marker=mark, ls=dash if joined else "", ms=4, lw=1, label=line)
+                    ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0) if joined else ax.vlines(x, low, high, colour)
+                    ax.set(ylim=(-0.04, 1.04), ylabel="share of answers" if place % columns == 0 else None)
+                    ax.tick_params(labelleft=place % columns == 0)
+                if file == "locate":                         # a cell is 9 x 9 pixels, which no viewer blurs
+                    grey = torch.tensor([[statistics.fmean(v) for v in line.values()] for line in lines.values()])
+                    ax.imshow(grey.repeat_interleave(9, 0).repeat_interleave(9, 1).numpy(), "Greys", vmin=0, vmax=1, aspect="auto",
+                              interpolation="none", extent=(-0.5, len(ticks) - 0.5, len(lines) - 0.5, -0.5))
+                    ax.set_yticks(range(len(lines)), lines)
+            if panels and file != "locate":
+                figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3 * columns)
+            if panels:
+                figure.savefig(out / f"{file}.svg", metadata={"Date": None})
+        print(f"{out / file}.svg" + ": not drawn, no run has results for it" * (not panels))
+
+
+# --- Speed ------------------------------------------------------------------------------------------------------------
+
+SPEED = """ms: one training step. plain: how many times as long with exact top-k addresses and unfused
+attention, both by autograd's own formulas; rows: so too, and a row for each path, no prefix shared;
+medians of turns (lowest-highest). shape, square: matrix products of a step, over all of its time, as a
+share of what torch reaches for the keys of a step, for a 1024 square. Per second: paths trained,
+answers evaluated, edits in one MEMIT update of 100, tokens to the K-FAC factors of a store."""
+
+
+def in_turns(tasks: dict, rounds: int = 5) -> dict:
+    """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. First a trial round."""
+    seconds = {name: [] for name in tasks}
+    for i, (name, task) in itertools.product(range(rounds + 1), tasks.items()):
+        began = time.perf_counter()
+        task()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds[name] += [time.perf_counter() - began] * (i > 0)
+    return seconds
+
+
+def bench_tasks(run: Run, n_edits: int = 100) -> tuple[dict, dict]:
+    """What is timed of a run, {name: function}, and {name: units that one call does}."""
+    parts, paths, name = run.fresh(), run.paths, edit_sites(run.config)[0][0]
+    model, batches, facts = parts["model"], run.batches(parts["generator"]), editing.queries(paths)[:1000]
+    gold, W = paths.facts[:1000, 2:].expand(-1, 2), model.get_submodule(name).weight
+    K, R, X = (torch.randn(n, W.shape[dim]).to(W) for n, dim in ((n_edits, 1), (n_edits, 0), (2 * W.shape[1], 1)))
+    tasks = {"step": lambda: run.advance(parts, batches, model, 0), "evaluation": lambda: accuracy(model, paths),
+             "edits": lambda: editing.memit_update(K, R, editing.second_moment(X), 1.0),
+             "factors": lambda: curvature.kronecker_factors(model, [(facts, gold)], F.cross_entropy, [name])}
+    units = run.recipe.batch * run.recipe.branches, len(paths.facts) + len(paths.first), n_edits, facts.numel()
+    return tasks, dict(zip(tasks, units))
+
+
+def bench(args, out: Path):
+    """Time what the project does, at the sizes asked for and as they grow: tables, and bench.json in `out`."""
+    scratch, middle, unfused = tempfile.TemporaryDirectory(), statistics.median, sdpa_kernel(SDPBackend.MATH)
+    make = lambda **sizes: prepare(argparse.Namespace(**vars(args) | {
+        "arch": "lmc", "seeds": 1, "out": Path(tempfile.mkdtemp(dir=scratch.name))} | sizes))[0]
+    X, d, n = torch.randn(1024, 1024, device=make().device), min(args.d_model, 1024), min(args.slots, 1024)
+    s = in_turns({"shape": lambda: X[:, :d] @ X[:d, :n], "square": lambda: X @ X}, 50)
+    peak = {"shape": 2048 * d * n / middle(s["shape"]), "square": 2 * 1024**3 / middle(s["square"])}             # FLOP/s
+    cells = [("arch", "ms", "paths", "plain", "rows", *peak, "answers", "edits", "tokens")]
+    for arch in ARCHS:
+        tasks, units = bench_tasks(make(arch=arch))
+        for name, more in ("plain", {}), ("rows", {"batch": units["step"], "branches": 1}):
+            tasks[name] = unfused(bench_tasks(make(arch=arch, addressing="topk", **more))[0]["step"])
+        s = in_turns(tasks)
+        with FlopCounterMode(display=False) as counter:
+            unfused(tasks["step"])()                         # the fused attention is not counted on a CPU
+        ratios = [[x / y for x, y in zip(s[name], s["step"])] for name in ("plain", "rows")]
+        rates = [f"{units[name] / middle(s[name]):.0f}" for name in units]
+        cells.append((arch, f"{1000 * middle(s['step']):.1f}", rates[0],
+                      *(f"{middle(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios),
+                      *(f"{counter.get_total_flops() / middle(s['step']) / p:.2f}" for p in peak.values()), *rates[1:]))
+    growth = [("time grows with", "sizes", *units)]          # the exponent: slope of log seconds over log size
+    for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("edits", 500):
+        sizes = [start // 2, start, 2 * start]
+        tasks = [bench_tasks(make(), size) if axis == "edits" else bench_tasks(make(**{axis: size})) for size in sizes]
+        s = in_turns({(u, size): some[u] for (some, _), size in zip(tasks, sizes) for u in units}, 3)
+        fit = lambda y: statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, y))).slope
+        growth.append((axis, " ".join(map(str, sizes)), *(f"{fit([middle(s[u, size]) for size in sizes]):.2f}" for u in units)))
+    step, n_threads = bench_tasks(make())[0]["step"], torch.get_num_threads()
+    s = in_turns({n: lambda n=n: (torch.set_num_threads(n), step()) for n in {1, n_threads}})
+    torch.set_num_threads(n_threads)
+    threads = [("threads", "ms"), *((n, f"{1000 * middle(s[n]):.1f}") for n in s)]
+    with torch.profiler.profile() as profiler:
+        step()
+    cost = lambda e: e.self_device_time_total or e.self_cpu_time_total
+    top = sorted(profiler.key_averages(), key=cost, reverse=True)
+    profile = [("operator", "share", "calls"), *((e.key[:50], f"{cost(e) / sum(map(cost, top)):.3f}", e.count) for e in top[:10])]
+    results = {"cells": cells, "growth": growth, "threads": threads, "profile": profile, "peak_flops": peak,
+               "peak_memory_mib": peak_memory_mib(X.device), "device": device_name(X.device), "torch": torch.__version__}
+    print("\n\n".join([f"{table(cells)}\n{SPEED}", *map(table, (growth, threads, profile))]))
+    print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s at most; {results['peak_memory_mib']} MiB at most")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "bench.json", json.dumps(results, indent=1).encode())
+
+
 # --- Report -----------------------------------------------------------------------------------------------------------
 
 def table(rows: list[tuple]) -> str:
@@ -819,6 +986,10 @@ def target_of(entry: dict) -> str:
     return "near" if entry["near"] else entry["target"]
 
 
+def is_main(entry: dict) -> bool:
+    return entry["a_priori"] and (entry["method"], target_of(entry)) == ("rome", "prototype")
+
+
 SHARES = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved", "same_row_moved")
 ACCURACY = """means over the runs that differ in the seed alone (in brackets the lowest); paths: OOD paths of all
 runs; first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD
@@ -836,6 +1007,8 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             config = {k: value for k, value in result["config"].items() if k not in ("seed", "environment", "stages")}
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", [])), "made by an older version"
+            log = file.with_name("log.jsonl")                # the evaluations during the training
+            result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
@@ -857,23 +1030,28 @@ def report(folders: list[Path]):
                      mean([r["seconds"] for r in runs], ".0f")))
     print(f"{table(rows)}\n{ACCURACY}")
 
-    rows = [("arch", "site", "pass", "method", "target",
-             "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row")]
-    for runs in groups:
-        edits = {}                                           # {(site, pass, method, target): one entry of each run}
-        for e in (e for r in runs for e in r.get("edits", [])):
-            edits.setdefault((e["site"], e["pass"], e["method"], target_of(e)), []).append(e)
-        for (site, *key), some in edits.items():
-            rows.append((runs[0]["arch"], "memory" if "memory" in site else "ff", *key, *(
-                mean([e[share] for e in some], lowest=share.startswith("hop")) for share in SHARES)))
-    if len(rows) > 1:
-        print(f"\n{table(rows)}\n{COLUMNS}")
+    for entries, legend, header, words, shares in (
+            (lambda r: r.get("edits", []), COLUMNS,
+             ("site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row"),
+             lambda e: ("memory" if "memory" in e["site"] else "ff", e["pass"], e["method"], target_of(e)), SHARES),
+            (lambda r: r.get("when", {}).get("written", []), WRITTEN,
+             ("pass", "acts", "direct", "hop 1 (lowest)", "hop 2 (lowest)"), lambda e: (e["pass"], e["acts"]), HOPS),
+            (lambda r: r.get("mass", {}).get("edits", []), MASS_COLUMNS, ("method", "target", "n", "eff", "para", "spec"),
+             lambda e: (e["method"], e["target"], e["n"]), WRITTEN_AT_ONCE)):
+        rows = [("arch", *header)]
+        for runs in groups:
+            found = {}                                       # {words: one entry of each run}
+            for e in (e for r in runs for e in entries(r)):
+                found.setdefault(words(e), []).append(e)
+            rows += [(runs[0]["arch"], *key, *(mean([e.get(share) for e in some], lowest=share.startswith("hop"))
+                                               for share in shares)) for key, some in found.items()]
+        if len(rows) > 1:
+            print(f"\n{table(rows)}\n{legend}")
 
     shared = {}                                              # {arch: hop 1 and hop 2 of each seed}
     for r in (r for runs in groups for r in sorted(runs, key=lambda r: r["seed"])):
         for e in r.get("edits", []):
-            rome = e["a_priori"] and (e["method"], target_of(e)) == ("rome", "prototype")
-            if rome and e.get("hop2_shared") is not None:
+            if is_main(e) and e.get("hop2_shared") is not None:
                 for hop, values in zip(("hop1_shared", "hop2_shared"), shared.setdefault(r["arch"], ([], []))):
                     values.append(e[hop])
     if len(shared) > 1:
@@ -882,6 +1060,9 @@ def report(folders: list[Path]):
             p = (cell(mann_whitney(hops[1], others[1])) if others is not hops else "" for others in shared.values())
             rows.append((arch, *(" ".join(map(cell, hop)) for hop in hops), *p))
         print(f"\n{table(rows)}\n{SHARED}")
+    runs = [r for runs in groups for r in runs]
+    absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate")}
+    print(f"\nnot run: {', '.join(f'{key} in {n} of {len(runs)} runs' for key, n in absent.items() if n)}")
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -1004,6 +1185,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="requests whose targets --mass-edit seeks at a time; its default model has 20 000 facts under two names each")
     add("--quick", action="store_true", help="all cells and stages at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
+    add("--plot", action="store_true", help="draw the runs, or those of --report, as SVG files in --out or beside them")
+    add("--bench", action="store_true", help="time training, edits and factors, as they are and as they grow, and stop")
     add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
     add("--entities", type=int, default=50, help="entities of the synthetic graph")
     add("--relations", type=int, default=20, help="relations of the synthetic graph")
@@ -1059,10 +1242,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.set_defaults(entities=None, relations=None)
     args = parser.parse_args(argv)
     try:
+        if args.plot and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--plot: matplotlib is not installed; pip install matplotlib, or leave --plot out")
         if args.report:
             report([args.report])
-            return 0
         try:
+            if args.report and args.plot:
+                plot([args.report], args.out or args.report)
+            if args.bench:
+                bench(args, args.out or Path("runs"))
+            if args.report or args.bench:
+                return 0
             runs = prepare(args)
         except (ValueError, MemoryError, RuntimeError) as error:                 # of kg.py, models.py; too large
             raise UserError(str(error).split("\n")[0] or "not enough memory for these sizes") from None
@@ -1096,6 +1286,8 @@ def main(argv: list[str] | None = None) -> int:
         if len(runs) > 1:
             print()
             report([run.folder for run in runs])
+        if args.plot:
+            plot([run.folder for run in runs], args.out or runs[0].folder.parent)
     except KeyboardInterrupt:
         print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
               file=sys.stderr)

@@ -6,6 +6,7 @@ import doctest
 import json
 import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -238,8 +239,8 @@ def test_the_gradient_of_an_address(top_k, addressing):
 def test_flops_are_those_that_torch_counts(arch, more):
     from torch.utils.flop_counter import FlopCounterMode
     model = tiny_model(arch, **more)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randint(14, (5, 3)))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(torch.randint(14, (5, 3)))                     # the fused attention is not counted on a CPU
     assert counter.get_total_flops() == 5 * models.flops_per_path(model.config)
 
 
@@ -2010,3 +2011,259 @@ def test_curvature_can_be_copied_alone(tmp_path):
                          cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert out.stdout.split() == [str(tmp_path / "curvature.py"), "False", "False"]
+
+
+# --- minedit.py: pictures ---------------------------------------------------------------------------------------------
+
+def made_up_runs():
+    """Groups as `read_runs` returns them: two seeds of lmc with everything, one dense without stages, a second lmc."""
+    entry = {"method": "rome", "target": "prototype", "near": False, "a_priori": True, "direct": 1.0, "hop1": 0.5}
+    def result(seed, arch="lmc"):
+        return {"arch": arch, "seed": seed, "history": [{"step": 1, "one_hop": 0.5, "train": 0.2, "id": 0.1, "ood": None},
+                                                        {"step": 2, "one_hop": 1.0, "train": 0.9, "id": 0.8, "ood": 0.1 * seed}]}
+    full = [result(seed) | {
+        "edits": [entry | {"hop2": 0.2 * seed}, entry | {"a_priori": False, "hop2": 0.9}, entry | {"method": "row", "hop2": 0.9}],
+        "when": {"written": [{"pass": 1, "acts": "always", "direct": 0.1, "hop1": None, "hop2": 0.3},
+                             {"pass": 0, "acts": "always", "direct": 1.0, "hop1": 0.7, "hop2": 0.4}]},
+        "locate": {"states": [{"pass": 0, "part": "attention"}, {"pass": 0, "part": "memory"}], "effects": [
+            {"query": "fact", "corrupted": "h", "n": 2, "top1": [[0.0, 1.0], [0.5, 0.25 * seed]]},
+            {"query": "fact", "corrupted": "r1", "n": 0, "top1": None}]},
+        "mass": {"edits": [{"method": "memit", "target": "prototype", "n": n, "efficacy": 0.9, "specificity": 0.8} for n in (1, 1000)]
+                 + [{"method": "emmet", "target": "prototype", "n": 1000, "infeasible": "rank"}]},
+        "ablate": {"chosen": {"kfac": {"layers": "stores"}}, "sweep": [
+            {"method": method, "layers": layers, "keep": keep, "recited": 0.1, "true": 0.5, "train": 1.0, "id": 1.0, "ood": 0.5, "one_hop": 1.0}
+            for method in ("kfac", "ekfac") for layers in ("stores", "all") for keep in (0.99, 0.9)]}} for seed in (1, 2)]
+    return [[result(0, "dense")], full, [result(0)]]
+
+
+def test_the_points_of_the_pictures():
+    figures = minedit.points(made_up_runs())
+    assert figures["grokking"].keys() == {"dense", "lmc", "lmc 2"}, "other settings stand apart"
+    assert figures["grokking"]["lmc"]["ood"] == {"2": [0.1, 0.2]} and figures["grokking"]["lmc"]["one_hop"] == {"1": [0.5, 0.5], "2": [1.0, 1.0]}
+    (edits,) = figures["propagation"].values()
+    assert edits["hop2"] == {"lmc": [0.2, 0.4]} and edits["direct"] == {"lmc": [1.0, 1.0]}, "ROME at the site fixed in advance alone"
+    assert list(figures["when"]["lmc"]["hop2"].items()) == [("0, always", [0.4, 0.4]), ("1, always", [0.3, 0.3])]
+    assert figures["when"]["lmc"]["hop1"] == {"0, always": [0.7, 0.7]}, "nothing asked, nothing drawn"
+    (traced,) = figures["locate"].values()
+    assert traced == {"0 attention": {"fact: h, h": [0.0, 0.0], "fact: h, r1": [1.0, 1.0]},
+                      "0 memory": {"fact: h, h": [0.5, 0.5], "fact: h, r1": [0.25, 0.5]}}
+    assert figures["mass"]["lmc, efficacy"] == {"memit, prototype": {"1": [0.9, 0.9], "1000": [0.9, 0.9]}}
+    assert {x for line in figures["retention"]["K-FAC, lmc"].values() for x in line} == {"0.99", "0.9"}
+    assert all(len(v) == 2 for line in figures["retention"]["K-FAC, lmc"].values() for v in line.values()), "K-FAC on the chosen layers"
+
+
+def test_plot_without_matplotlib_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib is not installed" in refused(capsys, "--report", HERE / "results", "--plot")
+
+
+def test_pictures_are_drawn(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(minedit, "read_runs", lambda folders: made_up_runs())
+    minedit.plot([tmp_path], tmp_path)
+    for file in minedit.FIGURES:
+        text = (tmp_path / f"{file}.svg").read_text()
+        assert "n = 2" in text and minedit.FIGURES[file] in text
+    monkeypatch.setattr(minedit, "read_runs", lambda folders: made_up_runs()[:1])
+    minedit.plot([tmp_path], tmp_path)
+    assert capsys.readouterr().out.count("not drawn") == 5
+
+
+# --- minedit.py: speed ------------------------------------------------------------------------------------------------
+
+def test_bench_at_toy_size(tmp_path, capsys):
+    assert run_main("--quick", "--bench", "--device", "cpu", "--out", tmp_path / "new" / "b") == 0
+    out = capsys.readouterr().out
+    assert all(len(line) <= 100 for line in out.splitlines()), max(out.splitlines(), key=len)
+    found = json.loads((tmp_path / "new" / "b" / "bench.json").read_text())
+    assert [row[0] for row in found["cells"][1:]] == list(ARCHS) and [row[0] for row in found["growth"][1:]] == ["d_model", "slots", "entities", "edits"]
+    assert all(float(x) > 0 for row in found["cells"][1:] for x in (row[1], row[2], *row[5:]))
+    assert len(found["profile"]) > 5 and found["peak_memory_mib"] > 0 and found["threads"][1][0] == 1
+    assert [f.name for f in (tmp_path / "new" / "b").iterdir()] == ["bench.json"]
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the operations that make a host wait for its device: they read a value, or have a shape that depends on values."""
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal", "repeat_interleave.Tensor", "bincount")
+
+    def __init__(self, on_the_host=()):
+        super().__init__()
+        self.found, self.on_the_host = [], [x.data_ptr() for x in on_the_host]   # tensors that never leave it
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name, tensors = function.name().removeprefix("aten::"), [x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+        indexed = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:2])
+        if (name.startswith(self.WAITS) or indexed) and tensors[0].data_ptr() not in self.on_the_host:
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero()])
+def test_the_watch_sees_what_waits(waits):
+    with Watch() as watch:
+        waits(torch.ones(3))
+    assert watch.found
+
+
+def toy_run(tmp_path, *arguments):
+    run, = minedit.prepare(minedit.build_parser().parse_args([*TINY, *arguments, "--out", str(tmp_path / "-".join(arguments))]))
+    return run
+
+
+@pytest.mark.parametrize("arguments", [("--arch", arch) for arch in ARCHS] + [("--aliases",), ("--branches", "0"), ("--addressing", "topk")])
+def test_a_step_never_reads_a_value_of_the_device(tmp_path, arguments):
+    run = toy_run(tmp_path, *arguments)
+    parts = run.fresh()
+    batches = run.batches(parts["generator"])
+    run.advance(parts, batches, parts["model"], 0)           # the first one makes the state of the optimizers
+    with Watch([state["step"] for state in parts["adam"].state.values()]) as watch:      # AdamW counts its steps on the host
+        loss = run.advance(parts, batches, parts["model"], 1)
+    assert not watch.found, watch.found
+    assert loss.isfinite() and not loss.requires_grad
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_forward_and_loss_can_be_captured_as_one_graph(tmp_path, arch):
+    run = toy_run(tmp_path, "--arch", arch)
+    parts = run.fresh()
+    (tokens, positions, answers), model = run.batches(parts["generator"]).draw(), parts["model"]
+    plain = lambda tokens, answers: minedit.loss_of(model(tokens, positions), answers, run.recipe)
+    whole = torch.compile(plain, backend="aot_eager", fullgraph=True)            # raises where the graph breaks
+    expected = torch.autograd.grad(plain(tokens, answers), list(model.parameters()))
+    got = torch.autograd.grad(whole(tokens, answers), list(model.parameters()))
+    for x, y in zip(got, expected):
+        close(x, y, 1e-5)
+
+
+# --- README: copying out, exercises -----------------------------------------------------------------------------------
+
+GPT = """
+import torch, torch.nn as nn, torch.nn.functional as F
+
+class Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out, self.up, self.down = nn.Linear(d, 3 * d), nn.Linear(d, d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+class GPT(nn.Module):
+    def __init__(self, d=16, vocabulary=50):
+        super().__init__()
+        self.embedding, self.place = nn.Embedding(vocabulary, d), nn.Embedding(16, d)
+        self.blocks, self.head = nn.ModuleList(Block(d) for _ in range(2)), nn.Linear(d, vocabulary)
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.place(torch.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+torch.manual_seed(0)
+model = GPT()
+before = {name: value.clone() for name, value in model.state_dict().items()}
+"""
+
+
+@pytest.mark.parametrize("module, answer", [("edit", "tensor(7)"), ("curvature", "tensor(")])
+def test_the_readme_edits_and_ablates_a_foreign_model_with_one_copied_file(tmp_path, module, answer):
+    block, = [part.split("```")[0] for part in (HERE / "README.md").read_text().split("```py\n")[1:] if f"import torch, {module}\n" in part]
+    assert len([line for line in block.splitlines() if line]) <= 10, "ten lines"
+    (tmp_path / f"{module}.py").write_text((HERE / f"{module}.py").read_text())
+    changed = "\n".join(line + "\n    assert any(not torch.equal(model.state_dict()[n], before[n]) for n in before)" * line.startswith("with ")
+                        for line in block.splitlines())
+    (tmp_path / "use.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n" + GPT + changed
+        + "\nassert all(torch.equal(model.state_dict()[n], before[n]) for n in before)\n"
+        + "assert not {'kg', 'models', 'minedit', 'edit', 'curvature'} - {'" + module + "'} & sys.modules.keys()\n")
+    out = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 0 and out.stdout.startswith(answer), (out.stdout, out.stderr)
+
+
+def test_exercise_1():
+    """(W + dW) k = v; and no matrix that does so changes ordinary values less."""
+    K, W = normal(40, 9, seed=1), normal(5, 9, seed=2)
+    C, k, v = second_moment(K), normal(9, seed=3), normal(5, seed=4)
+    dW = rome_update(W, C, k, v)
+    close((W + dW) @ k, v)
+    cost = lambda dW: (dW @ C @ dW.T).trace()
+    for seed in range(5):
+        other = normal(5, 9, seed=10 + seed)
+        other -= torch.outer(other @ k, k) / (k @ k)         # other k = 0, so that dW + other writes v too
+        assert cost(dW) < min(cost(dW + 1e-3 * other), cost(dW - 1e-3 * other))
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_exercise_2(n):
+    """Both forms are the minimum of sum |r - dW k|^2 + lam E |dW k'|^2, found here by ordinary least squares."""
+    K, R, ordinary, lam = normal(n, 9, seed=1), normal(n, 5, seed=2), normal(40, 9, seed=3), 0.7
+    rows = torch.cat([K, (lam / 40) ** 0.5 * ordinary])
+    expected = torch.linalg.lstsq(rows, torch.cat([R, torch.zeros(40, 5).double()])).solution.T
+    for form in ("primal", "dual", None):
+        close(memit_update(K, R, second_moment(ordinary), lam, form=form), expected)
+
+
+def test_exercise_3():
+    """What is restored at the last token after the last block is the whole answer; at the first token before anything
+    has moved it is nothing where another token was replaced."""
+    model, clean = tiny_model("dense"), torch.randint(10, (6, 2), generator=generator(1))
+    clean[:, 1] += 4 - 10 * (clean[:, 1] > 9)
+    corrupted = clean.clone()
+    corrupted[:, 1] = (corrupted[:, 1] + 3) % 10
+    answer = model(clean)[:, -1].argmax(-1)
+    top1, rise = editing.trace(model, clean, corrupted, answer, [("blocks.2", 0), ("blocks.0", 0)])
+    probability = [model(tokens)[:, -1].softmax(-1)[range(6), answer] for tokens in (clean, corrupted)]
+    assert top1.shape == rise.shape == (2, 2) and top1[0, 1] == 1
+    close(rise[0, 1].double(), (probability[0] - probability[1]).mean(), 1e-6)
+    assert rise[:, 0].abs().max() < 1e-12, "the state of the first token was never corrupted"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exercise_4(seed):
+    """All of the mass is W; a part of it is held by the fewest pairs that can hold it."""
+    A, G = second_moment(normal(30, 6, seed=seed)), second_moment(normal(30, 4, seed=seed + 10))
+    W, masses = normal(4, 6, seed=seed + 20), torch.outer(eigen(G).values, eigen(A).values)
+    close(ablate(W, A, G, 1.0), W)
+    for keep in (0.3, 0.9, 0.99):
+        mask = keep_mask(A, G, keep)
+        share, n = masses[mask].sum() / masses.sum(), int(mask.sum())
+        assert share >= keep and masses.flatten().sort(descending=True).values[:n - 1].sum() < keep * masses.sum()
+        assert mask.all() or masses[mask].min() >= masses[~mask].max()
+
+
+def test_exercise_5():
+    """One column changes; a fact whose key is 0 there keeps its value, another moves by r k'_j / k_j."""
+    W, k, r = normal(5, 9, seed=1), normal(9, seed=2), normal(5, seed=3)
+    dW, j = row_update(k, r), int(k.abs().argmax())
+    close((W + dW) @ k, W @ k + r)
+    assert dW.abs().sum(0).nonzero().flatten().tolist() == [j]
+    tenant = normal(9, seed=4)
+    close(dW @ tenant, r * tenant[j] / k[j])
+    tenant[j] = 0
+    assert not (dW @ tenant).any()
+
+
+def test_each_exercise_fails_without_the_body_it_asks_for(monkeypatch):
+    """The README names a function of a module for each; emptied, its test fails."""
+    named = re.findall(r"^(\d)\. .*?`(edit|curvature)\.(\w+)`.*`python -m pytest test_all.py -k exercise_(\d)`$", (HERE / "README.md").read_text(), re.M)
+    assert [n for n, *_ in named] == [n for *_, n in named] == list("12345")
+    for n, module, function, _ in named:
+        check = globals()[f"test_exercise_{n}"]
+        with monkeypatch.context() as without:
+            without.setattr({"edit": editing, "curvature": curvature}[module], function, lambda *_, **__: None)
+            with pytest.raises(Exception):
+                check(*[3] * check.__code__.co_argcount)         # of those with a parameter
+
+
+def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path, capsys):
+    for seed, folder in (0, "one/machine"), (1, "another"):
+        assert run_main(*TINY, "--arch", "loop", "--seed", seed, "--out", tmp_path / folder, *["--when"] * (seed == 0)) == 0
+    capsys.readouterr()
+    assert run_main("--report", tmp_path) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("loop")]
+    assert rows[0][:2] == ["loop", "2"], "one row for both runs"
+    assert ["loop", "0", "only", "call", "1"] in [row[:5] for row in rows], "the table of --when"
+    assert "not run: edits in 2 of 2 runs, locate in 2 of 2 runs, when in 1 of 2 runs" in out
