@@ -102,8 +102,9 @@ class Attention(nn.Module):
         q, k, v = (part(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)     # [batch, head, token, d_head]
                    for part in (self.query, self.key, self.value))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        read = F.scaled_dot_product_attention(q, k, v, ~hidden)                  # softmax(q k^T / sqrt(d_head)) v, fused
-        return self.out(read.transpose(1, 2).flatten(-2))                        # [batch, token, d_model]
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                   # [batch, head, token, token]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(-2))               # [batch, token, d_model]
 
 
 class SquaredWinners(torch.autograd.Function):
@@ -128,11 +129,11 @@ def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
     sort and learn as well. top_k = 0 keeps every entry."""
     if not top_k:
         return scores.relu().square()
-    if addressing == "topk":                                 # the plain formulation, which --bench compares with
-        top, place = scores.topk(top_k, sorted=False)
-        return torch.zeros_like(scores).scatter(-1, place, top.relu().square())
-    rivals = scores.unflatten(-1, (-1, top_k))                                   # [..., width / top_k, top_k]
-    best = rivals.detach().amax(-2, keepdim=True)
+    if addressing == "topk":
+        rivals, best = scores, scores.detach().topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        rivals = scores.unflatten(-1, (-1, top_k))                               # [..., width / top_k, top_k]
+        best = rivals.detach().amax(-2, keepdim=True)
     return SquaredWinners.apply(rivals, best.clamp(min=0)).view_as(scores)
 
 
