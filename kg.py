@@ -166,8 +166,8 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     """List every path of the graph and divide the two-hop ones into train / id / ood / ood_first / ood_second.
 
     `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts are trained (both rounded to
-    whole numbers), and of the sets that the `regime` names the share `augment`. Cost and memory are linear in the number
-    of paths, so sparse graphs stay small. Raises ValueError where no path would be trained.
+    whole numbers), and of the sets that the `regime` names the share `augment`. Cost and memory are linear in the
+    number of paths, so sparse graphs stay small. Raises ValueError where no path would be trained.
     """
     if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1 or not 0 <= augment <= 1:
         raise ValueError(f"ood_fraction must be in [0, 1), train_fraction in (0, 1] and augment in [0, 1], "
