@@ -2252,7 +2252,7 @@ def test_fake_grokking_and_verdicts_follow_from_the_figures(tmp_path, capsys):
                 "paths": {"id": {"before": path(whole=0.1), "memorized": path(), "end": path()},
                           "ood": {"before": path(), "memorized": path(), "end": path(visible=0.2)}}}
     r = {"arch": "loop", "seed": 0, "steps": 100, "accuracy": {"ood": 0.99}, "n_paths": {"ood": 1000}, "grokked_at": 80,
-         "config": {"data": {}}, "circuits": circuits}
+         "config": {"data": {"train_fraction": 0.8}}, "circuits": circuits}
     new = {"from": "end", "step": 100, "accuracy": {"new->old": 1.0, "old->new": 0.5, "new->new": 0.15}, "n": dict.fromkeys(("new->old", "old->new", "new->new"), 1000)}
 
     minedit.circuits_report([[r | {"transfer": [new]}]])
