@@ -731,7 +731,7 @@ def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, si
                          f"got shapes {list(clean.shape)} and {list(corrupted.shape)}")
     probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None])[:, 0]
     before = probability(model(corrupted)[:, -1])
-    back, rise = torch.zeros(2, len(sites), *clean.T.shape, dtype=torch.float64, device=before.device)
+    back, rise = torch.zeros(2, len(sites), *clean.T.shape, dtype=torch.float64)
     for i, (name, call) in enumerate(sites):
         _, values = at_call(model, name, call, clean)
         for token in range(clean.shape[1]):

@@ -345,7 +345,8 @@ class Run:
                  "device": self.device.type}
         state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
         average = {"identity": self.identity, "average": state["average"]}
-        write_atomically(self.folder / f"average-{step}.pt", lambda file: torch.save(average, file))
+        if self.recipe.branches:                             # for the stages that compare moments of a training
+            write_atomically(self.folder / f"average-{step}.pt", lambda file: torch.save(average, file))
         write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
         (self.folder / "results.json").unlink(missing_ok=True)                   # of a run that this one replaces
         for file in self.folder.glob("average-*.pt"):
@@ -873,11 +874,12 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
                                     ("relation", tokens[:, 2] - n, E[n:n + n_relations]):
         rank, p = editing.lens(model, tokens, wanted, sites, lambda x: F.linear(model.norm(x), vocabulary))
         means = {"first": rank == 0, "rank": rank + 1, "p": p}
-        path["lens"][name] = {key: x.double().mean(-1).tolist() for key, x in means.items()}
+        path["lens"][name] = {key: x.float().mean(-1).tolist() for key, x in means.items()}
     for place in range(3):
         pairs = corruptions(everything, paths.two_hop[composed], place, 200, generator, paths.masks[queries][composed])
         clean, corrupted = (everything[i] for i in pairs)
-        own, counts = last_answers(model, clean), last_answers(model, clean) != last_answers(model, corrupted)
+        own = last_answers(model, clean)
+        counts = (own != last_answers(model, corrupted)).cpu()
         if counts.any():
             hits[place] = editing.trace(model, clean, corrupted, own, sites, each=True)[0], counts
             shares = hits[place][0][:, :, counts].mean(-1).tolist()
@@ -933,8 +935,6 @@ answer is back."""
 
 def circuits_stage(run: Run, model: Model):
     """Inference paths before memorization, after it and at the end, ID and OOD queries apart; edits; the verdicts."""
-    if not run.recipe.branches:
-        return print("\n--circuits: facts alone were trained (--branches 0), there is no composition to follow")
     began, at, states, history = time.perf_counter(), moments(run.history), traced_states(run.config), run.history
     first = lambda name, level: next((r["step"] for r in history if (r[name] or 0) >= level), None)
     found = run.results["circuits"] = {
@@ -997,8 +997,6 @@ at the start, and their steps before. facts: step at which all facts are at 0.99
 
 def transfer_stage(run: Run, model: Model):
     """New facts, trained from the last weights, the memorized ones and from scratch; compositions with them."""
-    if not run.recipe.branches:
-        return print("\n--transfer: facts alone were trained (--branches 0), there is no composition to ask for")
     (graph, paths), (E, R), steps = grown(run), run.graph.facts.shape, run.args.transfer_steps
     n = {kind: int(mask.sum()) for kind, mask in paths.masks.items() if "->" in kind}
     print(f"\n{len(paths.facts) - len(run.paths.facts)} new facts, {steps} steps; compositions with them: {listed(n)}")
@@ -1024,7 +1022,8 @@ def transfer_stage(run: Run, model: Model):
         child.train()
         reached = lambda key, level: next((r["step"] for r in child.history if (r[key] or 0) >= level), None)
         at, last = {kind: reached(kind, 0.9) for kind in n} | {"facts": reached("one_hop", 0.99)}, child.history[-1]
-        found.append({"from": name, "step": record["step"], "steps": steps, "n": n, "at": at, "accuracy": last})
+        found.append({"from": name, "step": record["step"], "steps": steps, "n": n, "at": at, "accuracy": last,
+                      "history": child.history})
         with_interval = lambda share, _, low, high: f"{share:.2f} {low:.2f}..{high:.2f} "
         rows.append((f"{name} {record['step']}", at["facts"] or "never", cell(last["ood"]), *(
             with_interval(*shared(last[kind], n[kind])) + str(at[kind] or "never") if n[kind] else "-" for kind in n)))
@@ -1448,9 +1447,11 @@ def prepare(args) -> list[Run]:
             for arch, seed in names]
     for run in runs:
         named_requests(run, args.edit_fact or [])            # unknown names are refused now
-        if run.finished and run.recipe.branches and (args.circuits or args.transfer):
+        if (args.circuits or args.transfer) and not args.branches:
+            raise UserError("--circuits and --transfer follow compositions, and --branches 0 trains none; leave it out")
+        if (args.circuits or args.transfer) and run.finished:
             for record in moments(run.state["history"]).values():
-                snapshot(run, record["step"])                # runs without them too
+                snapshot(run, record["step"])                # runs that do not hold them too
     return runs
 
 

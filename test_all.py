@@ -2238,8 +2238,8 @@ def test_circuits_where_there_is_nothing_to_ask(tmp_path, capsys):
     few = [*TINY[4:], "--entities", "4", "--relations", "2", "--steps", "1", "--n-edits", "2"]
     assert run_main(*few, "--circuits", "--transfer", "--transfer-steps", "1", "--ood-fraction", "0", "--train-fraction", "1",
                     "--out", tmp_path / "n") == 0
-    assert run_main(*TINY, "--branches", "0", "--circuits", "--transfer", "--out", tmp_path / "b") == 0
-    assert capsys.readouterr().out.count("facts alone were trained") == 2
+    capsys.readouterr()
+    assert "--branches" in refused(capsys, *TINY, "--branches", "0", "--circuits", "--out", tmp_path / "b")
 
 
 def test_fake_grokking_and_verdicts_follow_from_the_figures(tmp_path, capsys):
