@@ -704,28 +704,58 @@ def interchange(model: nn.Module, name: str, call: int, token: int, other: Tenso
 
 
 @torch.no_grad()
-def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list[tuple[str, int]]) \
-        -> tuple[Tensor, Tensor]:
+def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list[tuple[str, int]],
+          each: bool = False) -> tuple[Tensor, Tensor]:
     """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites`
     and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token. Returns two
     measures [site, token]: the share of the prompts that get the clean answer back, and the mean rise of its
-    probability. ValueError where the prompts do not pair up or a site is not called."""
+    probability; with `each` prompt by prompt, [site, token, n]. ValueError where the prompts do not pair up or a site is
+    not called."""
     if clean.shape != corrupted.shape or not len(clean):
         raise ValueError(f"clean and corrupted prompts must pair up and be at least one, "
                          f"got shapes {list(clean.shape)} and {list(corrupted.shape)}")
-    probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None]).mean()
+    probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None])[:, 0]
     before = probability(model(corrupted)[:, -1])
-    share, rise = torch.zeros(2, len(sites), clean.shape[1], dtype=torch.float64)
+    back, rise = torch.zeros(2, len(sites), *clean.T.shape, dtype=torch.float64)
     for i, (name, call) in enumerate(sites):
         _, values = at_call(model, name, call, clean)
         for token in range(clean.shape[1]):
             with interchange(model, name, call, token, values[:, token]):
                 logits = model(corrupted)[:, -1]
-            share[i, token] = (logits.argmax(-1) == answer).double().mean()
+            back[i, token] = logits.argmax(-1) == answer
             rise[i, token] = probability(logits) - before
-    return share, rise
+    return (back, rise) if each else (back.mean(-1), rise.mean(-1))
+
+
+@torch.no_grad()
+def lens(model: nn.Module, tokens: Tensor, wanted: Tensor, sites: list[tuple[str, int]], unembed) \
+        -> tuple[Tensor, Tensor]:
+    """Logit lens: rank (0: the first; ties count against it) and probability of wanted [n] in the logits that unembed,
+    a function, makes of a state [n, token, d], for each (name, call) of `sites`: two times [site, token, n]."""
+    ranks, probabilities = [], []
+    for name, call in sites:
+        logits = unembed(at_call(model, name, call, tokens)[1])
+        mine = logits.gather(-1, wanted[:, None, None].expand(-1, logits.shape[1], 1))
+        ranks.append((logits >= mine).sum(-1).T - 1)
+        probabilities.append((mine[..., 0] - logits.logsumexp(-1)).exp().T)
+    return torch.stack(ranks), torch.stack(probabilities)
+
+
+@torch.no_grad()
+def swapped(model: nn.Module, tokens: Tensor, other: Tensor, name: str, call: int, token: int,
+            basis: Tensor | None = None) -> Tensor:
+    """The answers [n] to `tokens` with the state (name, call, token) of the prompts `other` [n, token]; with a basis
+    [n, d, k] the part in its span alone, such as what an unembedding reads of it (see `interchange`)."""
+    state = at_call(model, name, call, other)[1][:, token]
+    with interchange(model, name, call, token, state, basis):
+        return model(tokens)[:, -1].argmax(-1)
 
 
 def span(*vectors: Tensor) -> Tensor:
     """Orthonormal basis [batch, d, k] of the span of k vectors [batch, d] each."""
     return torch.linalg.qr(torch.stack(vectors, -1)).Q
+
+
+def complement(basis: Tensor) -> Tensor:
+    """Orthonormal basis [batch, d, d - k] of what is orthogonal to a basis [batch, d, k]."""
+    return torch.linalg.qr(basis, mode="complete").Q[..., basis.shape[-1]:]

@@ -14,6 +14,8 @@ trained as facts, like all others, but no trained composition uses them. The two
     ood_first   only the first fact is OOD
     ood_second  only the second fact is OOD
 
+A `regime` trains some compositions of one OOD fact with an ID one after all, never one of two OOD facts [2].
+
 A worked example, which the tests run:
 
 >>> graph = from_table([[1, 2], [2, -1], [0, -1]])        # 3 entities, 2 relations; -1: there is no such fact
@@ -29,12 +31,16 @@ Glossary: n_entities — E, n_relations — R, facts of a graph [E, R] (tail or 
 Left out: several tails per head and relation, paths of three hops and more, natural language.
 
 [1] Wang, Yue, Su, Sun 2024, Grokked Transformers are Implicit Reasoners, arXiv 2405.15071 (ID and OOD facts).
+[2] He et al. 2026, Is Grokking Worthwhile?, arXiv 2601.09049 (regimes).
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+REGIMES = {"natural": [], "first-hop": ["ood_first"], "second-hop": ["ood_second"],
+           "both-hops": ["ood_first", "ood_second"]}
 
 
 # --- Graphs -----------------------------------------------------------------------------------------------------------
@@ -142,21 +148,26 @@ class Paths:
     ood_fact: Tensor                    # [n_facts], bool: kept out of every trained composition
     masks: dict[str, Tensor]            # name: bool [n_paths], the five sets above
 
+    def __post_init__(self):
+        if (sum(mask.long() for mask in self.masks.values()) > 1).any():
+            raise ValueError("a composition is in two sets, so that one that is trained may be asked as a test")
+
     def to(self, device) -> "Paths":
         move = lambda value: {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
         return Paths(**{name: move(value) for name, value in vars(self).items()})
 
 
-def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, seed: int) -> Paths:
+def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, seed: int,
+          regime: str = "natural", augment: float = 0.0) -> Paths:
     """List every path of the graph and divide the two-hop ones into train / id / ood / ood_first / ood_second.
 
     `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts are trained (both rounded to
-    whole numbers). Cost and memory are linear in the number of paths, so sparse graphs stay small. Raises ValueError
-    where no path would be trained.
+    whole numbers), and of the sets that the `regime` names the share `augment`. Cost and memory are linear in the
+    number of paths, so sparse graphs stay small. Raises ValueError where no path would be trained.
     """
-    if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1:
-        raise ValueError(f"ood_fraction must be in [0, 1) and train_fraction in (0, 1], "
-                         f"got {ood_fraction} and {train_fraction}")
+    if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1 or not 0 <= augment <= 1:
+        raise ValueError(f"ood_fraction must be in [0, 1), train_fraction in (0, 1] and augment in [0, 1], "
+                         f"got {ood_fraction}, {train_fraction} and {augment}")
     generator = torch.Generator().manual_seed(4 * seed + 1)
     n_entities = graph.n_entities
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
@@ -188,4 +199,8 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
                          f"lower the first or raise the second")
     masks = {"train": train, "id": has_second & ~ood1 & ~ood2 & ~train, "ood": ood1 & ood2,
              "ood_first": ood1 & ~ood2, "ood_second": ood2 & ~ood1}
+    for name in REGIMES[regime]:
+        rows = masks[name].nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)[:round(augment * len(rows))]]
+        train[rows], masks[name][rows] = True, False
     return Paths(torch.stack([head, relation, tail], 1), tokens, tail[first], two_hop, first, second, ood_fact, masks)

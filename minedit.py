@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -175,7 +175,7 @@ def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, f
         return {"one_hop": share_of(right)} | dict.fromkeys(SPLITS)
     one_hop, two_hop = predict(model, paths)
     return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | \
-        {name: share_of((two_hop == paths.two_hop)[paths.masks[name]]) for name in SPLITS}
+        {name: share_of((two_hop == paths.two_hop)[mask]) for name, mask in paths.masks.items()}
 
 
 class Run:
@@ -186,7 +186,8 @@ class Run:
         self.device = args.device
         self.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         self.graph = graph or kg.synthetic(data["entities"], data["relations"], seed, data["out_degree"])
-        paths = kg.split(self.graph, data["ood_fraction"], data["train_fraction"], seed)
+        paths = kg.split(self.graph, data["ood_fraction"], data["train_fraction"], seed,
+                         data.get("regime", "natural"), data.get("augment", 0.0))
         sizes = {"n_entities": self.graph.n_entities, "n_relations": self.graph.n_relations} | ARCHS[arch]
         self.config = Config(**{f.name: sizes.get(f.name, getattr(args, f.name, None)) for f in fields(Config)})
         self.n_paths = {name: int(mask.sum()) for name, mask in paths.masks.items()}
@@ -335,8 +336,14 @@ class Run:
     def checkpoint(self, parts: dict):
         state = {"identity": self.identity, "step": self.step, "history": self.history, "device": self.device.type}
         state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
+        average = {"identity": self.identity, "average": state["average"]}
+        if self.recipe.branches:                             # for the stages that compare moments of a training
+            write_atomically(self.folder / f"average-{self.step}.pt", lambda file: torch.save(average, file))
         write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
         (self.folder / "results.json").unlink(missing_ok=True)                   # of a run that this one replaces
+        for file in self.folder.glob("average-*.pt"):
+            if file.name not in {f"average-{record['step']}.pt" for record in self.history}:
+                file.unlink()
         self.write_config()
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history).encode())
 
@@ -529,13 +536,15 @@ def edit_fact_stage(run: Run, model: Model):
 
 # --- Stages: where a fact is, and when it is written ------------------------------------------------------------------
 
-def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
-    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]."""
+def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator, clean_in=None):
+    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m], the
+    first of each pair where clean_in [m] is True (None: anywhere)."""
     rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
     clean, other = order[:-1], order[1:]
-    pairs = ((rest[clean] == rest[other]) & (answers[clean] != answers[other])).nonzero().flatten()
+    fits = (rest[clean] == rest[other]) & (answers[clean] != answers[other])
+    pairs = (fits if clean_in is None else fits & clean_in[clean]).nonzero().flatten()
     pairs = pairs[torch.randperm(len(pairs), generator=generator)[:n].to(pairs.device)]
     return clean[pairs], other[pairs]
 
@@ -797,6 +806,332 @@ def mass_table(entries: list[dict], varied: str) -> str:
                      *cells(".3f", "residual_left", "residual_predicted", "largest_cosine"),
                      *cells(".2f", "relative_norm"), *cells(".1f", "seconds"), cell(each, ".0f")))
     return table(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: inference paths, and transfer
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Fake grokking: OOD >= 0.9, but the swap of what the lens shows of the bridge redirects fewer answers than this. Half:
+# most answers then do not hang on it; the published shares, 0 to 0.01 and 0.98 to 1, are far away on both sides.
+BRIDGE_USED = 0.5
+
+
+def moments(history: list[dict]) -> dict[str, dict]:
+    """The evaluations compared: the last before train reaches 0.9 (or the first), the first with train >= 0.99 (and OOD
+    < 0.9 where there is one), if any, and the last."""
+    before = [*itertools.takewhile(lambda r: r["train"] < 0.9, history)] or history[:1]
+    memorized = sorted((r for r in history if r["train"] >= 0.99), key=lambda r: (r["ood"] or 0) >= 0.9)
+    return {"before": before[-1]} | {"memorized": r for r in memorized[:1]} | {"end": history[-1]}
+
+
+def snapshot(run: Run, step: int) -> Model:
+    """The averaged model at an evaluation; UserError where the folder does not hold it."""
+    file, model = run.folder / f"average-{step}.pt", Model(run.config).requires_grad_(False)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["average"])
+        assert not differences(state["identity"], run.identity)
+    except Exception:                                        # unpickling can raise anything
+        raise UserError(f"{file}: no weights of this run at step {step}; use --retrain, which keeps them") from None
+    return model.to(run.device).eval()
+
+
+def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
+    """Lens, tracing and swaps for at most 300 queries of a set; and for each place of the token replaced hits [site,
+    token, n] and whether a prompt counts [n]: where the model's own answer, right or wrong, is another then."""
+    generator, paths, E, (n, n_relations) = run.stream(), run.paths, model.embedding.weight, run.graph.facts.shape
+    states, composed = traced_states(run.config), paths.second >= 0
+    sites, streams = [state[2:] for state in states], [i for i, state in enumerate(states) if state[1] == "stream"][:-1]
+    rows = paths.masks[queries].nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=generator).to(run.device)[:300]]
+    path, hits, tokens = {"n": len(rows), "lens": {}, "trace": [], "swap": {}}, {}, paths.tokens[rows]
+    if not len(rows):
+        return path, hits
+    bridge, answer, everything = paths.one_hop[rows], paths.two_hop[rows], paths.tokens[composed]
+    path["accuracy"] = share_of(last_answers(model, tokens) == answer)
+    for name, wanted, vocabulary in ("bridge", bridge, E[:n]), ("answer", answer, E[:n]), \
+                                    ("relation", tokens[:, 2] - n, E[n:n + n_relations]):
+        rank, p = editing.lens(model, tokens, wanted, sites, lambda x: F.linear(model.norm(x), vocabulary))
+        means = {"first": rank == 0, "rank": rank + 1, "p": p}
+        path["lens"][name] = {key: x.float().mean(-1).tolist() for key, x in means.items()}
+    for place in range(3):
+        pairs = corruptions(everything, paths.two_hop[composed], place, 200, generator, paths.masks[queries][composed])
+        clean, corrupted = (everything[i] for i in pairs)
+        own = last_answers(model, clean)
+        counts = (own != last_answers(model, corrupted)).cpu()
+        if counts.any():
+            hits[place] = editing.trace(model, clean, corrupted, own, sites, each=True)[0], counts
+            shares = hits[place][0][:, :, counts].mean(-1).tolist()
+            path["trace"].append({"place": place, "n": int(counts.sum()), "first": shares})
+    one, other = corruptions(tokens[:, 1:], answer, 0, 200, generator)           # pairs that share r2 alone
+    for i in streams if len(one) else []:
+        seen = editing.span(E[bridge[one]], E[bridge[other]])
+        chance = editing.span(*torch.randn(2, len(one), E.shape[1], generator=generator).to(E))
+        bases = {"whole": None, "visible": seen, "rest": editing.complement(seen), "random": chance}
+        path["swap"][str(i)] = {part: share_of(answer[other] == editing.swapped(
+            model, tokens[one], tokens[other], *sites[i], 1, basis)) for part, basis in bases.items()}
+    largest = lambda values: max(values, default=None)       # after any pass but the last
+    path |= {part: largest(swap[part] for swap in path["swap"].values()) for part in ("whole", "visible")}
+    path |= {key: largest(path["lens"][key]["first"][i][token] for i in streams)
+             for key, token in (("bridge", 1), ("relation", 2))}
+    return path | {"n_swap": len(one)}, hits
+
+
+def same_paths(run: Run, one: dict, other: dict) -> dict | None:
+    """Pearson correlation of two tracing maps over the prompts that count in both, with a 95 % bootstrap interval over
+    prompts. Left out are states that cannot matter, before the token replaced and, in the last block, before r2."""
+    generator, n_blocks, pairs, r = run.stream(), run.config.depth * run.config.blocks, [], []
+    for place in one.keys() & other.keys():
+        free, rows = torch.ones_like(one[place][0][:, :, 0], dtype=torch.bool), one[place][1] & other[place][1]
+        free[:, :place] = free[-(len(free) // n_blocks):, :2] = free[-1] = False
+        pairs += [[hits[free][:, rows] for hits, _ in (one[place], other[place])]] * bool(rows.any())
+    for k in range(1001 if pairs else 0):
+        drawn = [torch.randint(len(x.T), (len(x.T),), generator=generator) if k else slice(None) for x, _ in pairs]
+        x, y = (torch.cat([pair[side][:, i].mean(1) for pair, i in zip(pairs, drawn)]) for side in (0, 1))
+        r.append(F.cosine_similarity(x - x.mean(), y - y.mean(), dim=0).item())
+    found = {"n": sum(len(x.T) for x, _ in pairs)}
+    return found | {"r": r[0], "low": sorted(r[1:])[24], "high": sorted(r[1:])[974]} if r else None
+
+
+def edit_propagation(run: Run, model: Model) -> dict:
+    """ROME with prototypes at the a-priori site, for --n-edits facts, scored as by --edit."""
+    _, _, known, right, asked = run.known(model)
+    requests, _ = draw_requests(run, run.args.n_edits, run.stream())
+    probes, _ = editing.propagation_probes(requests, run.paths, known, right, asked)
+    name, call, _ = a_priori_site(run, model, requests, known)
+    at = editing.site(model, name, call, editing.queries(run.paths), run.ordinary())
+    r, _ = residual(run, model, at, requests, "prototype", known)
+    return editing.score(model, at, requests, editing.direction("rome", at, requests), r, probes)
+
+
+PATHS = """percent of the queries. b@r1: the lens on the state at r1 has the bridge b first of all entities;
+likewise r2 of all relations, and the answer t. swap: the state at r1 is that of another query with
+the same r2, whole, or within the plane of the embeddings of the two bridges (vis), outside it
+(rest), in a random plane (rand), and the answer is the other's. h, r1, r2 (prompts): that token is
+replaced and one state restored, at it and at the tokens after it in order, and the model's own
+answer is back."""
+
+
+def circuits_stage(run: Run, model: Model):
+    """Inference paths before memorization, after it and at the end, ID and OOD queries apart; edits; the verdicts."""
+    began, at, states, history = time.perf_counter(), moments(run.history), traced_states(run.config), run.history
+    first = lambda name, level: next((r["step"] for r in history if (r[name] or 0) >= level), None)
+    found = run.results["circuits"] = {
+        "phi": run.n_paths["train"] / int((~run.paths.ood_fact).sum()), "moments": at, "paths": {}, "same": {},
+        "states": [dict(zip(("pass", "part", "module", "call"), state)) for state in states],
+        "steps": {"train": first("train", 0.99), "id": first("id", 0.99), "ood": first("ood", 0.9)}}
+    models, percent = {moment: snapshot(run, r["step"]) for moment, r in at.items()}, lambda x: f"{100 * x:3.0f}"
+    for queries in "id", "ood":
+        maps, paths = {}, found["paths"].setdefault(queries, {})
+        for moment, record in at.items():
+            path, maps[moment] = inference_path(run, models[moment], queries)
+            paths[moment] = path
+            print(f"\n{path['n']} {queries.upper()} queries, {moment} (step {record['step']})", end="")
+            rows = [("pass", "", "b@r1", "b@r2", "r2@r2", "t@r2", "swap", "vis", "rest", "rand", *(
+                f"{('h', 'r1', 'r2')[e['place']]} ({e['n']})" for e in path["trace"]))]
+            for i, state in enumerate(states if path["n"] else []):
+                lens = [percent(path["lens"][key]["first"][i][token]) for key, token in
+                        (("bridge", 1), ("bridge", 2), ("relation", 2), ("answer", 2))]
+                swap = [percent(share) for share in path["swap"].get(str(i), {}).values()] or ["-"] * 4
+                rows.append((*state[:2], *lens, *swap, *(
+                    " ".join(map(percent, e["first"][i][e["place"]:])) for e in path["trace"])))
+            print(f", {percent(path['accuracy'])} % right; {path['n_swap']} swaps\n{table(rows)}" if path["n"] else "")
+        found["same"][queries] = same_paths(run, maps.get("memorized", {}), maps["end"])
+    found["edits"] = {moment: edit_propagation(run, models[moment]) for moment in at}
+    used = found["paths"]["ood"]["end"].get("visible")
+    found["fake"] = None if used is None else history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
+    run.save_results()
+    print(PATHS + "\nnever memorized: train < 0.99 at every evaluation" * ("memorized" not in at))
+    circuits_report([[run.results]])
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def grown(run: Run) -> tuple[kg.KnowledgeGraph, kg.Paths]:
+    """The graph with 2/5 more entities and 1/5 more relations. New facts fill empty places of its table as densely as
+    the old ones filled theirs, tails uniform: about new entities, and (under new relations where no old one is free)
+    about old ones, without which no old fact could lead on to a new one. The old sets are kept; three are added, by the
+    age of the two *facts*; in new->new the second is about a new entity, under an old relation."""
+    old, generator, (E, R) = run.graph.facts, run.stream(), run.graph.facts.shape
+    n_entities, n_relations = E + max(2, 2 * E // 5), R + max(1, R // 5)
+    tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
+    tails += tails >= torch.arange(n_entities)[:, None]                          # no tail is its own head
+    kept = F.pad(old, (0, n_relations - R, 0, n_entities - E), value=-1)
+    new = (kept < 0) & (torch.rand(kept.shape, generator=generator) < (old >= 0).double().mean())
+    graph = kg.from_table(torch.where(new, tails, kept))
+    paths = kg.split(graph, 0, 1, 0)
+    key = lambda tokens, n: (tokens - torch.tensor([0, n, n])) @ torch.tensor([n_relations**2, n_relations, 1])
+    keys, composed, is_new = key(paths.tokens, n_entities), paths.second >= 0, new[tuple(paths.facts[:, :2].T)]
+    first, second = is_new[paths.first], is_new[paths.second]
+    masks = {name: torch.isin(keys, key(run.paths.tokens[mask].cpu(), E)) for name, mask in run.paths.masks.items()}
+    old_question_of_new = (paths.one_hop >= E) & (paths.tokens[:, 2] < n_entities + R)
+    masks |= {"new->old": composed & first & ~second, "old->new": composed & ~first & second,
+              "new->new": composed & first & second & old_question_of_new}
+    return graph, replace(paths, masks=masks)
+
+
+TRANSFER = """share of the compositions first fact -> second, none of them trained, 95 % interval, step at which
+it is 0.9. Trained are all facts, old and new, and the old training compositions. from: the weights
+at the start, and their steps before. facts: step at which all facts are at 0.99. OOD: the old set."""
+
+
+def transfer_stage(run: Run, model: Model):
+    """New facts, trained from the last weights, the memorized ones and from scratch; compositions with them."""
+    (graph, paths), (E, R), steps = grown(run), run.graph.facts.shape, run.args.transfer_steps
+    n = {kind: int(mask.sum()) for kind, mask in paths.masks.items() if "->" in kind}
+    print(f"\n{len(paths.facts) - len(run.paths.facts)} new facts, {steps} steps; compositions with them: {listed(n)}")
+    found, rows = [], [("from", "facts", "OOD", *n)]
+    for name, record in (moments(run.history) | {"before": {"step": 0}}).items():
+        name = name.replace("before", "scratch")
+        print(f"\nfrom {name}, step {record['step']}")
+        child = copy.copy(run)                               # a run that writes nothing
+        child.paths, child.step, child.history, child.checkpoint = paths.to(run.device), 0, [], lambda *_: None
+        child.config = replace(run.config, n_entities=graph.n_entities, n_relations=graph.n_relations)
+        child.recipe = replace(run.recipe, steps=steps, eval_every=max(1, steps // 12))
+        parts = child.fresh()
+        if record["step"]:
+            weights = snapshot(run, record["step"]).state_dict()
+            old, rows_of = weights["embedding.weight"], parts["model"].embedding.weight.detach().clone()
+            weights["embedding.weight"] = rows_of
+            rows_of[:E] = old[:E]                            # what is new keeps its fresh rows
+            for i in range(1 + run.config.aliases):
+                rows_of[graph.n_entities + i * graph.n_relations:][:R] = old[E + i * R:][:R]
+            for part in parts["model"], parts["average"]:
+                part.load_state_dict(weights)
+        child.parts = parts
+        child.train()
+        reached = lambda key, level: next((r["step"] for r in child.history if (r[key] or 0) >= level), None)
+        at, last = {kind: reached(kind, 0.9) for kind in n} | {"facts": reached("one_hop", 0.99)}, child.history[-1]
+        found.append({"from": name, "step": record["step"], "steps": steps, "n": n, "at": at, "accuracy": last,
+                      "history": child.history})
+        with_interval = lambda share, _, low, high: f"{share:.2f} {low:.2f}..{high:.2f} "
+        rows.append((f"{name} {record['step']}", at["facts"] or "never", cell(last["ood"]), *(
+            with_interval(*shared(last[kind], n[kind])) + str(at[kind] or "never") if n[kind] else "-" for kind in n)))
+    run.results["transfer"] = found
+    run.save_results()
+    print(f"\n{table(rows)}\n{TRANSFER}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+def shared(share: float | None, n: int | None, z: float = 1.96) -> tuple[float, int, float, float] | None:
+    """(share, n, low, high) with the 95 % interval of Wilson 1927; None where there is nothing."""
+    if share is None or not n:
+        return None
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return share, n, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def regime_of(r: dict) -> str:
+    return r["config"]["data"].get("regime", "natural")
+
+
+def claims(r: dict, peers: list[dict]) -> list[tuple]:
+    """(claim, published, lowest and highest value that agree, ours) of one run, ours as in `shared`, or None; `peers`:
+    the runs of its cell and seed. From Wang et al. 2024, arXiv 2405.15071, and (*) He et al. 2026, arXiv 2601.09049."""
+    c, arch, steps, regime, inf = r["circuits"], r["arch"], r["circuits"]["steps"], regime_of(r), math.inf
+    at = lambda queries, moment, key, n="n": shared(*map(c["paths"][queries].get(moment, {}).get, (key, n)))
+    ratio = lambda one, other: (one / other, 1, one / other, one / other) if one and other else None
+    grew = lambda key, n: (lambda x, y: x and y and (y[0] - x[0], y[1], y[2] - x[3], y[3] - x[2]))(
+        at("id", "before", key, n), at("id", "end", key, n))
+    by_phi = sorted((p["circuits"]["phi"], p["circuits"]["steps"]["ood"] or p["steps"]) for p in peers
+                    if regime_of(p) == "natural")
+    ood, found = shared(r["accuracy"]["ood"], r["n_paths"]["ood"]), at("ood", "end", "bridge")
+    read, used = [at("id", m, "bridge") for m in c["moments"]], lambda moment: at("ood", moment, "visible", "n_swap")
+    same, end = c["same"]["id"], {e["from"]: e for e in r.get("transfer", [])}.get("end")
+    moved = lambda kind: end and r["grokked_at"] and shared(end["accuracy"][kind], end["n"][kind])
+    rows = [
+        (" ", "natural", "ID long after train: steps, ratio", "about 50", 25, 100, ratio(steps["id"], steps["train"])),
+        (" ", "natural", "OOD later with less phi: steps, ratio", "> 1", 1.01, inf,
+         len(by_phi) > 1 and ratio(by_phi[0][1], by_phi[-1][1])),
+        (" ", "natural", "OOD never in stacked blocks (dense)", "never", 0, 0.1, arch == "dense" and ood),
+        (" ", "natural", "OOD comes in a loop", "comes", 0.9, 1, arch == "loop" and ood),
+        (" ", "natural", "far later than ID: steps, ratio", "> 2", 2, inf,
+         arch == "loop" and ratio(steps["ood"], steps["id"])),
+        (" ", "natural", "b read at r1 always: ID, least", "> 0.5", 0.5, 1, all(read) and min(read)),
+        (" ", "natural", "r1 -> t grows: ID, whole swap", "> 0", 0, 1, grew("whole", "n_swap")),
+        (" ", "natural", "r2 at r2 grows: ID, lens", "> 0", 0, 1, grew("relation", "n")),
+        (" ", "natural", "not grokked: OOD, visible swap", "0..0.01", 0, 0.01, used("memorized")),
+        (" ", "natural", "grokked loop: OOD, visible swap", "0.98..1", 0.98, 1,
+         r["grokked_at"] and arch in ("loop", "lmc") and used("end")),
+        ("*", "natural", "ID paths stay: r of the maps", "> 0.9", 0.9, 1,
+         same and tuple(map(same.get, ("r", "n", "low", "high")))),
+        ("*", "natural", "after grokking: new->old", "1.00 of 16", 0.81, 1, moved("new->old")),
+        ("*", "natural", "after grokking: old->new", "0.00 of 16", 0, 0.19, moved("old->new")),
+        ("*", "natural", "after grokking: new->new", "0.00 of 16", 0, 0.19, moved("new->new")),
+        ("*", "second-hop", "second-hop regime: OOD", "0.96", 0.91, 1, ood),
+        ("*", "second-hop", "second-hop regime: b read, OOD", "0.57", 0.52, 0.62, found),
+        ("*", "both-hops", "both-hops regime: OOD", "0.99", 0.94, 1, ood),
+        ("*", "both-hops", "both-hops regime: b read, OOD", "found", 0.9, 1, found),
+        ("*", "both-hops", "both-hops: steps / natural's", "0.1", 0.05, 0.2,
+         ratio(steps["ood"], by_phi and by_phi[-1][1]))]
+    return [(f"{source} {claim}", *row, (ours or None) if wanted == regime else None)
+            for source, wanted, claim, *row, ours in rows]
+
+
+REGIMES = """phi: trained compositions per ID fact. train, ID, OOD at: steps to 0.99, 0.99, 0.9, mean of the runs
+that get there (number). found: the lens reads the bridge first at r1, OOD queries; used: OOD
+answers that the swap of its visible part redirects; both at the end, after the pass (not the last)
+where they are largest. fake: runs of fake grokking, OOD >= 0.9 and used < 0.5."""
+WORTH = """gain: end - memorized, per 1000 steps. direct, hop 1, hop 2: ROME, prototype target, a-priori site.
+n->o, o->n, n->n: compositions of new and old facts, of --transfer. abl.: of --ablate. -: not
+measured."""
+VERDICTS = """least: of the three moments; grows: end - before; stay: from memorized to the end; ratio: of the
+steps to 0.99 (OOD: 0.9; never: all steps). ours: mean of the runs, with a 95 % interval (Wilson; r:
+bootstrap over prompts; steps: none) widened to the range of the runs; n: queries of all runs.
+agrees: ours is in the range accepted (figure -+ 0.05, its own interval where its n is known),
+differs: it is not; ?: the interval crosses the border. not testable here: no run of that cell,
+regime or stage among these."""
+
+
+def circuits_report(groups: list[list[dict]]):
+    """Tables out of the groups of runs that have circuits: regimes, whether grokking is worthwhile, the claims."""
+    groups = [some for some in ([r for r in runs if "circuits" in r] for runs in groups) if some]
+    if not groups:
+        return
+    rows = [("arch", "regime", "share", "phi", "runs", "train at", "ID at", "OOD at", "OOD", "found", "used", "fake")]
+    columns = ("step", "id", "ood", "direct", "hop1", "hop2", "new->old", "old->new", "new->new", "ablated")
+    worth = [("arch", "", "step", "ID", "OOD", "direct", "hop 1", "hop 2", "n->o", "o->n", "n->n", "abl.")]
+    for runs in groups:
+        c, values = [r["circuits"] for r in runs], {}
+        at = {key: [x["steps"][key] for x in c if x["steps"][key]] for key in ("train", "id", "ood")}
+        ends = {key: [x["paths"]["ood"]["end"].get(key) for x in c] for key in ("bridge", "visible")}
+        label = runs[0]["arch"], regime_of(runs[0]), runs[0]["config"]["data"].get("augment", "-")
+        shares = map(mean, ([r["accuracy"]["ood"] for r in runs], *ends.values()))
+        steps = [f"{mean(some, '.0f')} ({len(some)})" for some in at.values()]
+        rows.append((*label, f"{c[0]['phi']:.1f}", len(runs), *steps, *shares, sum(bool(x["fake"]) for x in c)))
+        for moment in "memorized", "end":
+            found = [{e["from"]: e["accuracy"] for e in r.get("transfer", [])}.get(moment, {}) | x["moments"][moment]
+                     | x["edits"][moment] | {"ablated": r.get("ablate", {}).get(moment)}
+                     for r, x in zip(runs, c) if moment in x["moments"]]
+            some = [[e[key] for e in found if e.get(key) is not None] for key in columns]
+            values[moment] = [sum(x) / len(x) if x else None for x in some]
+            step, *shares = values[moment]
+            worth.append((label[moment == "end"], moment, cell(step, ".0f"), *map(cell, shares)))
+        steps, *gains = [None if None in pair else pair[1] - pair[0] for pair in zip(*values.values())]
+        gains = [None if not steps or gain is None else 1000 * gain / steps for gain in gains]
+        worth.append((label[2], "gain", "", *(cell(gain, "+.3f") for gain in gains)))
+    print(f"\n{table(rows)}\n{REGIMES}\n\n{table(worth)}\n{WORTH}")
+    results = [r for runs in groups for r in runs]
+    for arch in dict.fromkeys(r["arch"] for r in results):
+        mine, rows = [r for r in results if r["arch"] == arch], [(arch, "published", "ours", "interval", "n", "")]
+        fractions = [r["config"]["data"]["train_fraction"] for r in mine]        # others serve as peers alone
+        usual = [r for r in mine if r["config"]["data"]["train_fraction"] == max(fractions, key=fractions.count)]
+        for same in zip(*(claims(r, [p for p in mine if p["seed"] == r["seed"]]) for r in usual)):
+            (claim, published, low, high, _), found = same[0], [row[-1] for row in same if row[-1]]
+            ours = "-", "-", "-", "not testable here"
+            if found:
+                value, n, lowest, highest = (sum(x) / len(found) for x in zip(*found))
+                lowest, highest = min(lowest, *(x[0] for x in found)), max(highest, *(x[0] for x in found))
+                inside, apart = low <= value <= high, highest < low or lowest > high
+                sure = low <= lowest and highest <= high if inside else apart
+                ours = (f"{value:.2f}", f"{lowest:.2f}..{highest:.2f}", round(n * len(found)),
+                        ("agrees" if inside else "differs") + " ?" * (not sure))
+            rows.append((claim, published, *ours))
+        print(f"\n{table(rows)}")
+    print(VERDICTS)
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -1063,6 +1398,7 @@ def report(folders: list[Path]):
     runs = [r for runs in groups for r in runs]
     absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate")}
     print(f"\nnot run: {', '.join(f'{key} in {n} of {len(runs)} runs' for key, n in absent.items() if n)}")
+    circuits_report(groups)
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -1153,10 +1489,10 @@ def choose_device(name: str) -> torch.device:
 
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
-          "mass_edit": mass_edit_stage}
+          "mass_edit": mass_edit_stage, "transfer": transfer_stage, "circuits": circuits_stage}
 QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | {
     "arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8,
-    "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8}
+    "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "transfer_steps": 24}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
@@ -1183,6 +1519,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
     add("--edit-batch", type=int, default=1024,
         help="requests whose targets --mass-edit seeks at a time; its default model has 20 000 facts under two names each")
+    add("--transfer-steps", type=int, default=600, help="steps of the training of --transfer")
     add("--quick", action="store_true", help="all cells and stages at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--plot", action="store_true", help="draw the runs, or those of --report, as SVG files in --out or beside them")
@@ -1194,6 +1531,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--aliases", action="store_true", help="train every relation under two tokens")
     add("--ood-fraction", type=float, default=0.1, help="share of the facts that no trained composition uses")
     add("--train-fraction", type=float, default=0.8, help="share of the ID paths that is trained")
+    add("--regime", choices=list(kg.REGIMES), default="natural", help="where training composes OOD facts with ID ones")
+    add("--augment", type=float, default=0.0, help="share of these compositions that is trained")
     add("--feed-forward", action="store_true", help="keep the private feed-forward beside the memory")
     for field in (*fields(Config), *fields(Recipe)):
         if field.metadata:
@@ -1206,7 +1545,7 @@ def prepare(args) -> list[Run]:
     args.device = choose_device(args.device)
     if not 0 <= args.seed < 2**60:
         raise UserError(f"--seed must be in 0..2^60, got {args.seed}")
-    for name in ("seeds", "n_edits", "edit_batch"):
+    for name in ("seeds", "n_edits", "edit_batch", "transfer_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.resume and args.retrain:
@@ -1221,6 +1560,10 @@ def prepare(args) -> list[Run]:
         print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
               f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
     data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
+    if (args.regime == "natural") != (args.augment == 0):
+        raise UserError(f"--augment {args.augment:g} with --regime {args.regime}: a share above 0 is for the regimes "
+                        f"other than natural, which need one")
+    data |= {"regime": args.regime, "augment": args.augment} if args.augment else {}
     names = [(arch, seed) for arch in (ARCHS if args.arch == "all" else [args.arch])
              for seed in range(args.seed, args.seed + args.seeds)]
     parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(names) == 1
@@ -1228,6 +1571,11 @@ def prepare(args) -> list[Run]:
             for arch, seed in names]
     for run in runs:
         named_requests(run, args.edit_fact or [])            # unknown names are refused now
+        if (args.circuits or args.transfer) and not args.branches:
+            raise UserError("--circuits and --transfer follow compositions, and --branches 0 trains none; leave it out")
+        if (args.circuits or args.transfer) and run.finished:
+            for record in moments(run.history).values():
+                snapshot(run, record["step"])                # runs that do not hold them too
     return runs
 
 
