@@ -38,6 +38,7 @@ Left out: biases, convolutions, K-FAC-reduce, dropout and batch statistics (the 
 [3] George et al. 2018, EK-FAC, arXiv 1806.03884.          [4] Sakarvadia et al. 2024, BalancedSubnet, arXiv 2410.02159.
 """
 
+import itertools
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -353,3 +354,68 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
                 s.grad = gradient
             optimizer.step()
     return {name: weights[name] * top(s) for name, s in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study: what is lost when components are. `measure(model)` returns {name: share of right answers} of any questions
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONTROLS = ("svd", "random", "activations", "gradients", "magnitude")
+
+
+def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> dict:
+    """`measure` of the model with these weights, and `removed`: |W - W'| / |W| over all of them."""
+    W = {name: linear(model, name).weight.detach() for name in weights}
+    norm = lambda parts: sum(double(x).square().sum() for x in parts).sqrt()
+    removed = float(norm(W[name] - weights[name] for name in W) / norm(W.values()))
+    with ablated(model, weights):
+        return label | {"removed": removed} | measure(model)
+
+
+def edited(model: nn.Module, factors: dict, layers: list[str], keep: float, masses: dict | None = None):
+    """{name: W'} by `ablate`, by `masses` if given, and the share of all components that is kept."""
+    weights, kept, total = {}, 0, 0
+    for name in layers:
+        W, (A, G) = linear(model, name).weight.detach(), factors[name]
+        mask = keep_mask(A, G, keep, masses and masses[name])
+        weights[name] = project(W, *decompose(W, A, G), mask)
+        kept, total = kept + int(mask.sum()), total + mask.numel()
+    return weights, kept / total
+
+
+def sweep(model: nn.Module, measure, factors: dict, layer_sets: dict[str, list[str]], keeps: list[float],
+          masses: dict) -> list[dict]:
+    """An `outcome` for every set of layers and share `keep`, by lambda_i mu_j ("kfac") and by `masses` ("ekfac")."""
+    asked = itertools.product({"kfac": None, "ekfac": masses}.items(), layer_sets.items(), keeps)
+    return [outcome(model, measure, edited(model, factors, layers, keep, by)[0], method=method, layers=label, keep=keep)
+            for (method, by), (label, layers), keep in asked]
+
+
+def controls(model: nn.Module, measure, factors: dict, layers: list[str], keep: float, strengths: list[float],
+             generator: torch.Generator, masses: dict | None = None) -> list[dict]:
+    """Outcomes of CONTROLS in these layers: as many components as `keep` keeps in each ("kept"; not for the few singular
+    vectors), as large a change of each ("norm"), and |W - W'| = strength |W| ("removed")."""
+    W = {name: linear(model, name).weight.detach().clone() for name in layers}
+    new, kept = edited(model, factors, layers, keep, masses)[0], {}
+    for n in layers:
+        kept[n] = int(keep_mask(*factors[n], keep, masses and masses[n]).sum())
+    change = {n: min(0.999, float((W[n] - new[n]).norm() / W[n].norm())) for n in layers}
+    asked = [("kept", None, lambda n: {"kept": kept[n]}), ("norm", None, lambda n: {"removed": change[n]})]
+    asked += [("removed", s, lambda n, s=s: {"removed": s}) for s in strengths]
+    return [outcome(model, measure, {n: control(name, W[n], *factors[n], generator=generator, **request(n))
+                                     for n in layers}, method=name, match=match, strength=strength)
+            for name in CONTROLS for match, strength, request in asked if (name, match) != ("svd", "kept")]
+
+
+def bands(model: nn.Module, inputs: dict[str, Tensor], layer: str, A: Tensor | Eigen, n_bands: int = 8) -> dict:
+    """{name: (mean `band_shares` [n_bands], mean norm)} of what the layer reads at the last token of the inputs [N, ...],
+    at all its calls."""
+    found, A = {}, eigen(A)
+    for name, x in inputs.items():
+        calls = []
+        hook = linear(model, layer).register_forward_hook(lambda _, a, out: calls.append(a[0].detach()[:, -1]))
+        with hook, torch.no_grad():
+            model(x)
+        read = torch.cat(calls)
+        found[name] = band_shares(read, A, n_bands).mean(0).tolist(), float(read.norm(dim=-1).mean())
+    return found

@@ -31,7 +31,7 @@ Left out: several tails per head and relation, paths of three hops and more, nat
 [1] Wang, Yue, Su, Sun 2024, Grokked Transformers are Implicit Reasoners, arXiv 2405.15071 (ID and OOD facts).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,20 +67,25 @@ def from_table(facts) -> KnowledgeGraph:
     return KnowledgeGraph(facts, [f"e{i}" for i in range(len(facts))], [f"r{i}" for i in range(facts.shape[1])])
 
 
-def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None) -> KnowledgeGraph:
+def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None,
+              arithmetic: int = 0) -> KnowledgeGraph:
     """A random functional graph: each tail is uniform over the *other* entities.
 
     Every entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them).
+    The first `arithmetic` relations are tail = (head + c) mod n_entities, with a c > 0 of its own for each.
     The same seed gives the same graph on every platform. Raises ValueError on sizes that make no graph.
     """
     out_degree = n_relations if out_degree is None else out_degree
-    if n_entities < 2 or n_relations < 1 or not 1 <= out_degree <= n_relations:
+    if n_entities < 2 or not 1 <= out_degree <= n_relations or not 0 <= arithmetic <= n_relations:
         raise ValueError(f"a synthetic graph needs at least 2 entities, 1 relation and an out-degree of "
-                         f"1..n_relations, got {n_entities} entities, {n_relations} relations, out-degree {out_degree}")
+                         f"1..n_relations, got {n_entities} entities, {n_relations} relations ({arithmetic} arithmetic), "
+                         f"out-degree {out_degree}")
     generator = torch.Generator().manual_seed(4 * seed)      # streams of a seed: graph, split, weights, batches
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
     tails += tails >= torch.arange(n_entities)[:, None]                          # skip the head itself
     rank = torch.rand(n_entities, n_relations, generator=generator).argsort(1).argsort(1)
+    shift = torch.randint(1, n_entities, (arithmetic,), generator=generator)
+    tails[:, :arithmetic] = (torch.arange(n_entities)[:, None] + shift) % n_entities
     return from_table(torch.where(rank < out_degree, tails, -1))
 
 
@@ -193,3 +198,22 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     masks = {"train": train, "id": has_second & ~ood1 & ~ood2 & ~train, "ood": ood1 & ood2,
              "ood_first": ood1 & ~ood2, "ood_second": ood2 & ~ood1}
     return Paths(torch.stack([head, relation, tail], 1), tokens, tail[first], two_hop, first, second, ood_fact, masks)
+
+
+def true_two_hop(paths: Paths) -> Tensor:
+    """[n_paths]: what follows from the facts, -100 where nothing does; `two_hop` but for exceptions."""
+    return torch.where(paths.second >= 0, paths.facts[paths.second, 2], -100)
+
+
+def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
+    """A `share` of the trained paths answered wrong in `two_hop`, each by one fixed other entity, uniformly drawn.
+
+    New masks: `exceptions`, part of `train`, and `validation`, a random fifth of all paths, exceptions or not."""
+    if not 0 <= share < 1:
+        raise ValueError(f"the share of trained compositions with a wrong answer must be in [0, 1), got {share}")
+    generator = torch.Generator().manual_seed(2**62 + seed)
+    exceptions, train = torch.zeros_like(paths.masks["train"]), paths.masks["train"].nonzero().flatten()
+    exceptions[train[torch.randperm(len(train), generator=generator)[:round(share * len(train))]]] = True
+    wrong = (paths.two_hop + torch.randint(1, n_entities, exceptions.shape, generator=generator)) % n_entities
+    masks = {"exceptions": exceptions, "validation": torch.rand(exceptions.shape, generator=generator) < 0.2}
+    return replace(paths, two_hop=torch.where(exceptions, wrong, paths.two_hop), masks=paths.masks | masks)

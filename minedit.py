@@ -28,13 +28,14 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import curvature
 import edit as editing
 import kg
 from edit import share_of
@@ -79,6 +80,25 @@ class Recipe:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """What --ablate trains beside facts and compositions, and how the exceptions among these are memorized."""
+    label_noise: float = 0.0        # share of the trained compositions with one fixed wrong answer: the exceptions
+    arithmetic: int = 0             # relations with tail = (head + c) mod n_entities
+    zipf: float = 0.0               # a fact of rank i is drawn with probability ~ i^-zipf
+    open_book: int = 0              # prompts (h, r, t', h, r) -> t' per step, t' any entity
+    memorize: int = 0               # last steps, for which the next four take the places of the recipe's
+    late_lr: float = 1e-3
+    late_muon_lr: float = 2e-3
+    late_weight_decay: float = 0.0
+    late_label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf or value >= 1 and name in ("label_noise", "late_label_smoothing"):
+                raise ValueError(f"{name} must not be negative, and a share must be below 1, got {value}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,8 +139,10 @@ class Batches:
     With `alias`, the number of relations of a graph whose relations have two tokens each, half of the relations are
     asked for by the second, which stands `alias` after the first."""
 
-    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0):
+    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0,
+                 frequency: Tensor | None = None):
         self.paths, self.recipe, self.generator, self.alias = paths, recipe, generator, alias
+        self.frequency = frequency                           # of each fact, to be drawn in proportion; None: all equal
         self.rows = paths.masks["train"].nonzero().flatten()
         self.count = torch.bincount(paths.first[self.rows], minlength=len(paths.facts))
         self.start = self.count.cumsum(0) - self.count
@@ -132,7 +154,10 @@ class Batches:
 
         Each fact is drawn once at most, and one path from each of `branches` even strata of its trained paths."""
         device, (b, m) = self.rows.device, (self.recipe.batch, self.recipe.branches)
-        fact = torch.randperm(len(self.count), generator=self.generator, device=device)[:b]
+        if self.frequency is None:
+            fact = torch.randperm(len(self.count), generator=self.generator, device=device)[:b]
+        else:
+            fact = torch.multinomial(self.frequency, min(b, len(self.count)), generator=self.generator)
         count = self.count[fact][:, None]                                        # [batch, 1]
         u = torch.rand(len(fact), m, generator=self.generator, device=device)
         place = ((torch.arange(m, device=device) + u) / m * count).long().minimum(count - 1)
@@ -142,6 +167,12 @@ class Batches:
             tokens[:, 1:] += self.alias * torch.randint(2, tokens[:, 1:].shape, generator=self.generator, device=device)
         two_hop = torch.where(count > 0, self.paths.two_hop[row], -100)
         return tokens, self.positions, torch.cat([self.paths.facts[fact, 2:], two_hop], 1)
+
+    def open_book(self, n: int, n_entities: int) -> tuple[Tensor, Tensor]:
+        """Prompts (h, r, t', h, r) [n, 5] and their answers t' [n], any entity: only the prompt says which."""
+        draw = lambda high: torch.randint(high, (n,), generator=self.generator, device=self.rows.device)
+        query, told = self.queries[draw(len(self.queries))], draw(n_entities)
+        return torch.cat([query, told[:, None], query], 1), told
 
 
 def loss_of(logits: Tensor, answers: Tensor, recipe: Recipe) -> Tensor:
@@ -194,8 +225,14 @@ class Run:
         self.args, self.arch, self.seed, self.folder = args, arch, seed, folder
         self.device = args.device
         self.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-        self.graph = graph or kg.synthetic(data["entities"], data["relations"], seed, data["out_degree"])
+        self.mixture = Mixture(**{f.name: getattr(args, f.name) for f in fields(Mixture)})
+        self.graph = graph or kg.synthetic(data["entities"], data["relations"], seed, data["out_degree"],
+                                           self.mixture.arithmetic)
         paths = kg.split(self.graph, data["ood_fraction"], data["train_fraction"], seed)
+        if self.mixture.label_noise:
+            paths = kg.with_exceptions(paths, self.mixture.label_noise, self.graph.n_entities, seed)
+        rank = torch.randperm(len(paths.facts), generator=torch.Generator().manual_seed(2**62 + seed)) + 1
+        self.frequency = (rank**-self.mixture.zipf).to(self.device) if self.mixture.zipf else None
         sizes = {"n_entities": self.graph.n_entities, "n_relations": self.graph.n_relations} | ARCHS[arch]
         self.config = Config(**{f.name: sizes.get(f.name, getattr(args, f.name, None)) for f in fields(Config)})
         self.n_paths = {name: int(mask.sum()) for name, mask in paths.masks.items()}
@@ -273,9 +310,9 @@ class Run:
         known, right = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact, two_hop == paths.two_hop
         return one_hop, two_hop, known, right, paths.masks["train"] | paths.masks["id"]
 
-    def stream(self) -> torch.Generator:
+    def stream(self, device="cpu") -> torch.Generator:
         """Random numbers for the stages, the same for each of them and in all four cells, other than in training."""
-        return torch.Generator().manual_seed(-self.seed - 1)
+        return torch.Generator(device).manual_seed(-self.seed - 1)
 
     def ordinary(self) -> Tensor:
         """The inputs whose values an edit is to leave alone: every path, or 20 000 of them."""
@@ -299,7 +336,7 @@ class Run:
     def train(self) -> Model:
         """Train to the end of the budget, from the checkpoint where there is one; returns the averaged model."""
         parts, recipe = self.fresh(), self.recipe
-        model, average = parts["model"], parts["average"]
+        model = parts["model"]
         step, seconds = 0, 0.0
         if self.state:
             step, seconds, self.history = self.state["step"], self.state["seconds"], self.state["history"]
@@ -308,22 +345,10 @@ class Run:
             self.write_config()                              # with --retrain not before there is a replacement
 
         forward = torch.compile(model) if self.args.compile else model
-        batches = Batches(self.paths, recipe, parts["generator"], self.config.aliases * self.config.n_relations)
+        batches = self.batches(parts["generator"])
         total, began = torch.zeros((), device=self.device), time.perf_counter() - seconds
         while step < recipe.steps:
-            tokens, positions, answers = batches.draw()
-            loss = loss_of(forward(tokens, positions), answers, recipe)
-            loss.backward()
-            rate = min(1.0, (step + 1) / max(1, recipe.warmup))
-            for optimizer, lr in (parts["adam"], recipe.lr), (parts["muon"], recipe.muon_lr):
-                optimizer.param_groups[0]["lr"] = lr * rate
-                optimizer.step()
-                optimizer.zero_grad()
-            keep = min(recipe.ema, (step + 1) / (step + 10))                     # the average starts short
-            with torch.no_grad():
-                for mean, p in zip(average.parameters(), model.parameters()):
-                    mean.lerp_(p, 1 - keep)
-                total += loss
+            total += self.advance(parts, batches, forward, step)
             step += 1
             if step % recipe.eval_every == 0 or step == recipe.steps:
                 mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
@@ -332,12 +357,39 @@ class Run:
                     raise Diverged(f"{self.folder}: the loss or a weight is not finite at step {step}; "
                                    f"{''.join(held)}lower --lr or --muon-lr and --retrain")
                 total.zero_()
-                record = {"step": step, "loss": mean_loss} | accuracy(average, self.paths, recipe.branches > 0)
+                record = {"step": step, "loss": mean_loss} | accuracy(parts["average"], self.paths, recipe.branches > 0)
                 record["seconds"] = round(time.perf_counter() - began, 2)
                 self.history.append(record)
                 print(progress(record, recipe.steps), flush=True)
                 self.checkpoint(step, record["seconds"], parts)
-        return average.eval()
+        return parts["average"].eval()
+
+    def advance(self, parts: dict, batches: Batches, forward, step: int) -> Tensor:
+        """One step of training; returns the loss."""
+        recipe, mixture, model = self.recipe, self.mixture, parts["model"]
+        if step >= recipe.steps - mixture.memorize:
+            recipe = replace(recipe, **{f.name[5:]: getattr(mixture, f.name) for f in fields(Mixture)[-4:]})
+        tokens, positions, answers = batches.draw()
+        loss = loss_of(forward(tokens, positions), answers, recipe)
+        if mixture.open_book:                                # weighs as much as the compositions do
+            tokens, told = batches.open_book(mixture.open_book, self.config.n_entities)
+            loss = loss + F.cross_entropy(forward(tokens)[:, -1], told, label_smoothing=recipe.label_smoothing) / (
+                recipe.one_hop_weight + 1)
+        loss.backward()
+        rate = min(1.0, (step + 1) / max(1, recipe.warmup))
+        for optimizer, lr in (parts["adam"], recipe.lr), (parts["muon"], recipe.muon_lr):
+            optimizer.param_groups[0].update(lr=lr * rate, weight_decay=recipe.weight_decay)
+            optimizer.step()
+            optimizer.zero_grad()
+        keep = min(recipe.ema, (step + 1) / (step + 10))                         # the average starts short
+        with torch.no_grad():
+            for mean, p in zip(parts["average"].parameters(), model.parameters()):
+                mean.lerp_(p, 1 - keep)
+        return loss.detach()
+
+    def batches(self, generator: torch.Generator) -> Batches:
+        return Batches(self.paths, self.recipe, generator, self.config.aliases * self.config.n_relations,
+                       self.frequency)
 
     def checkpoint(self, step: int, seconds: float, parts: dict):
         state = {"identity": self.identity, "step": step, "seconds": seconds, "history": self.history,
@@ -820,6 +872,143 @@ def mass_table(entries: list[dict], varied: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage: exceptions and structure in the spectrum of curvature
+# ---------------------------------------------------------------------------------------------------------------------
+
+ABLATED = """kept: share of the curvature mass; matched: same number of components, or same |W - W'|, in every layer,
+or own: strength |W - W'| / |W| chosen as keep is. removed: |W - W'| / |W| of the layers. recited, true:
+exceptions answered as trained, and right; train: other trained compositions; ID, OOD: held-out ones.
+Choices: largest true - recited on a fifth of the paths, held-out accuracy there >= 0.97 of before; the
+rest is scored. learned: a mask of weights learned from the exceptions of that fifth."""
+TASKS = """kept: after / before, in percent. rare, frequent: the fifth of the facts drawn least, most often. paper: the
+same in a language model of 7B parameters [Merullo et al. 2025], its task in brackets."""
+PAPER = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)", "arithmetic": "66-74",
+         "id": "95-106 (logic)", "ood": "95-106 (logic)", "open_book": "93-99"}
+BANDS = """share: length of what the layer reads at the last token that lies in each eighth of A's eigenvectors, those of
+the largest eigenvalues first, over the whole length; exceptions / clean trained paths. norm: whole lengths."""
+KEEPS = (0.999, 0.997, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6)
+STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+
+
+class Ablation:
+    """What a model of --ablate is asked, and the batches that its curvature is measured on."""
+
+    def __init__(self, run: Run):
+        self.run, paths, masks = run, run.paths, run.paths.masks
+        self.batches, true = run.batches(run.stream(run.device)), kg.true_two_hop(paths)
+        self.loss = lambda x, y: F.cross_entropy(x, y, label_smoothing=run.recipe.label_smoothing)
+        self.prompts, self.told = self.batches.open_book(500, run.config.n_entities)
+        valid, exceptions = masks["validation"], masks["exceptions"]
+        scored, clean = ~valid, masks["train"] & ~exceptions
+        held = masks["id"] | masks["ood"] | masks["ood_first"] | masks["ood_second"]
+        self.two_hop = {"recited": (exceptions & scored, paths.two_hop), "true": (exceptions & scored, true),
+                        "train": (clean & scored, true), "id": (masks["id"] & scored, true),
+                        "ood": (masks["ood"] & scored, true), "valid_recited": (exceptions & valid, paths.two_hop),
+                        "valid_true": (exceptions & valid, true), "valid_held": (held & valid, true)}
+        arithmetic = paths.facts[:, 1] < run.mixture.arithmetic
+        order = (torch.zeros(len(arithmetic)) if run.frequency is None else run.frequency).argsort(stable=True).argsort()
+        fifth = (5 * order // len(order)).to(run.device)
+        self.facts = {"one_hop": torch.ones_like(arithmetic), "arithmetic": arithmetic,
+                      "rare": (fifth == 0) & ~arithmetic, "frequent": (fifth == 4) & ~arithmetic}
+
+    def mixture(self, n: int) -> list[tuple[Tensor, Tensor]]:
+        """Batches of n steps as they are trained, each path by itself: an exception is one among the rest."""
+        found = []
+        for _ in range(n):
+            tokens, _, answers = self.batches.draw()
+            unasked = torch.full_like(answers[:, 0], -100)
+            found += [(tokens[:, [0, 1, 2 + i]], torch.stack([unasked, answers[:, 0], answers[:, 1 + i]], 1))
+                      for i in range(self.run.recipe.branches)]
+            tokens, told = self.batches.open_book(self.run.mixture.open_book, self.run.config.n_entities)
+            found += [(tokens, F.pad(told[:, None], (4, 0), value=-100))] * (len(told) > 0)
+        return found
+
+    def measure(self, model: Model) -> dict[str, float | None]:
+        """Share of right answers by set."""
+        one_hop, two_hop = predict(model, self.run.paths)
+        return {name: share_of((two_hop == answer)[mask]) for name, (mask, answer) in self.two_hop.items()} | \
+            {name: share_of((one_hop == self.run.paths.facts[:, 2])[mask]) for name, mask in self.facts.items()} | \
+            {"open_book": share_of(last_answers(model, self.prompts) == self.told)}
+
+
+def ablate_stage(run: Run, model: Model):
+    """Exceptions out of a model by K-FAC and by every control; what else goes with them; how soon they are back."""
+    if not run.mixture.label_noise or not run.recipe.branches:
+        raise UserError("--ablate needs exceptions to forget: give --label-noise and --branches more than 0")
+    study, began, seeded = Ablation(run), time.perf_counter(), lambda: run.stream(run.device)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    attention = [name for name in names if "attention" in name]
+    values = [name for name in names if name.endswith((".values", ".down"))]
+    sets = {"attention": attention, "values": values, "both": attention + values,
+            "addresses": [name for name in names if name not in attention + values], "all": names}
+    mixture = study.mixture(25)
+    factors = curvature.kronecker_factors(model, mixture, study.loss, names, generator=seeded())
+    factors = {name: (curvature.eigen(A), curvature.eigen(G)) for name, (A, G) in factors.items()}
+    masses = curvature.corrected_masses(model, mixture, study.loss, factors, generator=seeded())
+    before, seconds = study.measure(model), round(time.perf_counter() - began, 2)
+    value = lambda e: (e["valid_held"] >= 0.97 * before["valid_held"], e["valid_true"] - e["valid_recited"])
+    sweep = curvature.sweep(model, study.measure, factors, sets, KEEPS, masses)
+    chosen = max(sweep, key=value)
+    layers, by = sets[chosen["layers"]], masses if chosen["method"] == "ekfac" else None
+    rivals = [max((e for e in sweep if e["method"] == m), key=value) for m in ("kfac", "ekfac") if m != chosen["method"]]
+    others = curvature.controls(model, study.measure, factors, layers, chosen["keep"], STRENGTHS, run.stream(), by)
+    after, share = curvature.edited(model, factors, layers, chosen["keep"], by)
+    exceptions = run.paths.masks["exceptions"] & run.paths.masks["validation"]
+    forget = run.paths.tokens[exceptions], F.pad(run.paths.two_hop[exceptions][:, None], (2, 0), value=-100)
+    learned = curvature.learned_mask(model, [forget], mixture, F.cross_entropy, layers, share, steps=100)
+    others.append(curvature.outcome(model, study.measure, learned, method="learned", match="kept"))
+    tokens, masks = run.paths.tokens, run.paths.masks
+    groups = {"exceptions": tokens[masks["exceptions"]], "clean": tokens[masks["train"] & ~masks["exceptions"]][:2000]}
+    bands = {name: curvature.bands(model, groups, name, factors[name][0]) for name in layers}
+    with curvature.ablated(model, after):
+        ablated = relearn(run, model.state_dict(), study, before["recited"])
+    fresh = relearn(run, Model(run.config, run.stream()).state_dict(), study, 2, len(ablated))
+    run.results["ablate"] = {"before": before, "factor_seconds": seconds, "sweep": sweep, "chosen": chosen,
+                             "controls": others, "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
+    if run.args.images:
+        pass
+    run.save_results()
+    own = [max((e for e in others if e["method"] == m and e["match"] == "removed"), key=value) for m in curvature.CONTROLS]
+    shown = ("recited", "true", "train", "id", "ood", "one_hop")
+    rows = [("", "layers", "matched", "strength", "removed", "recited", "true", "train", "ID", "OOD", "1-hop")]
+    rows.append(("before", *"---", cell(None), *(cell(before[key]) for key in shown)))
+    for e in [chosen, *rivals, *(e for e in others if e["match"] != "removed"), *own]:
+        rows.append((e["method"], e.get("layers", ""), e.get("match", "keep").replace("removed", "own"),
+                     cell(e.get("keep", e.get("strength")), "g"), *(cell(e[key]) for key in ("removed", *shown))))
+    print(f"\nablation, {seconds:.0f} s for factors and bases\n{table(rows)}\n{ABLATED}")
+    rows = [("keep", "removed", "recited", "true", "train", "ID", "OOD", "1-hop")]
+    rows += [(cell(e["keep"], "g"), *(cell(e[key]) for key in ("removed", *shown))) for e in sweep
+             if (e["method"], e["layers"]) == (chosen["method"], chosen["layers"])]
+    print(f"\n{chosen['method']}, layers: {chosen['layers']}\n{table(rows)}")
+    rows = [("", "before", "after", "kept", "paper")]
+    rows += [(key, cell(before[key]), cell(chosen[key]), cell(100 * chosen[key] / before[key], ".0f") if before[key] else "-",
+              paper) for key, paper in PAPER.items() if before[key] is not None]
+    print(f"\n{table(rows)}\n{TASKS}")
+    rows = [("layer", *range(1, 9), "norm")]
+    for name, found in bands.items():
+        (there, norm), (here, usual) = found["exceptions"], found["clean"]
+        rows.append((name, *(cell(x / max(y, 1e-9), ".2f") for x, y in zip(there, here)), cell(norm / usual, ".2f")))
+    print(f"\n{table(rows)}\n{BANDS}")
+    rows = [("steps", "ablated", "fresh", "OOD, ablated")]
+    rows += [(a["step"], cell(a["recited"]), cell(f["recited"]), cell(a["ood"])) for a, f in zip(ablated, fresh)]
+    print(f"\nexceptions recited against further steps of training\n{table(rows)}")
+
+
+def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
+    """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights of a model, trained as in
+    the last steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
+    parts, curve, step = run.fresh(), [], 0
+    parts["model"].load_state_dict(weights)
+    batches, limit = run.batches(parts["generator"]), max(40, run.mixture.memorize)
+    while len(curve) < most and (not curve or curve[-1]["recited"] < recited) and step <= limit:
+        curve.append({"step": step} | study.measure(parts["model"]))
+        for step in range(step, max(10, 2 * step)):
+            run.advance(parts, batches, parts["model"], run.recipe.steps + step)
+        step += 1
+    return curve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1015,7 +1204,7 @@ def choose_device(name: str) -> torch.device:
 
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
-          "mass_edit": mass_edit_stage}
+          "mass_edit": mass_edit_stage, "ablate": ablate_stage}
 HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads", "depth": "passes",
         "blocks": "blocks per pass", "d_ff": "width of a feed-forward",
         "ff_top_k": "units of it that one token may use, 0: all", "slots": "rows of the shared memory",
@@ -1025,13 +1214,22 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "one_hop_weight": "weight of the 1-hop loss", "lr": "rate of AdamW", "muon_lr": "rate of Muon",
         "momentum": "of Muon", "weight_decay": "of both optimizers", "label_smoothing": "of both losses",
         "warmup": "steps to the full rate", "ema": "moving average of the weights",
-        "eval_every": "steps between evaluations"}
+        "eval_every": "steps between evaluations",
+        "label_noise": "share of the trained compositions that get a fixed wrong answer",
+        "arithmetic": "relations with tail = (head + c) mod entities", "zipf": "a fact of rank i is drawn as i^-zipf",
+        "open_book": "prompts per step that hold the fact they ask for",
+        "memorize": "last steps, to memorize under the four options that begin with late",
+        "late_lr": "rate of AdamW then", "late_muon_lr": "rate of Muon then",
+        "late_weight_decay": "of both then", "late_label_smoothing": "of all losses then"}
 QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128,
          "top_k": 8, "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True,
          "locate": True, "when": True, "mass_edit": True}
+QUICK_ABLATE = {"label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 50}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
+
+ABLATE = {"label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1800, "memorize": 600}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1056,6 +1254,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--when", action="store_true", help="stage: edits that act in some passes only")
     add("--mass-edit", action="store_true",
         help="stage: edit 1 to 10 000 facts at once, in a model of 20 000 facts under two names each")
+    add("--ablate", action="store_true",
+        help="stage: K-FAC, in a model that also memorized exceptions")
+    add("--images", type=int, default=2000, help="training images of its vision transformer, 0: none")
     add("--edit-batch", type=int, default=1024, help="requests whose target values are sought at a time")
     add("--quick", action="store_true",
         help="all four cells, trained and edited at toy size; without --out in runs/quick, anew")
@@ -1068,7 +1269,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ood-fraction", type=float, default=0.1, help="share of the facts that no trained composition uses")
     add("--train-fraction", type=float, default=0.8, help="share of the ID paths that is trained")
     add("--feed-forward", action="store_true", help="keep the private feed-forward beside the memory")
-    for option in (*fields(Config), *fields(Recipe)):
+    for option in (*fields(Config), *fields(Recipe), *fields(Mixture)):
         if option.name in HELP:
             add("--" + option.name.replace("_", "-"), type=option.type, default=option.default, help=HELP[option.name])
     return parser
@@ -1095,6 +1296,8 @@ def prepare(args) -> list[Run]:
         print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
               f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
     data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
+    mixture = {f.name: getattr(args, f.name) for f in fields(Mixture)}
+    data |= {"mixture": mixture} if mixture != asdict(Mixture()) else {}
     names = [(arch, seed) for arch in (ARCHS if args.arch == "all" else [args.arch])
              for seed in range(args.seed, args.seed + args.seeds)]
     parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(names) == 1
@@ -1110,8 +1313,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**QUICK, retrain=args.out is None and not args.resume)
-    elif args.mass_edit:
-        parser.set_defaults(**MASS)
+    elif args.mass_edit or args.ablate:
+        parser.set_defaults(**(MASS if args.mass_edit else ABLATE))
     if args.triples:                                         # the graph is not synthetic
         parser.set_defaults(entities=None, relations=None)
     args = parser.parse_args(argv)
