@@ -38,7 +38,6 @@ Left out: biases, convolutions, K-FAC-reduce, dropout and batch statistics (the 
 [3] George et al. 2018, EK-FAC, arXiv 1806.03884.          [4] Sakarvadia et al. 2024, BalancedSubnet, arXiv 2410.02159.
 """
 
-import itertools
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -360,51 +359,72 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
 # The study: what is lost when components are. `measure(model)` returns {name: share of right answers} of any questions
 # ---------------------------------------------------------------------------------------------------------------------
 
-CONTROLS = ("svd", "random", "activations", "gradients", "magnitude")
+METHODS = ("kfac", "ekfac", "svd", "random", "activations", "gradients", "magnitude")
 
 
 def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> dict:
-    """`measure` of the model with these weights, and `removed`: |W - W'| / |W| over all of them."""
+    """The label, `measure` of the model with these weights, and `removed`: |W - W'| / |W| over all of them."""
     W = {name: linear(model, name).weight.detach() for name in weights}
-    norm = lambda parts: sum(double(x).square().sum() for x in parts).sqrt()
-    removed = float(norm(W[name] - weights[name] for name in W) / norm(W.values()))
+    norm = lambda parts: float(sum(double(x).square().sum() for x in parts)) ** 0.5
+    label["removed"] = norm(W[name] - weights[name] for name in W) / norm(W.values()) if W else 0.0
     with ablated(model, weights):
-        return label | {"removed": removed} | measure(model)
+        return label | measure(model)
 
 
-def edited(model: nn.Module, factors: dict, layers: list[str], keep: float, masses: dict | None = None):
-    """{name: W'} by `ablate`, by `masses` if given, and the share of all components that is kept."""
-    weights, kept, total = {}, 0, 0
+def edited(model: nn.Module, method: str, factors: dict, layers, strength, masses=None, generator=None) -> dict:
+    """{name: W'}: `ablate` with keep = strength for "kfac" and, by `masses`, "ekfac"; a `control` with |W - W'| =
+    strength |W| for the others. strength may be {name: options of `control`}."""
+    found = {}
     for name in layers:
         W, (A, G) = linear(model, name).weight.detach(), factors[name]
-        mask = keep_mask(A, G, keep, masses and masses[name])
-        weights[name] = project(W, *decompose(W, A, G), mask)
-        kept, total = kept + int(mask.sum()), total + mask.numel()
-    return weights, kept / total
+        if "kfac" in method:
+            found[name] = ablate(W, A, G, strength, masses[name] if method == "ekfac" else None)
+        else:
+            options = strength[name] if isinstance(strength, dict) else {"removed": strength}
+            found[name] = control(method, W, A, G, generator=generator, **options)
+    return found
 
 
-def sweep(model: nn.Module, measure, factors: dict, layer_sets: dict[str, list[str]], keeps: list[float],
-          masses: dict) -> list[dict]:
-    """An `outcome` for every set of layers and share `keep`, by lambda_i mu_j ("kfac") and by `masses` ("ekfac")."""
-    asked = itertools.product({"kfac": None, "ekfac": masses}.items(), layer_sets.items(), keeps)
-    return [outcome(model, measure, edited(model, factors, layers, keep, by)[0], method=method, layers=label, keep=keep)
-            for (method, by), (label, layers), keep in asked]
+def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -> tuple[dict, dict[str, Tensor]]:
+    """({group: strength}, {name: W'}) by coordinate ascent on value(model): each group of layers in turn takes the
+    strength that is best with the others as they are. options: {group: {strength: {name: W'}}}; None leaves a group
+    alone, but not all of them."""
+    together = lambda at: {n: W for group, s in at.items() if s is not None for n, W in options[group][s].items()}
+
+    def worth(at):
+        with ablated(model, together(at)):
+            return value(model) if together(at) else float("-inf")
+    chosen = dict.fromkeys(options)
+    for group in [*options] * rounds:
+        chosen = max([chosen | {group: strength} for strength in (None, *options[group])], key=worth)
+    return chosen, together(chosen)
 
 
-def controls(model: nn.Module, measure, factors: dict, layers: list[str], keep: float, strengths: list[float],
-             generator: torch.Generator, masses: dict | None = None) -> list[dict]:
-    """Outcomes of CONTROLS in these layers: as many components as `keep` keeps in each ("kept"; not for the few singular
-    vectors), as large a change of each ("norm"), and |W - W'| = strength |W| ("removed")."""
-    W = {name: linear(model, name).weight.detach().clone() for name in layers}
-    new, kept = edited(model, factors, layers, keep, masses)[0], {}
-    for n in layers:
-        kept[n] = int(keep_mask(*factors[n], keep, masses and masses[n]).sum())
-    change = {n: min(0.999, float((W[n] - new[n]).norm() / W[n].norm())) for n in layers}
-    asked = [("kept", None, lambda n: {"kept": kept[n]}), ("norm", None, lambda n: {"removed": change[n]})]
-    asked += [("removed", s, lambda n, s=s: {"removed": s}) for s in strengths]
-    return [outcome(model, measure, {n: control(name, W[n], *factors[n], generator=generator, **request(n))
-                                     for n in layers}, method=name, match=match, strength=strength)
-            for name in CONTROLS for match, strength, request in asked if (name, match) != ("svd", "kept")]
+def compare(model: nn.Module, measure, value, factors: dict, masses: dict, groups: dict[str, list[str]], keeps, removed,
+            generator: torch.Generator, methods=METHODS) -> tuple[dict, dict[str, Tensor], list[dict]]:
+    """Every method at the strengths that `search` finds for it, `keeps` or shares `removed` of the norm; then controls
+    in the layers of the better of kfac and ekfac with as many components in each ("components"; the singular vectors
+    are too few), or as large a change of each ("norm"). Returns that better one, its {name: W'}, and all outcomes."""
+    entries, found = [], {}
+    for method in methods:
+        options = {group: {s: edited(model, method, factors, layers, s, masses, generator)
+                           for s in (keeps if "kfac" in method else removed)} for group, layers in groups.items()}
+        chosen, found[method] = search(model, value, options)
+        entries.append(outcome(model, measure, found[method], method=method, matched="own choice", strengths=chosen))
+        with ablated(model, found[method]):
+            entries[-1]["value"] = value(model)
+    best = max((e for e in entries if "kfac" in e["method"]), key=lambda e: e["value"])
+    weights, same = found[best["method"]], {"components": {}, "norm": {}}
+    for group, name in ((group, name) for group in groups for name in groups[group] if name in weights):
+        W, by = linear(model, name).weight, masses[name] if best["method"] == "ekfac" else None
+        same["components"][name] = {"kept": int(keep_mask(*factors[name], best["strengths"][group], by).sum())}
+        same["norm"][name] = {"removed": min(0.999, float((W - weights[name]).norm() / W.norm()))}
+    for matched, method in ((matched, method) for matched in same for method in methods if "kfac" not in method):
+        if (method, matched) != ("svd", "components"):
+            new = edited(model, method, factors, weights, same[matched], None, generator)
+            entries.append(outcome(model, measure, new, method=method, matched=matched))
+    best["kept"] = sum(x["kept"] for x in same["components"].values()) / sum(W.numel() for W in weights.values())
+    return best, weights, entries
 
 
 def bands(model: nn.Module, inputs: dict[str, Tensor], layer: str, A: Tensor | Eigen, n_bands: int = 8) -> dict:

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,34 +70,22 @@ class Recipe:
     warmup: int = 100               # steps to the full rate, constant after it
     ema: float = 0.99               # moving average of the weights
     eval_every: int = 200
+    label_noise: float = 0.0        # share of the trained compositions with a fixed wrong answer: the exceptions
+    arithmetic: int = 0             # relations with tail = (head + c) mod n_entities
+    zipf: float = 0.0               # a fact of rank i is drawn with probability ~ i^-zipf
+    open_book: int = 0              # prompts (h, r, t', h, r) -> t' per step, t' any entity
+    memorize: int = 0               # last steps, under LATE, in which exceptions are memorized
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if name in ("steps", "batch", "eval_every") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-            if name in ("momentum", "label_smoothing", "ema") and not 0 <= value < 1:
+            if name in ("momentum", "label_smoothing", "ema", "label_noise") and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
-
-@dataclass(frozen=True)
-class Mixture:
-    """What --ablate trains beside facts and compositions, and how the exceptions among these are memorized."""
-    label_noise: float = 0.0        # share of the trained compositions with one fixed wrong answer: the exceptions
-    arithmetic: int = 0             # relations with tail = (head + c) mod n_entities
-    zipf: float = 0.0               # a fact of rank i is drawn with probability ~ i^-zipf
-    open_book: int = 0              # prompts (h, r, t', h, r) -> t' per step, t' any entity
-    memorize: int = 0               # last steps, for which the next four take the places of the recipe's
-    late_lr: float = 1e-3
-    late_muon_lr: float = 2e-3
-    late_weight_decay: float = 0.0
-    late_label_smoothing: float = 0.0
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf or value >= 1 and name in ("label_noise", "late_label_smoothing"):
-                raise ValueError(f"{name} must not be negative, and a share must be below 1, got {value}")
+LATE = {"lr": 1e-3, "muon_lr": 2e-3, "weight_decay": 0.0, "label_smoothing": 0.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,14 +214,13 @@ class Run:
         self.args, self.arch, self.seed, self.folder = args, arch, seed, folder
         self.device = args.device
         self.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-        self.mixture = Mixture(**{f.name: getattr(args, f.name) for f in fields(Mixture)})
         self.graph = graph or kg.synthetic(data["entities"], data["relations"], seed, data["out_degree"],
-                                           self.mixture.arithmetic)
+                                           self.recipe.arithmetic)
         paths = kg.split(self.graph, data["ood_fraction"], data["train_fraction"], seed)
-        if self.mixture.label_noise:
-            paths = kg.with_exceptions(paths, self.mixture.label_noise, self.graph.n_entities, seed)
-        rank = torch.randperm(len(paths.facts), generator=torch.Generator().manual_seed(2**62 + seed)) + 1
-        self.frequency = (rank**-self.mixture.zipf).to(self.device) if self.mixture.zipf else None
+        if self.recipe.label_noise:
+            paths = kg.with_exceptions(paths, self.recipe.label_noise, self.graph.n_entities, seed)
+        rank = torch.randperm(len(paths.facts), generator=torch.Generator().manual_seed(2**62 + seed)) + 1.0
+        self.frequency = (rank**-self.recipe.zipf).to(self.device)
         sizes = {"n_entities": self.graph.n_entities, "n_relations": self.graph.n_relations} | ARCHS[arch]
         self.config = Config(**{f.name: sizes.get(f.name, getattr(args, f.name, None)) for f in fields(Config)})
         self.n_paths = {name: int(mask.sum()) for name, mask in paths.masks.items()}
@@ -366,13 +354,13 @@ class Run:
 
     def advance(self, parts: dict, batches: Batches, forward, step: int) -> Tensor:
         """One step of training; returns the loss."""
-        recipe, mixture, model = self.recipe, self.mixture, parts["model"]
-        if step >= recipe.steps - mixture.memorize:
-            recipe = replace(recipe, **{f.name[5:]: getattr(mixture, f.name) for f in fields(Mixture)[-4:]})
+        recipe, model = self.recipe, parts["model"]
+        if step >= recipe.steps - recipe.memorize:
+            recipe = replace(recipe, **LATE)
         tokens, positions, answers = batches.draw()
         loss = loss_of(forward(tokens, positions), answers, recipe)
-        if mixture.open_book:                                # weighs as much as the compositions do
-            tokens, told = batches.open_book(mixture.open_book, self.config.n_entities)
+        if recipe.open_book:                                 # weighs as much as the compositions do
+            tokens, told = batches.open_book(recipe.open_book, self.config.n_entities)
             loss = loss + F.cross_entropy(forward(tokens)[:, -1], told, label_smoothing=recipe.label_smoothing) / (
                 recipe.one_hop_weight + 1)
         loss.backward()
@@ -389,7 +377,7 @@ class Run:
 
     def batches(self, generator: torch.Generator) -> Batches:
         return Batches(self.paths, self.recipe, generator, self.config.aliases * self.config.n_relations,
-                       self.frequency)
+                       self.frequency if self.recipe.zipf else None)
 
     def checkpoint(self, step: int, seconds: float, parts: dict):
         state = {"identity": self.identity, "step": step, "seconds": seconds, "history": self.history,
@@ -875,41 +863,42 @@ def mass_table(entries: list[dict], varied: str) -> str:
 # Stage: exceptions and structure in the spectrum of curvature
 # ---------------------------------------------------------------------------------------------------------------------
 
-ABLATED = """kept: share of the curvature mass; matched: same number of components, or same |W - W'|, in every layer,
-or own: strength |W - W'| / |W| chosen as keep is. removed: |W - W'| / |W| of the layers. recited, true:
-exceptions answered as trained, and right; train: other trained compositions; ID, OOD: held-out ones.
-Choices: largest true - recited on a fifth of the paths, held-out accuracy there >= 0.97 of before; the
-rest is scored. learned: a mask of weights learned from the exceptions of that fifth."""
-TASKS = """kept: after / before, in percent. rare, frequent: the fifth of the facts drawn least, most often. paper: the
-same in a language model of 7B parameters [Merullo et al. 2025], its task in brackets."""
-PAPER = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)", "arithmetic": "66-74",
-         "id": "95-106 (logic)", "ood": "95-106 (logic)", "open_book": "93-99"}
-BANDS = """share: length of what the layer reads at the last token that lies in each eighth of A's eigenvectors, those of
-the largest eigenvalues first, over the whole length; exceptions / clean trained paths. norm: whole lengths."""
-KEEPS = (0.999, 0.997, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6)
-STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+ABLATED = """keep (kfac, ekfac) or share of the norm removed (the rest) in each kind of layer, chosen on a fifth of the paths:
+true - recited, held-out accuracy at 0.98 of before. matched: own choice, or in the layers of the better of
+kfac and ekfac the same number of components or the same |W - W'|. Scored on the other paths: recited,
+true: exceptions answered as trained, and right; train: other trained compositions; ID, OOD: held out;
+removed: |W - W'| / |W|. learned: a mask of weights, learned from the exceptions of that fifth."""
+RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts drawn least, most often. paper: the same
+in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
+TASKS = {"recited": ("exceptions recited", "3-16 (recitation)"), "rare": ("rare facts", "22 (company CEO)"),
+         "frequent": ("frequent facts", "74-86 (closed book)"), "arithmetic": ("arithmetic relations", "66-74"),
+         "open_book": ("open book", "93-99"), "id": ("two-hop, ID", "95-106 (logic)"), "ood": ("two-hop, OOD", "95-106 (logic)")}
+BANDS = """what the layer reads at the last token, exceptions / clean trained paths: the part in each eighth of A's
+eigenvectors, largest eigenvalues first, in units of the whole length; norm: the whole length."""
+GROUPS = {"q, k": ("attention.query", "attention.key"), "v, out": ("attention.value", "attention.out"),
+          "address": ("up", "memory.query", "keys"), "values": ("down", "memory.values")}
+KEEPS = (0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7)
+REMOVED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
 class Ablation:
     """What a model of --ablate is asked, and the batches that its curvature is measured on."""
 
     def __init__(self, run: Run):
-        self.run, paths, masks = run, run.paths, run.paths.masks
-        self.batches, true = run.batches(run.stream(run.device)), kg.true_two_hop(paths)
-        self.loss = lambda x, y: F.cross_entropy(x, y, label_smoothing=run.recipe.label_smoothing)
+        self.run, paths, masks, self.held = run, run.paths, run.paths.masks, None
+        self.batches, self.true = run.batches(run.stream(run.device)), kg.true_two_hop(paths)
         self.prompts, self.told = self.batches.open_book(500, run.config.n_entities)
-        valid, exceptions = masks["validation"], masks["exceptions"]
-        scored, clean = ~valid, masks["train"] & ~exceptions
+        scored, exceptions = ~masks["validation"], masks["exceptions"]
         held = masks["id"] | masks["ood"] | masks["ood_first"] | masks["ood_second"]
-        self.two_hop = {"recited": (exceptions & scored, paths.two_hop), "true": (exceptions & scored, true),
-                        "train": (clean & scored, true), "id": (masks["id"] & scored, true),
-                        "ood": (masks["ood"] & scored, true), "valid_recited": (exceptions & valid, paths.two_hop),
-                        "valid_true": (exceptions & valid, true), "valid_held": (held & valid, true)}
-        arithmetic = paths.facts[:, 1] < run.mixture.arithmetic
-        order = (torch.zeros(len(arithmetic)) if run.frequency is None else run.frequency).argsort(stable=True).argsort()
-        fifth = (5 * order // len(order)).to(run.device)
+        self.rows = ((exceptions | held) & ~scored).nonzero().flatten()          # on which choices are made
+        self.two_hop = {"recited": (exceptions, paths.two_hop), "true": (exceptions, self.true),
+                        "train": (masks["train"] & ~exceptions, self.true),
+                        "id": (masks["id"], self.true), "ood": (masks["ood"], self.true)}
+        self.two_hop = {name: (mask & scored, answer) for name, (mask, answer) in self.two_hop.items()}
+        arithmetic = paths.facts[:, 1] < run.recipe.arithmetic
+        rank = run.frequency.argsort(stable=True).argsort() / len(arithmetic)
         self.facts = {"one_hop": torch.ones_like(arithmetic), "arithmetic": arithmetic,
-                      "rare": (fifth == 0) & ~arithmetic, "frequent": (fifth == 4) & ~arithmetic}
+                      "rare": (rank < 0.2) & ~arithmetic, "frequent": (rank >= 0.8) & ~arithmetic}
 
     def mixture(self, n: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of n steps as they are trained, each path by itself: an exception is one among the rest."""
@@ -919,79 +908,84 @@ class Ablation:
             unasked = torch.full_like(answers[:, 0], -100)
             found += [(tokens[:, [0, 1, 2 + i]], torch.stack([unasked, answers[:, 0], answers[:, 1 + i]], 1))
                       for i in range(self.run.recipe.branches)]
-            tokens, told = self.batches.open_book(self.run.mixture.open_book, self.run.config.n_entities)
-            found += [(tokens, F.pad(told[:, None], (4, 0), value=-100))] * (len(told) > 0)
+            if self.run.recipe.open_book:
+                tokens, told = self.batches.open_book(self.run.recipe.open_book, self.run.config.n_entities)
+                found.append((tokens, F.pad(told[:, None], (4, 0), value=-100)))
         return found
 
     def measure(self, model: Model) -> dict[str, float | None]:
-        """Share of right answers by set."""
+        """Share of right answers by set, on paths that choose nothing."""
         one_hop, two_hop = predict(model, self.run.paths)
         return {name: share_of((two_hop == answer)[mask]) for name, (mask, answer) in self.two_hop.items()} | \
             {name: share_of((one_hop == self.run.paths.facts[:, 2])[mask]) for name, mask in self.facts.items()} | \
             {"open_book": share_of(last_answers(model, self.prompts) == self.told)}
 
+    def value(self, model: Model) -> float:
+        """true - recited on the exceptions of the fifth that is not scored, less ten times what the held-out accuracy
+        there lacks of 0.98 of what it was at the first call."""
+        answers, true, trained = last_answers(model, self.run.paths.tokens[self.rows]), *(
+            x[self.rows] for x in (self.true, self.run.paths.two_hop))
+        share = lambda right, of: float(right[of].double().mean()) if of.any() else 0.0
+        held = share(answers == true, true == trained)
+        self.held = self.held or held
+        return share(answers == true, true != trained) - share(answers == trained, true != trained) \
+            - 10 * max(0.0, 0.98 * self.held - held)
+
 
 def ablate_stage(run: Run, model: Model):
     """Exceptions out of a model by K-FAC and by every control; what else goes with them; how soon they are back."""
-    if not run.mixture.label_noise or not run.recipe.branches:
+    if not run.recipe.label_noise or not run.recipe.branches:
         raise UserError("--ablate needs exceptions to forget: give --label-noise and --branches more than 0")
-    study, began, seeded = Ablation(run), time.perf_counter(), lambda: run.stream(run.device)
+    study, paths, masks, began = Ablation(run), run.paths, run.paths.masks, time.perf_counter()
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    attention = [name for name in names if "attention" in name]
-    values = [name for name in names if name.endswith((".values", ".down"))]
-    sets = {"attention": attention, "values": values, "both": attention + values,
-            "addresses": [name for name in names if name not in attention + values], "all": names}
-    mixture = study.mixture(25)
-    factors = curvature.kronecker_factors(model, mixture, study.loss, names, generator=seeded())
+    groups = {kind: [name for name in names if name.endswith(ends)] for kind, ends in GROUPS.items()}
+    mixture, seeded = study.mixture(25), lambda: run.stream(run.device)
+    factors = curvature.kronecker_factors(model, mixture, F.cross_entropy, names, generator=seeded())
     factors = {name: (curvature.eigen(A), curvature.eigen(G)) for name, (A, G) in factors.items()}
-    masses = curvature.corrected_masses(model, mixture, study.loss, factors, generator=seeded())
-    before, seconds = study.measure(model), round(time.perf_counter() - began, 2)
-    value = lambda e: (e["valid_held"] >= 0.97 * before["valid_held"], e["valid_true"] - e["valid_recited"])
-    sweep = curvature.sweep(model, study.measure, factors, sets, KEEPS, masses)
-    chosen = max(sweep, key=value)
-    layers, by = sets[chosen["layers"]], masses if chosen["method"] == "ekfac" else None
-    rivals = [max((e for e in sweep if e["method"] == m), key=value) for m in ("kfac", "ekfac") if m != chosen["method"]]
-    others = curvature.controls(model, study.measure, factors, layers, chosen["keep"], STRENGTHS, run.stream(), by)
-    after, share = curvature.edited(model, factors, layers, chosen["keep"], by)
-    exceptions = run.paths.masks["exceptions"] & run.paths.masks["validation"]
-    forget = run.paths.tokens[exceptions], F.pad(run.paths.two_hop[exceptions][:, None], (2, 0), value=-100)
-    learned = curvature.learned_mask(model, [forget], mixture, F.cross_entropy, layers, share, steps=100)
-    others.append(curvature.outcome(model, study.measure, learned, method="learned", match="kept"))
-    tokens, masks = run.paths.tokens, run.paths.masks
-    groups = {"exceptions": tokens[masks["exceptions"]], "clean": tokens[masks["train"] & ~masks["exceptions"]][:2000]}
-    bands = {name: curvature.bands(model, groups, name, factors[name][0]) for name in layers}
+    seconds = round(time.perf_counter() - began, 2)
+    masses = curvature.corrected_masses(model, mixture, F.cross_entropy, factors, generator=seeded())
+    before = curvature.outcome(model, study.measure, {}, method="before", value=study.value(model))
+    best, after, entries = curvature.compare(model, study.measure, study.value, factors, masses, groups, KEEPS, REMOVED,
+                                             run.stream())
+    forget = masks["exceptions"] & masks["validation"]
+    learned = curvature.learned_mask(
+        model, [(paths.tokens[forget], F.pad(paths.two_hop[forget][:, None], (2, 0), value=-100))], mixture,
+        F.cross_entropy, [*after], best["kept"], steps=100)
+    entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="components"))
+    sweep = [curvature.outcome(model, study.measure, curvature.edited(model, best["method"], factors, after, keep, masses),
+                               keep=keep) for keep in KEEPS]
+    inputs = {name: paths.tokens[mask.nonzero().flatten()[:2000]] for name, mask in
+              (("exceptions", masks["exceptions"]), ("clean", masks["train"] & ~masks["exceptions"]))}
+    bands = {name: curvature.bands(model, inputs, name, factors[name][0]) for name in names}
     with curvature.ablated(model, after):
         ablated = relearn(run, model.state_dict(), study, before["recited"])
     fresh = relearn(run, Model(run.config, run.stream()).state_dict(), study, 2, len(ablated))
-    run.results["ablate"] = {"before": before, "factor_seconds": seconds, "sweep": sweep, "chosen": chosen,
-                             "controls": others, "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
+    run.results["ablate"] = {"factor_seconds": seconds, "before": before, "chosen": best, "entries": entries, "sweep": sweep,
+                             "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
     if run.args.images:
-        pass
+        run.results["ablate"]["vision"] = vision(run)
     run.save_results()
-    own = [max((e for e in others if e["method"] == m and e["match"] == "removed"), key=value) for m in curvature.CONTROLS]
-    shown = ("recited", "true", "train", "id", "ood", "one_hop")
-    rows = [("", "layers", "matched", "strength", "removed", "recited", "true", "train", "ID", "OOD", "1-hop")]
-    rows.append(("before", *"---", cell(None), *(cell(before[key]) for key in shown)))
-    for e in [chosen, *rivals, *(e for e in others if e["match"] != "removed"), *own]:
-        rows.append((e["method"], e.get("layers", ""), e.get("match", "keep").replace("removed", "own"),
-                     cell(e.get("keep", e.get("strength")), "g"), *(cell(e[key]) for key in ("removed", *shown))))
-    print(f"\nablation, {seconds:.0f} s for factors and bases\n{table(rows)}\n{ABLATED}")
-    rows = [("keep", "removed", "recited", "true", "train", "ID", "OOD", "1-hop")]
-    rows += [(cell(e["keep"], "g"), *(cell(e[key]) for key in ("removed", *shown))) for e in sweep
-             if (e["method"], e["layers"]) == (chosen["method"], chosen["layers"])]
-    print(f"\n{chosen['method']}, layers: {chosen['layers']}\n{table(rows)}")
+    shown = ("removed", "recited", "true", "train", "id", "ood", "one_hop")
+    head = ("removed", "recited", "true", "train", "ID", "OOD", "1-hop")
+    rows = [("", "matched", *GROUPS, *head)]
+    for e in [before, *entries]:
+        rows.append((e["method"], e.get("matched", ""), *(cell(e.get("strengths", {}).get(kind), "g") for kind in GROUPS),
+                     *(cell(e[key]) for key in shown)))
+    print(f"\n{int(masks['exceptions'].sum())} exceptions; {seconds:.1f} s for factors and bases\n{table(rows)}\n{ABLATED}")
+    rows = [("keep", *head), *((cell(e["keep"], "g"), *(cell(e[key]) for key in shown)) for e in sweep)]
+    print(f"\n{best['method']}, one keep for all layers that were chosen\n{table(rows)}")
     rows = [("", "before", "after", "kept", "paper")]
-    rows += [(key, cell(before[key]), cell(chosen[key]), cell(100 * chosen[key] / before[key], ".0f") if before[key] else "-",
-              paper) for key, paper in PAPER.items() if before[key] is not None]
-    print(f"\n{table(rows)}\n{TASKS}")
+    rows += [(label, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f") if before[key] else "-", paper)
+             for key, (label, paper) in TASKS.items() if before[key] is not None]
+    print(f"\n{table(rows)}\n{RETENTION}")
     rows = [("layer", *range(1, 9), "norm")]
-    for name, found in bands.items():
-        (there, norm), (here, usual) = found["exceptions"], found["clean"]
-        rows.append((name, *(cell(x / max(y, 1e-9), ".2f") for x, y in zip(there, here)), cell(norm / usual, ".2f")))
+    for name, ((there, norm), (here, usual)) in ((name, x.values()) for name, x in bands.items()):
+        rows.append((name, *(cell(x / max(y, 1e-9), ".2f") for x, y in zip(there, here)), cell(norm / max(usual, 1e-9), ".2f")))
     print(f"\n{table(rows)}\n{BANDS}")
-    rows = [("steps", "ablated", "fresh", "OOD, ablated")]
-    rows += [(a["step"], cell(a["recited"]), cell(f["recited"]), cell(a["ood"])) for a, f in zip(ablated, fresh)]
+    rows = [("steps", "ablated", "fresh", "OOD, ablated"), *((a["step"], *map(cell, (a["recited"], f["recited"], a["ood"])))
+                                                             for a, f in zip(ablated, fresh))]
     print(f"\nexceptions recited against further steps of training\n{table(rows)}")
+    print(f"{time.perf_counter() - began:.0f} s")
 
 
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
@@ -999,13 +993,79 @@ def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int 
     the last steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
     parts, curve, step = run.fresh(), [], 0
     parts["model"].load_state_dict(weights)
-    batches, limit = run.batches(parts["generator"]), max(40, run.mixture.memorize)
+    batches, limit = run.batches(parts["generator"]), max(40, run.recipe.memorize)
     while len(curve) < most and (not curve or curve[-1]["recited"] < recited) and step <= limit:
         curve.append({"step": step} | study.measure(parts["model"]))
         for step in range(step, max(10, 2 * step)):
             run.advance(parts, batches, parts["model"], run.recipe.steps + step)
         step += 1
     return curve
+
+
+class VisionTransformer(nn.Module):
+    """[batch, 16, 16] -> logits [batch, 8]: patches of 4 x 4, two blocks, the mean over patches."""
+    def __init__(self, generator: torch.Generator, d_model: int = 64):
+        super().__init__()
+        self.patch, self.head = nn.Linear(16, d_model), nn.Linear(d_model, 8)
+        self.place = nn.Parameter(torch.zeros(16, d_model))
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(
+            d_model, 4, 4 * d_model, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2)))
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p, generator=generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = images.unfold(1, 4, 4).unfold(2, 4, 4).reshape(len(images), 16, 16)
+        return self.head(self.blocks(self.patch(patches) + self.place).mean(1))
+
+
+def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """n noisy images [n, 16, 16] of eight shapes at random places and sizes, and which shape it is [n]."""
+    draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+    r, grid = draw(3.5, 6), torch.arange(16.0)
+    u, v = ((x - 7.5 - draw(-1, 1) * (7.5 - r)) / r for x in (grid[None, None, :], grid[None, :, None]))
+    large, small, round_ = u.abs().maximum(v.abs()), u.abs().minimum(v.abs()), u**2 + v**2
+    kinds = torch.stack([round_ < 1, (round_ < 1) & (round_ > 0.4), large < 0.85, (large < 0.95) & (large > 0.5),
+                         u.abs() + v.abs() < 1, (small < 0.3) & (large < 1), (u.abs() < (v + 1) / 2) & (v < 0.9),
+                         ((u - v).abs().minimum((u + v).abs()) < 0.4) & (large < 0.9)], 1)    # [n, 8, 16, 16]
+    kind = torch.randint(8, (n,), generator=generator)
+    return kinds[torch.arange(n), kind] + 0.15 * torch.randn(n, 16, 16, generator=generator), kind
+
+
+def vision(run: Run) -> dict:
+    """A vision transformer with a tenth of its labels wrong, on the CPU: memorized, true and validation, then ablated."""
+    n, generator, began = run.args.images, run.stream(), time.perf_counter()
+    model, (images, true) = VisionTransformer(generator), shapes(2 * n, generator)
+    noised, valid = torch.arange(2 * n) < n // 10, torch.arange(2 * n) % 5 == 0  # on a fifth the choices are made
+    labels = torch.where(noised, (true + torch.randint(1, 8, (2 * n,), generator=generator)) % 8, true)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
+    for rows in (torch.randperm(n, generator=generator)[:100] for _ in range(n // 2)):
+        F.cross_entropy(model(images[rows]), labels[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def measure(model, scored=~valid) -> dict[str, float]:
+        answers, seen = model(images).argmax(-1), torch.arange(2 * n) < n
+        share = lambda right, mask: share_of(right[mask & scored])
+        return {"memorized": share(answers == labels, noised), "true": share(answers == true, noised),
+                "train": share(answers == true, seen & ~noised), "validation": share(answers == true, ~seen)}
+
+    def value(model) -> float:
+        found = measure(model, valid)
+        return found["true"] - found["memorized"] - 10 * max(0, 0.98 * held - found["validation"])
+    before, held = curvature.outcome(model, measure, {}, method="before"), measure(model, valid)["validation"]
+    groups = {f"{kind} {i}": [f"blocks.{i}.{name}"] for i in (0, 1) for kind, name in (("up", "linear1"), ("down", "linear2"))}
+    batches = list(zip(images[:n].split(250), labels[:n].split(250)))
+    factors = curvature.kronecker_factors(model, batches, F.cross_entropy, sum(groups.values(), []), generator=run.stream())
+    factors = {name: tuple(map(curvature.eigen, pair)) for name, pair in factors.items()}
+    masses = curvature.corrected_masses(model, batches, F.cross_entropy, factors, generator=run.stream())
+    *_, entries = curvature.compare(model, measure, value, factors, masses, groups, KEEPS, REMOVED, run.stream(),
+                                    ("kfac", "ekfac", "svd", "random"))
+    rows = [("", "matched", "memorized", "true", "train", "validation")]
+    rows += [(e["method"], e.get("matched", ""), *(cell(e[key]) for key in rows[0][2:])) for e in [before, *entries]]
+    print(f"\na vision transformer, {n} images\n{table(rows)}\n{time.perf_counter() - began:.0f} s")
+    return {"images": n, "entries": [before, *entries]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1174,7 +1234,7 @@ def differences(found: dict, asked: dict, group: str = "") -> list[str]:
         there, here = found.get(key), asked.get(key)
         if isinstance(there, dict) and isinstance(here, dict):
             differ += differences(there, here, f"{group}{key}.")
-        elif there != here and key != "triples":
+        elif (there or 0) != (here or 0) and key != "triples":                   # what an older run lacks is off
             differ.append(f"{group}{key} ({json.dumps(there)} there, {json.dumps(here)} asked)")
     return differ
 
@@ -1218,9 +1278,7 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "label_noise": "share of the trained compositions that get a fixed wrong answer",
         "arithmetic": "relations with tail = (head + c) mod entities", "zipf": "a fact of rank i is drawn as i^-zipf",
         "open_book": "prompts per step that hold the fact they ask for",
-        "memorize": "last steps, to memorize under the four options that begin with late",
-        "late_lr": "rate of AdamW then", "late_muon_lr": "rate of Muon then",
-        "late_weight_decay": "of both then", "late_label_smoothing": "of all losses then"}
+        "memorize": "last steps, regularised less, to memorize"}
 QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128,
          "top_k": 8, "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True,
          "locate": True, "when": True, "mass_edit": True}
@@ -1269,7 +1327,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ood-fraction", type=float, default=0.1, help="share of the facts that no trained composition uses")
     add("--train-fraction", type=float, default=0.8, help="share of the ID paths that is trained")
     add("--feed-forward", action="store_true", help="keep the private feed-forward beside the memory")
-    for option in (*fields(Config), *fields(Recipe), *fields(Mixture)):
+    for option in (*fields(Config), *fields(Recipe)):
         if option.name in HELP:
             add("--" + option.name.replace("_", "-"), type=option.type, default=option.default, help=HELP[option.name])
     return parser
@@ -1296,8 +1354,6 @@ def prepare(args) -> list[Run]:
         print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
               f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
     data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
-    mixture = {f.name: getattr(args, f.name) for f in fields(Mixture)}
-    data |= {"mixture": mixture} if mixture != asdict(Mixture()) else {}
     names = [(arch, seed) for arch in (ARCHS if args.arch == "all" else [args.arch])
              for seed in range(args.seed, args.seed + args.seeds)]
     parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(names) == 1
