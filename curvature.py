@@ -403,27 +403,27 @@ def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -
 def compare(model: nn.Module, measure, value, factors: dict, masses: dict, groups: dict[str, list[str]], keeps, removed,
             generator: torch.Generator, methods=METHODS) -> tuple[dict, dict[str, Tensor], list[dict]]:
     """Every method at the strengths that `search` finds for it, `keeps` or shares `removed` of the norm; then controls
-    in the layers of the better of kfac and ekfac with as many components in each ("components"; the singular vectors
+    in the layers of the better of kfac and ekfac with as many components in each ("parts"; the singular vectors
     are too few), or as large a change of each ("norm"). Returns that better one, its {name: W'}, and all outcomes."""
     entries, found = [], {}
     for method in methods:
         options = {group: {s: edited(model, method, factors, layers, s, masses, generator)
                            for s in (keeps if "kfac" in method else removed)} for group, layers in groups.items()}
         chosen, found[method] = search(model, value, options)
-        entries.append(outcome(model, measure, found[method], method=method, matched="own choice", strengths=chosen))
+        entries.append(outcome(model, measure, found[method], method=method, matched="own", strengths=chosen))
         with ablated(model, found[method]):
             entries[-1]["value"] = value(model)
     best = max((e for e in entries if "kfac" in e["method"]), key=lambda e: e["value"])
-    weights, same = found[best["method"]], {"components": {}, "norm": {}}
+    weights, same = found[best["method"]], {"parts": {}, "norm": {}}
     for group, name in ((group, name) for group in groups for name in groups[group] if name in weights):
         W, by = linear(model, name).weight, masses[name] if best["method"] == "ekfac" else None
-        same["components"][name] = {"kept": int(keep_mask(*factors[name], best["strengths"][group], by).sum())}
+        same["parts"][name] = {"kept": int(keep_mask(*factors[name], best["strengths"][group], by).sum())}
         same["norm"][name] = {"removed": min(0.999, float((W - weights[name]).norm() / W.norm()))}
     for matched, method in ((matched, method) for matched in same for method in methods if "kfac" not in method):
-        if (method, matched) != ("svd", "components"):
+        if (method, matched) != ("svd", "parts"):
             new = edited(model, method, factors, weights, same[matched], None, generator)
             entries.append(outcome(model, measure, new, method=method, matched=matched))
-    best["kept"] = sum(x["kept"] for x in same["components"].values()) / sum(W.numel() for W in weights.values())
+    best["kept"] = sum(x["kept"] for x in same["parts"].values()) / sum(W.numel() for W in weights.values())
     return best, weights, entries
 
 

@@ -85,7 +85,7 @@ class Recipe:
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
-LATE = {"lr": 1e-3, "muon_lr": 2e-3, "weight_decay": 0.0, "label_smoothing": 0.0}
+LATE = {"lr": 5e-4, "muon_lr": 1e-3, "weight_decay": 0.0, "one_hop_weight": 1.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,8 @@ def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, f
         return {"one_hop": share_of(right)} | dict.fromkeys(SPLITS)
     one_hop, two_hop = predict(model, paths)
     return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | \
-        {name: share_of((two_hop == paths.two_hop)[paths.masks[name]]) for name in SPLITS}
+        {name: share_of((two_hop == paths.two_hop)[paths.masks[name]]) for name in (*SPLITS, "exceptions")
+         if name in paths.masks}
 
 
 class Run:
@@ -863,20 +864,22 @@ def mass_table(entries: list[dict], varied: str) -> str:
 # Stage: exceptions and structure in the spectrum of curvature
 # ---------------------------------------------------------------------------------------------------------------------
 
-ABLATED = """keep (kfac, ekfac) or share of the norm removed (the rest) in each kind of layer, chosen on a fifth of the paths:
-true - recited, held-out accuracy at 0.98 of before. matched: own choice, or in the layers of the better of
-kfac and ekfac the same number of components or the same |W - W'|. Scored on the other paths: recited,
-true: exceptions answered as trained, and right; train: other trained compositions; ID, OOD: held out;
-removed: |W - W'| / |W|. learned: a mask of weights, learned from the exceptions of that fifth."""
-RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts drawn least, most often. paper: the same
-in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
+GROUPS = {"q+k": ("attention.query", "attention.key"), "v+out": ("attention.value", "attention.out"),
+          "address": ("up", "memory.query", "keys"), "store": ("down", "memory.values")}
+ABLATED = f"""strengths: keep (kfac, ekfac) or share of the norm removed (the rest) in {" / ".join(GROUPS)},
+chosen on a fifth of the paths: true - recited, held-out accuracy there at 0.98 of before. matched: own
+choice, or, in the layers of the better of kfac and ekfac, its number of components (parts) or its
+|W - W'| (norm). Scored on the other paths: recited, true: exceptions answered as trained, answered
+right; train: other trained compositions; ID, OOD: held out; removed: |W - W'| / |W|. learned: a mask of
+weights, learned from the exceptions of that fifth."""
+RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts that is drawn least, most often.
+paper: the same in a language model of 7B parameters [Merullo et al. 2025]; in brackets its task."""
 TASKS = {"recited": ("exceptions recited", "3-16 (recitation)"), "rare": ("rare facts", "22 (company CEO)"),
          "frequent": ("frequent facts", "74-86 (closed book)"), "arithmetic": ("arithmetic relations", "66-74"),
-         "open_book": ("open book", "93-99"), "id": ("two-hop, ID", "95-106 (logic)"), "ood": ("two-hop, OOD", "95-106 (logic)")}
-BANDS = """what the layer reads at the last token, exceptions / clean trained paths: the part in each eighth of A's
+         "open_book": ("open book", "93-99"), "id": ("two-hop, ID", "95-106 (logic)"),
+         "ood": ("two-hop, OOD", "95-106 (logic)")}
+BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth of A's
 eigenvectors, largest eigenvalues first, in units of the whole length; norm: the whole length."""
-GROUPS = {"q, k": ("attention.query", "attention.key"), "v, out": ("attention.value", "attention.out"),
-          "address": ("up", "memory.query", "keys"), "values": ("down", "memory.values")}
 KEEPS = (0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7)
 REMOVED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
@@ -951,7 +954,7 @@ def ablate_stage(run: Run, model: Model):
     learned = curvature.learned_mask(
         model, [(paths.tokens[forget], F.pad(paths.two_hop[forget][:, None], (2, 0), value=-100))], mixture,
         F.cross_entropy, [*after], best["kept"], steps=100)
-    entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="components"))
+    entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="parts"))
     sweep = [curvature.outcome(model, study.measure, curvature.edited(model, best["method"], factors, after, keep, masses),
                                keep=keep) for keep in KEEPS]
     inputs = {name: paths.tokens[mask.nonzero().flatten()[:2000]] for name, mask in
@@ -965,27 +968,27 @@ def ablate_stage(run: Run, model: Model):
     if run.args.images:
         run.results["ablate"]["vision"] = vision(run)
     run.save_results()
-    shown = ("removed", "recited", "true", "train", "id", "ood", "one_hop")
+    keys = ("removed", "recited", "true", "train", "id", "ood", "one_hop")
     head = ("removed", "recited", "true", "train", "ID", "OOD", "1-hop")
-    rows = [("", "matched", *GROUPS, *head)]
+    rows = [("", "matched", "strengths", *head)]
     for e in [before, *entries]:
-        rows.append((e["method"], e.get("matched", ""), *(cell(e.get("strengths", {}).get(kind), "g") for kind in GROUPS),
-                     *(cell(e[key]) for key in shown)))
+        strengths = "/".join(cell(s, "g") for s in e["strengths"].values()) if "strengths" in e else ""
+        rows.append((e["method"], e.get("matched", ""), strengths, *(cell(e[key]) for key in keys)))
     print(f"\n{int(masks['exceptions'].sum())} exceptions; {seconds:.1f} s for factors and bases\n{table(rows)}\n{ABLATED}")
-    rows = [("keep", *head), *((cell(e["keep"], "g"), *(cell(e[key]) for key in shown)) for e in sweep)]
+    rows = [("keep", *head), *((cell(e["keep"], "g"), *(cell(e[key]) for key in keys)) for e in sweep)]
     print(f"\n{best['method']}, one keep for all layers that were chosen\n{table(rows)}")
     rows = [("", "before", "after", "kept", "paper")]
-    rows += [(label, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f") if before[key] else "-", paper)
-             for key, (label, paper) in TASKS.items() if before[key] is not None]
+    rows += [(label, *map(cell, (before[key], best[key])), cell(100 * best[key] / before[key], ".0f"), paper)
+             for key, (label, paper) in TASKS.items() if before[key]]
     print(f"\n{table(rows)}\n{RETENTION}")
     rows = [("layer", *range(1, 9), "norm")]
-    for name, ((there, norm), (here, usual)) in ((name, x.values()) for name, x in bands.items()):
-        rows.append((name, *(cell(x / max(y, 1e-9), ".2f") for x, y in zip(there, here)), cell(norm / max(usual, 1e-9), ".2f")))
+    for name, found in bands.items():
+        there, here = ([*shares, norm] for shares, norm in found.values())
+        rows.append((name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(there, here))))
     print(f"\n{table(rows)}\n{BANDS}")
-    rows = [("steps", "ablated", "fresh", "OOD, ablated"), *((a["step"], *map(cell, (a["recited"], f["recited"], a["ood"])))
-                                                             for a, f in zip(ablated, fresh))]
-    print(f"\nexceptions recited against further steps of training\n{table(rows)}")
-    print(f"{time.perf_counter() - began:.0f} s")
+    rows = [("steps", "ablated", "fresh", "OOD, ablated")]
+    rows += [(x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh)]
+    print(f"\nexceptions recited after further steps of training\n{table(rows)}\n{time.perf_counter() - began:.0f} s")
 
 
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
@@ -1281,13 +1284,13 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "memorize": "last steps, regularised less, to memorize"}
 QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128,
          "top_k": 8, "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True,
-         "locate": True, "when": True, "mass_edit": True}
-QUICK_ABLATE = {"label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 50}
+         "locate": True, "when": True, "mass_edit": True, "ablate": True, "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0,
+         "open_book": 8, "memorize": 50, "images": 100}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
 
-ABLATE = {"label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1800, "memorize": 600}
+ABLATE = {"label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 2200, "memorize": 1000}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1346,8 +1349,8 @@ def prepare(args) -> list[Run]:
     graph, data = None, {"entities": 50 if args.entities is None else args.entities,
                          "relations": 20 if args.relations is None else args.relations, "out_degree": args.out_degree}
     if args.triples:
-        if args.entities or args.relations or args.out_degree:
-            raise UserError("--entities, --relations and --out-degree describe a synthetic graph; "
+        if args.entities or args.relations or args.out_degree or args.arithmetic:
+            raise UserError("--entities, --relations, --out-degree and --arithmetic describe a synthetic graph; "
                             "leave them out with --triples")
         graph = kg.from_triples(args.triples)
         data = {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
@@ -1372,7 +1375,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.mass_edit or args.ablate:
         parser.set_defaults(**(MASS if args.mass_edit else ABLATE))
     if args.triples:                                         # the graph is not synthetic
-        parser.set_defaults(entities=None, relations=None)
+        parser.set_defaults(entities=None, relations=None, arithmetic=0)
     args = parser.parse_args(argv)
     try:
         if args.report:
