@@ -2138,9 +2138,12 @@ def test_bands_of_what_a_layer_reads():
 
 
 def test_images_of_shapes():
-    images, kind = minedit.shapes(400, generator())
+    patches, kind = minedit.shapes(400, generator())
     again, _ = minedit.shapes(400, generator())
-    assert images.shape == (400, 16, 16) and torch.equal(images, again) and kind.unique().tolist() == list(range(8))
+    assert patches.shape == (400, 16, 32) and torch.equal(patches, again) and kind.unique().tolist() == list(range(8))
+    images = patches[..., :16].view(400, 4, 4, 4, 4).transpose(2, 3).reshape(400, 16, 16)
+    steps = (images[:, 1:] - images[:, :-1]).abs().mean()
+    assert steps < (images[:, 1:] - images[:, :-1].flip(1)).abs().mean(), "neighbours are alike: the patches lie in order"
     area = (images > 0.5).double().mean((1, 2))
     assert (area > 0.02).all() and (area < 0.7).all() and area[kind == 0].mean() > area[kind == 1].mean()
 
