@@ -428,8 +428,8 @@ def compare(model: nn.Module, measure, value, factors: dict, masses: dict, group
 
 
 def bands(model: nn.Module, inputs: dict[str, Tensor], layer: str, A: Tensor | Eigen, n_bands: int = 8) -> dict:
-    """{name: (mean `band_shares` [n_bands], mean norm)} of what the layer reads at the last token of the inputs [N, ...],
-    at all its calls."""
+    """{name: (mean `band_shares` [n_bands], mean norm)} of what a layer reads at the last token of inputs [N, token],
+    in all its calls."""
     found, A = {}, eigen(A)
     for name, x in inputs.items():
         calls = []

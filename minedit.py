@@ -867,11 +867,11 @@ def mass_table(entries: list[dict], varied: str) -> str:
 GROUPS = {"q+k": ("attention.query", "attention.key"), "v+out": ("attention.value", "attention.out"),
           "address": ("up", "memory.query", "keys"), "store": ("down", "memory.values")}
 ABLATED = f"""strengths: keep (kfac, ekfac) or share of the norm removed (the rest) in {" / ".join(GROUPS)},
-chosen on a fifth of the paths: true - recited, held-out accuracy there at 0.98 of before. matched: own
-choice, or, in the layers of the better of kfac and ekfac, its number of components (parts) or its
-|W - W'| (norm). Scored on the other paths: recited, true: exceptions answered as trained, answered
-right; train: other trained compositions; ID, OOD: held out; removed: |W - W'| / |W|. learned: a mask of
-weights, learned from the exceptions of that fifth."""
+chosen on a fifth of the paths: true - recited, held-out accuracy kept up to 0.02. matched: own choice,
+or, in the layers of the better of kfac and ekfac, its number of components (parts) or its |W - W'|
+(norm). Scored on the other paths: recited, true: exceptions answered as trained, answered right; train:
+other trained compositions; ID, OOD: held out; removed: |W - W'| / |W|. learned: a mask of weights,
+learned from the exceptions of that fifth."""
 RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts that is drawn least, most often.
 paper: the same in a language model of 7B parameters [Merullo et al. 2025]; in brackets its task."""
 TASKS = {"recited": ("exceptions recited", "3-16 (recitation)"), "rare": ("rare facts", "22 (company CEO)"),
@@ -880,8 +880,8 @@ TASKS = {"recited": ("exceptions recited", "3-16 (recitation)"), "rare": ("rare 
          "ood": ("two-hop, OOD", "95-106 (logic)")}
 BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth of A's
 eigenvectors, largest eigenvalues first, in units of the whole length; norm: the whole length."""
-VISION = """memorized, true: the images trained with a wrong label, answered so, and right; validation: others. paper, ViT-B:
-81.6 / 10.5 / 67.0 percent before, kfac 3.5 / 66.5 / 71.7, svd 3.5 / 58.9 / 67.8"""
+VISION = """memorized, true: images trained with a wrong label, answered so, and right; validation: other images.
+Paper, ViT-B: 81.6 / 10.5 / 67.0 percent before, kfac 3.5 / 66.5 / 71.7, svd 3.5 / 58.9 / 67.8."""
 KEEPS = (0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7)
 REMOVED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
@@ -890,16 +890,17 @@ class Ablation:
     """What a model of --ablate is asked, and the batches that its curvature is measured on."""
 
     def __init__(self, run: Run):
-        self.run, paths, masks, self.held = run, run.paths, run.paths.masks, None
-        self.batches, self.true = run.batches(run.stream(run.device)), kg.true_two_hop(paths)
+        self.run, paths, self.masks, self.before = run, run.paths, run.paths.masks, None
+        self.batches, true = run.batches(run.stream(run.device)), kg.true_two_hop(paths)
+        exceptions = self.masks["exceptions"]
         self.prompts, self.told = self.batches.open_book(500, run.config.n_entities)
-        scored, exceptions = ~masks["validation"], masks["exceptions"]
-        held = masks["id"] | masks["ood"] | masks["ood_first"] | masks["ood_second"]
-        self.rows = ((exceptions | held) & ~scored).nonzero().flatten()          # on which choices are made
-        self.two_hop = {"recited": (exceptions, paths.two_hop), "true": (exceptions, self.true),
-                        "train": (masks["train"] & ~exceptions, self.true),
-                        "id": (masks["id"], self.true), "ood": (masks["ood"], self.true)}
-        self.two_hop = {name: (mask & scored, answer) for name, (mask, answer) in self.two_hop.items()}
+        self.sets = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true), "train": (~exceptions, true)}
+        self.sets |= {name: (torch.ones_like(exceptions), true) for name in SPLITS[1:]}
+        self.sets = {name: (mask & self.masks[name if name in SPLITS else "exceptions"], answer)
+                     for name, (mask, answer) in self.sets.items()}
+        choose = [(mask & self.masks["validation"]).nonzero().flatten()[:250] for name, (mask, _) in self.sets.items()
+                  if name not in ("true", "train")]
+        self.rows = torch.cat(choose)                        # the paths by which choices are made
         arithmetic = paths.facts[:, 1] < run.recipe.arithmetic
         rank = run.frequency.argsort(stable=True).argsort() / len(arithmetic)
         self.facts = {"one_hop": torch.ones_like(arithmetic), "arithmetic": arithmetic,
@@ -918,23 +919,25 @@ class Ablation:
                 found.append((tokens, F.pad(told[:, None], (4, 0), value=-100)))
         return found
 
+    def shares(self, two_hop: Tensor, asked: Tensor) -> dict[str, float | None]:
+        return {name: share_of((two_hop == answer)[mask & asked]) for name, (mask, answer) in self.sets.items()}
+
     def measure(self, model: Model) -> dict[str, float | None]:
         """Share of right answers by set, on paths that choose nothing."""
         one_hop, two_hop = predict(model, self.run.paths)
-        return {name: share_of((two_hop == answer)[mask]) for name, (mask, answer) in self.two_hop.items()} | \
-            {name: share_of((one_hop == self.run.paths.facts[:, 2])[mask]) for name, mask in self.facts.items()} | \
-            {"open_book": share_of(last_answers(model, self.prompts) == self.told)}
+        return self.shares(two_hop, ~self.masks["validation"]) | {
+            name: share_of((one_hop == self.run.paths.facts[:, 2])[mask]) for name, mask in self.facts.items()} | {
+            "open_book": share_of(last_answers(model, self.prompts) == self.told)}
 
     def value(self, model: Model) -> float:
-        """true - recited on the exceptions of the fifth that is not scored, less ten times what the held-out accuracy
-        there lacks of 0.98 of what it was at the first call."""
-        answers, true, trained = last_answers(model, self.run.paths.tokens[self.rows]), *(
-            x[self.rows] for x in (self.true, self.run.paths.two_hop))
-        share = lambda right, of: float(right[of].double().mean()) if of.any() else 0.0
-        held = share(answers == true, true == trained)
-        self.held = self.held or held
-        return share(answers == true, true != trained) - share(answers == trained, true != trained) \
-            - 10 * max(0.0, 0.98 * self.held - held)
+        """true - recited on paths that are not scored, less ten times what held-out accuracy loses beyond 0.02, on
+        average over the four held-out splits, against the first call."""
+        two_hop, asked = torch.full_like(self.run.paths.two_hop, -1), torch.zeros_like(self.masks["validation"])
+        two_hop[self.rows], asked[self.rows] = last_answers(model, self.run.paths.tokens[self.rows]), True
+        found = {name: share or 0.0 for name, share in self.shares(two_hop, asked).items()}
+        self.before = self.before or found
+        lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / 4
+        return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
 
 
 def ablate_stage(run: Run, model: Model):
@@ -957,16 +960,16 @@ def ablate_stage(run: Run, model: Model):
         model, [(paths.tokens[forget], F.pad(paths.two_hop[forget][:, None], (2, 0), value=-100))], mixture,
         F.cross_entropy, [*after], best["kept"], steps=100)
     entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="parts"))
-    sweep = [curvature.outcome(model, study.measure, curvature.edited(model, best["method"], factors, after, keep, masses),
-                               keep=keep) for keep in KEEPS]
+    alike = {keep: curvature.edited(model, best["method"], factors, after, keep, masses) for keep in KEEPS}
+    sweep = [curvature.outcome(model, study.measure, weights, keep=keep) for keep, weights in alike.items()]
     inputs = {name: paths.tokens[mask.nonzero().flatten()[:2000]] for name, mask in
               (("exceptions", masks["exceptions"]), ("clean", masks["train"] & ~masks["exceptions"]))}
     bands = {name: curvature.bands(model, inputs, name, factors[name][0]) for name in names}
     with curvature.ablated(model, after):
         ablated = relearn(run, model.state_dict(), study, before["recited"])
     fresh = relearn(run, Model(run.config, run.stream()).state_dict(), study, 2, len(ablated))
-    run.results["ablate"] = {"factor_seconds": seconds, "before": before, "chosen": best, "entries": entries, "sweep": sweep,
-                             "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
+    run.results["ablate"] = {"factor_seconds": seconds, "before": before, "chosen": best, "entries": entries,
+                             "sweep": sweep, "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
     if run.args.images:
         run.results["ablate"]["vision"] = vision(run)
     run.save_results()
@@ -976,7 +979,8 @@ def ablate_stage(run: Run, model: Model):
     for e in [before, *entries]:
         strengths = "/".join(cell(s, "g") for s in e["strengths"].values()) if "strengths" in e else ""
         rows.append((e["method"], e.get("matched", ""), strengths, *(cell(e[key]) for key in keys)))
-    print(f"\n{int(masks['exceptions'].sum())} exceptions; {seconds:.1f} s for factors and bases\n{table(rows)}\n{ABLATED}")
+    n = int(masks["exceptions"].sum())
+    print(f"\n{n} exceptions; {seconds:.1f} s for factors and bases\n{table(rows)}\n{ABLATED}")
     rows = [("keep", *head), *((cell(e["keep"], "g"), *(cell(e[key]) for key in keys)) for e in sweep)]
     print(f"\n{best['method']}, one keep for all layers that were chosen\n{table(rows)}")
     rows = [("", "before", "after", "kept", "paper")]
@@ -1014,8 +1018,8 @@ def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     r, pixel = draw(3.5, 6), torch.arange(16.0)
     u, v = ((x - 7.5 - draw(-1, 1) * (7.5 - r)) / r for x in (pixel[None, None, :], pixel[None, :, None]))
     far, near, ring = u.abs().maximum(v.abs()), u.abs().minimum(v.abs()), (u**2 + v**2).sqrt()
-    kinds = torch.stack([ring < 1, (ring < 1) & (ring > 0.6), far < 0.85, (far < 0.95) & (far > 0.5), u.abs() + v.abs() < 1,
-                         (near < 0.3) & (far < 1), (u.abs() < (v + 1) / 2) & (v < 0.9),
+    kinds = torch.stack([ring < 1, (ring < 1) & (ring > 0.6), far < 0.85, (far < 0.95) & (far > 0.5),
+                         u.abs() + v.abs() < 1, (near < 0.3) & (far < 1), (u.abs() < (v + 1) / 2) & (v < 0.9),
                          ((u - v).abs().minimum((u + v).abs()) < 0.4) & (far < 0.9)], 1)      # [n, 8, 16, 16]
     kind = torch.randint(8, (n,), generator=generator)
     images = kinds[torch.arange(n), kind] + 0.15 * torch.randn(n, 16, 16, generator=generator)
@@ -1026,8 +1030,8 @@ def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def vision(run: Run) -> list[dict]:
     """A vision transformer with a tenth of its labels wrong, on the CPU, trained to memorize them and ablated."""
     n, generator, began = run.args.images, run.stream(), time.perf_counter()
-    model = nn.Sequential(nn.Linear(32, 64), *(nn.TransformerEncoderLayer(
-        64, 4, 256, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2)), nn.Flatten(), nn.Linear(16 * 64, 8))
+    blocks = (nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2))
+    model = nn.Sequential(nn.Linear(32, 64), *blocks, nn.Flatten(), nn.Linear(16 * 64, 8))
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.xavier_uniform_(p, generator=generator)
@@ -1057,7 +1061,8 @@ def vision(run: Run) -> list[dict]:
     masses = curvature.corrected_masses(model, *data, factors, generator=run.stream())
     entries = [before, *curvature.compare(model, measure, value, factors, masses, groups, KEEPS, REMOVED, run.stream(),
                                           ("kfac", "ekfac", "svd", "random"))[2]]
-    rows = [("", "matched", *sets)] + [(e["method"], e.get("matched", ""), *(cell(e[key]) for key in sets)) for e in entries]
+    rows = [("", "matched", *sets)]
+    rows += [(e["method"], e.get("matched", ""), *map(cell, map(e.get, sets))) for e in entries]
     print(f"\na vision transformer, {n} images\n{table(rows)}\n{VISION}\n{time.perf_counter() - began:.0f} s")
     return entries
 
@@ -1275,8 +1280,8 @@ HELP = {"d_model": "width of the residual stream", "n_heads": "attention heads",
         "memorize": "last steps, regularised less, to memorize"}
 QUICK = {"arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128,
          "top_k": 8, "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "edit": True,
-         "locate": True, "when": True, "mass_edit": True, "ablate": True, "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0,
-         "open_book": 8, "memorize": 50, "images": 100}
+         "locate": True, "when": True, "mass_edit": True, "ablate": True, "label_noise": 0.1, "arithmetic": 1,
+         "zipf": 1.0, "open_book": 8, "memorize": 50, "images": 100}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}

@@ -2030,7 +2030,7 @@ def test_a_share_of_exceptions_is_below_one():
     paths = kg.split(kg.synthetic(10, 4, 0), 0.1, 0.8, 0)
     with pytest.raises(ValueError, match="got 1.0"):
         kg.with_exceptions(paths, 1.0, 10, 0)
-    with pytest.raises(ValueError, match="5 arithmetic"):
+    with pytest.raises(ValueError, match="5 of them arithmetic"):
         kg.synthetic(10, 4, 0, arithmetic=5)
 
 
