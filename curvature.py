@@ -253,6 +253,17 @@ def ablate(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses:
     return project(W, A, G, keep_mask(A, G, keep, masses))
 
 
+def weighted_svd(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float) -> Tensor:
+    """W' with the largest singular values of G^1/2 W A^1/2, as many as hold the share `keep` of the sum of squares, and
+    G^1/2, A^1/2 taken back: of all W' of that rank the least tr G (W - W') A (W - W')^T. Not in [1]: a mask of pairs
+    does not know how large C is, a plain truncation knows no curvature. Eigenvalues below 1e-6 of the largest are raised."""
+    A, G = decompose(W, A, G)
+    mu, lam = (M.values.clamp(min=1e-6 * M.values[-1]).sqrt() for M in (A, G))
+    U, S, Vh = torch.linalg.svd(lam[:, None] * (G.vectors.T @ double(W) @ A.vectors) * mu, full_matrices=False)
+    S *= (S.square().cumsum(0) - S.square()) < keep * S.square().sum()
+    return (G.vectors @ ((U * S) @ Vh / lam[:, None] / mu) @ A.vectors.T).to(W)
+
+
 @contextmanager
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the old ones."""
@@ -359,7 +370,8 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
 # The study: what is lost when components are. `measure(model)` returns {name: share of right answers} of any questions
 # ---------------------------------------------------------------------------------------------------------------------
 
-METHODS = ("kfac", "ekfac", "svd", "random", "activations", "gradients", "magnitude")
+METHODS = ("kfac", "ekfac", "weighted", "svd", "random", "activations", "gradients", "magnitude")
+KEEPING = METHODS[:3]                   # with a share to keep; the rest are controls, with a share of the norm to remove
 
 
 def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> dict:
@@ -372,12 +384,14 @@ def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> d
 
 
 def edited(model: nn.Module, method: str, factors: dict, layers, strength, masses=None, generator=None) -> dict:
-    """{name: W'}: `ablate` with keep = strength for "kfac" and, by `masses`, "ekfac"; a `control` with |W - W'| =
-    strength |W| for the others. strength may be {name: options of `control`}."""
+    """{name: W'}: `ablate` with keep = strength for "kfac" and, by `masses`, "ekfac", `weighted_svd` with it for
+    "weighted"; a `control` with |W - W'| = strength |W| for the others. strength may be {name: options of `control`}."""
     found = {}
     for name in layers:
         W, (A, G) = linear(model, name).weight.detach(), factors[name]
-        if "kfac" in method:
+        if method == "weighted":
+            found[name] = weighted_svd(W, A, G, strength)
+        elif method in KEEPING:
             found[name] = ablate(W, A, G, strength, masses[name] if method == "ekfac" else None)
         else:
             options = strength[name] if isinstance(strength, dict) else {"removed": strength}
@@ -408,7 +422,7 @@ def compare(model: nn.Module, measure, value, factors: dict, masses: dict, group
     entries, found = [], {}
     for method in methods:
         options = {group: {s: edited(model, method, factors, layers, s, masses, generator)
-                           for s in (keeps if "kfac" in method else removed)} for group, layers in groups.items()}
+                           for s in (keeps if method in KEEPING else removed)} for group, layers in groups.items()}
         chosen, found[method] = search(model, value, options)
         entries.append(outcome(model, measure, found[method], method=method, matched="own", strengths=chosen))
         with ablated(model, found[method]):
@@ -419,7 +433,7 @@ def compare(model: nn.Module, measure, value, factors: dict, masses: dict, group
         W, by = linear(model, name).weight, masses[name] if best["method"] == "ekfac" else None
         same["parts"][name] = {"kept": int(keep_mask(*factors[name], best["strengths"][group], by).sum())}
         same["norm"][name] = {"removed": min(0.999, float((W - weights[name]).norm() / W.norm()))}
-    for matched, method in ((matched, method) for matched in same for method in methods if "kfac" not in method):
+    for matched, method in ((matched, method) for matched in same for method in methods if method not in KEEPING):
         if (method, matched) != ("svd", "parts"):
             new = edited(model, method, factors, weights, same[matched], None, generator)
             entries.append(outcome(model, measure, new, method=method, matched=matched))

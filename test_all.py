@@ -2109,7 +2109,7 @@ def test_methods_are_compared_at_what_they_are_said_to_match(small_study):
                                                (0.9, 0.6), (0.1, 0.5), generator())
     W = {name: model.get_submodule(name).weight.detach() for name in ("0", "2")}
     assert all(torch.equal(old[name], p) for name, p in model.state_dict().items()), "the model is as it was"
-    assert [e["method"] for e in entries[:7]] == list(curvature.METHODS) and best in entries[:2]
+    assert [e["method"] for e in entries[:8]] == list(curvature.METHODS) and best in entries[:2]
     assert best["value"] == max(e["value"] for e in entries[:2])
     for entry, now in zip(entries, seen):
         total = sum(float((W[n] - now[n]).square().sum()) for n in weights) / sum(float(W[n].square().sum()) for n in weights)
@@ -2122,7 +2122,7 @@ def test_methods_are_compared_at_what_they_are_said_to_match(small_study):
                 strength = best["strengths"]["a" if n == "0" else "b"]
                 kept = keep_mask(*factors[n], strength, masses[n] if best["method"] == "ekfac" else None)
                 assert (now[n] != 0).sum() == kept.sum()
-    assert {(e["method"], e["matched"]) for e in entries[7:]} == {(m, k) for m in curvature.METHODS[2:] for k in (
+    assert {(e["method"], e["matched"]) for e in entries[8:]} == {(m, k) for m in curvature.METHODS[3:] for k in (
         "parts", "norm")} - {("svd", "parts")}
 
 
@@ -2171,3 +2171,16 @@ def test_an_ablation_without_exceptions_is_refused(finished, capsys):
     assert run_main(*TINY, "--ablate", "--label-noise", 0, "--arithmetic", 0, "--zipf", 0, "--open-book", 0, "--memorize", 0,
                     "--out", finished) == 2
     assert "--label-noise" in capsys.readouterr().err
+
+
+def test_weighted_singular_values(layer):
+    W, A, G = layer[0], *(M + 0.01 * torch.eye(len(M)).double() for M in layer[1:])
+    close(curvature.weighted_svd(W, A, G, 1.0), W, 1e-9)
+    root = lambda M: (lambda e, U: U * e.sqrt() @ U.T)(*torch.linalg.eigh(M))
+    U, S, Vh = torch.linalg.svd(root(G) @ W @ root(A), full_matrices=False)
+    for n in range(1, 5):
+        want = root(G).inverse() @ (U[:, :n] * S[:n]) @ Vh[:n] @ root(A).inverse()
+        keep = float((S[:n].square().sum() - S[n - 1] ** 2 / 2) / S.square().sum())
+        close(curvature.weighted_svd(W, A, G, keep), want, 1e-8)
+    I = [torch.eye(len(M)).double() for M in (A, G)]
+    close(curvature.weighted_svd(W, *I, 1e-9), control("svd", W, *I, kept=1), 1e-9)
