@@ -254,9 +254,9 @@ def ablate(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses:
 
 
 def weighted_svd(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float) -> Tensor:
-    """W' with the largest singular values of G^1/2 W A^1/2, as many as hold the share `keep` of the sum of squares, and
-    G^1/2, A^1/2 taken back: of all W' of that rank the least tr G (W - W') A (W - W')^T. Not in [1]: a mask of pairs
-    does not know how large C is, a plain truncation knows no curvature. Eigenvalues below 1e-6 of the largest are raised."""
+    """W' with the largest singular values of G^1/2 W A^1/2, as many as hold the share `keep` of their squares: of its
+    rank the least tr G (W - W') A (W - W')^T. Ours, not of [1]: the mask does not know how large C is, plain singular
+    values know no curvature. Eigenvalues are raised to 1e-6 of the largest."""
     A, G = decompose(W, A, G)
     mu, lam = (M.values.clamp(min=1e-6 * M.values[-1]).sqrt() for M in (A, G))
     U, S, Vh = torch.linalg.svd(lam[:, None] * (G.vectors.T @ double(W) @ A.vectors) * mu, full_matrices=False)
@@ -371,7 +371,7 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
 # ---------------------------------------------------------------------------------------------------------------------
 
 METHODS = ("kfac", "ekfac", "weighted", "svd", "random", "activations", "gradients", "magnitude")
-KEEPING = METHODS[:3]                   # with a share to keep; the rest are controls, with a share of the norm to remove
+KEEPING = METHODS[:3]                   # have a share to keep; the others, controls, a share of the norm to remove
 
 
 def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> dict:
@@ -384,8 +384,8 @@ def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> d
 
 
 def edited(model: nn.Module, method: str, factors: dict, layers, strength, masses=None, generator=None) -> dict:
-    """{name: W'}: `ablate` with keep = strength for "kfac" and, by `masses`, "ekfac", `weighted_svd` with it for
-    "weighted"; a `control` with |W - W'| = strength |W| for the others. strength may be {name: options of `control`}."""
+    """{name: W'}: `ablate` with keep = strength ("kfac"; by `masses` "ekfac"), `weighted_svd` with it ("weighted"), or a
+    `control` with |W - W'| = strength |W|, or with the options strength[name]."""
     found = {}
     for name in layers:
         W, (A, G) = linear(model, name).weight.detach(), factors[name]

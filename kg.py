@@ -77,8 +77,8 @@ def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | No
     """
     out_degree = n_relations if out_degree is None else out_degree
     if n_entities < 2 or not 1 <= out_degree <= n_relations or not 0 <= arithmetic <= n_relations:
-        raise ValueError(f"a synthetic graph needs at least 2 entities, 1 relation and an out-degree of 1..n_relations, "
-                         f"got {n_entities} entities, {n_relations} relations, {arithmetic} of them arithmetic, "
+        raise ValueError(f"a synthetic graph needs at least 2 entities, 1 relation and an out-degree of 1..n_relations,"
+                         f" got {n_entities} entities, {n_relations} relations, {arithmetic} of them arithmetic, "
                          f"out-degree {out_degree}")
     generator = torch.Generator().manual_seed(4 * seed)      # streams of a seed: graph, split, weights, batches
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)

@@ -866,22 +866,23 @@ def mass_table(entries: list[dict], varied: str) -> str:
 
 GROUPS = {"q+k": ("attention.query", "attention.key"), "v+out": ("attention.value", "attention.out"),
           "address": ("up", "memory.query", "keys"), "store": ("down", "memory.values")}
-ABLATED = f"""strengths: keep (kfac, ekfac, weighted) or share of the norm removed (the rest) in {" / ".join(GROUPS)},
-chosen on a fifth of the paths: true - recited, held-out accuracy kept up to 0.02. matched: own choice,
-or, in the layers of the better of kfac and ekfac, its number of components (parts) or its |W - W'|
-(norm). Scored on the other paths: recited, true: exceptions answered as trained, answered right; train:
-other trained compositions; ID, OOD: held out; removed: |W - W'| / |W|. learned: a mask of weights,
-learned from the exceptions of that fifth; weighted: singular values of G^1/2 W A^1/2."""
-RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts that is drawn least, most often.
+ABLATED = f"""strengths: in {" / ".join(GROUPS)} the share kept (kfac, ekfac, weighted: of the
+curvature mass; learned: of all weights) or removed (others: of the norm), chosen on a fifth of the
+paths: true - recited, held-out accuracy kept up to 0.02. matched: own choice, or, in the layers of
+the better of kfac and ekfac, its number of components (parts) or its |W - W'| (norm). removed:
+|W - W'| / |W|. Scored on the other paths: recited, true: exceptions answered as trained, and right;
+train: other trained compositions; ID, OOD: held out. weighted: singular values of G^1/2 W A^1/2.
+learned: a mask of weights, learned from the exceptions of that fifth."""
+RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts drawn least, most often.
 paper: the same in a language model of 7B parameters [Merullo et al. 2025]; in brackets its task."""
 TASKS = {"recited": ("exceptions recited", "3-16 (recitation)"), "rare": ("rare facts", "22 (company CEO)"),
          "frequent": ("frequent facts", "74-86 (closed book)"), "arithmetic": ("arithmetic relations", "66-74"),
          "open_book": ("open book", "93-99"), "id": ("two-hop, ID", "95-106 (logic)"),
          "ood": ("two-hop, OOD", "95-106 (logic)")}
-BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth of A's
-eigenvectors, largest eigenvalues first, in units of the whole length; norm: the whole length."""
-VISION = """memorized, true: images trained with a wrong label, answered so, and right; validation: other images.
-Paper, ViT-B: 81.6 / 10.5 / 67.0 percent before, kfac 3.5 / 66.5 / 71.7, svd 3.5 / 58.9 / 67.8."""
+BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth
+of A's eigenvectors, largest eigenvalues first, in units of the whole length; norm: that length."""
+VISION = """memorized, true: images trained with a wrong label, answered so, and right; validation: others.
+Paper, ViT-B: 81.6 / 10.5 / 67.0 percent before; kfac 3.5 / 66.5 / 71.7, svd 3.5 / 58.9 / 67.8."""
 KEEPS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7)
 REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 
@@ -956,10 +957,11 @@ def ablate_stage(run: Run, model: Model):
     best, after, entries = curvature.compare(model, study.measure, study.value, factors, masses, groups, KEEPS, REMOVED,
                                              run.stream())
     forget = masks["exceptions"] & masks["validation"]
-    learned = curvature.learned_mask(
-        model, [(paths.tokens[forget], F.pad(paths.two_hop[forget][:, None], (2, 0), value=-100))], mixture,
-        F.cross_entropy, [*after], best["kept"], steps=100)
-    entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="parts"))
+    forget = [(paths.tokens[forget], F.pad(paths.two_hop[forget][:, None], (2, 0), value=-100))]
+    learned = {"all": {share: curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
+                       for share in (0.99, 0.95, 0.85)}}
+    chosen, learned = curvature.search(model, study.value, learned, 1)
+    entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="own", strengths=chosen))
     alike = {keep: curvature.edited(model, best["method"], factors, after, keep, masses) for keep in KEEPS}
     sweep = [curvature.outcome(model, study.measure, weights, keep=keep) for keep, weights in alike.items()]
     inputs = {name: paths.tokens[mask.nonzero().flatten()[:2000]] for name, mask in
@@ -1286,7 +1288,8 @@ MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
 
-ABLATE = {"label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "entities": 30, "steps": 1900, "memorize": 700}
+ABLATE = {"entities": 30, "label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1900,
+          "memorize": 700}
 
 
 def build_parser() -> argparse.ArgumentParser:
