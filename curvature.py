@@ -384,8 +384,8 @@ def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> d
 
 
 def edited(model: nn.Module, method: str, factors: dict, layers, strength, masses=None, generator=None) -> dict:
-    """{name: W'}: `ablate` with keep = strength ("kfac"; by `masses` "ekfac"), `weighted_svd` with it ("weighted"), or a
-    `control` with |W - W'| = strength |W|, or with the options strength[name]."""
+    """{name: W'}: `ablate` with keep = strength ("kfac"; by `masses` "ekfac"), `weighted_svd` with it ("weighted"), or
+    a `control` with |W - W'| = strength |W|, or with the options strength[name]."""
     found = {}
     for name in layers:
         W, (A, G) = linear(model, name).weight.detach(), factors[name]
@@ -432,7 +432,7 @@ def compare(model: nn.Module, measure, value, factors: dict, masses: dict, group
     for group, name in ((group, name) for group in groups for name in groups[group] if name in weights):
         W, by = linear(model, name).weight, masses[name] if best["method"] == "ekfac" else None
         same["parts"][name] = {"kept": int(keep_mask(*factors[name], best["strengths"][group], by).sum())}
-        same["norm"][name] = {"removed": min(0.999, float((W - weights[name]).norm() / W.norm()))}
+        same["norm"][name] = {"removed": min(0.999, ((W - weights[name]).norm() / W.norm()).item())}
     for matched, method in ((matched, method) for matched in same for method in methods if method not in KEEPING):
         if (method, matched) != ("svd", "parts"):
             new = edited(model, method, factors, weights, same[matched], None, generator)
