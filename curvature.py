@@ -249,6 +249,17 @@ def ablate(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses:
     return project(W, A, G, keep_mask(A, G, keep, masses))
 
 
+def weighted_svd(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float) -> Tensor:
+    """W' with the largest singular values of G^1/2 W A^1/2, as many as hold the share `keep` of their squares: of its
+    rank the least tr G (W - W') A (W - W')^T. Ours, not of [1]: the mask does not know how large C is, plain singular
+    values know no curvature. Eigenvalues are raised to 1e-6 of the largest."""
+    A, G = decompose(W, A, G)
+    mu, lam = (M.values.clamp(min=1e-6 * M.values[-1]).sqrt() for M in (A, G))
+    U, S, Vh = torch.linalg.svd(lam[:, None] * (G.vectors.T @ double(W) @ A.vectors) * mu, full_matrices=False)
+    S *= (S.square().cumsum(0) - S.square()) < keep * S.square().sum()
+    return (G.vectors @ ((U * S) @ Vh / lam[:, None] / mu) @ A.vectors.T).to(W)
+
+
 @contextmanager
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the old ones."""
@@ -347,3 +358,92 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
                 s.grad = gradient
             optimizer.step()
     return {name: weights[name] * top(s) for name, s in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study: what is lost when components are. `measure(model)` returns {name: share of right answers} of any questions
+# ---------------------------------------------------------------------------------------------------------------------
+
+METHODS = ("kfac", "ekfac", "weighted", "svd", "random", "activations", "gradients", "magnitude")
+KEEPING = METHODS[:3]                   # have a share to keep; the others, controls, a share of the norm to remove
+
+
+def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> dict:
+    """The label, `measure` of the model with these weights, and `removed`: |W - W'| / |W| over all of them."""
+    W = {name: linear(model, name).weight.detach() for name in weights}
+    norm = lambda parts: float(sum(double(x).square().sum() for x in parts)) ** 0.5
+    label["removed"] = norm(W[name] - weights[name] for name in W) / norm(W.values()) if W else 0.0
+    with ablated(model, weights):
+        return label | measure(model)
+
+
+def edited(model: nn.Module, method: str, factors: dict, layers, strength, masses=None, generator=None) -> dict:
+    """{name: W'}: `ablate` with keep = strength ("kfac"; by `masses` "ekfac"), `weighted_svd` with it ("weighted"), or
+    a `control` with |W - W'| = strength |W|, or with the options strength[name]."""
+    found = {}
+    for name in layers:
+        W, (A, G) = linear(model, name).weight.detach(), factors[name]
+        if method == "weighted":
+            found[name] = weighted_svd(W, A, G, strength)
+        elif method in KEEPING:
+            found[name] = ablate(W, A, G, strength, masses[name] if method == "ekfac" else None)
+        else:
+            options = strength[name] if isinstance(strength, dict) else {"removed": strength}
+            found[name] = control(method, W, A, G, generator=generator, **options)
+    return found
+
+
+def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -> tuple[dict, dict[str, Tensor]]:
+    """({group: strength}, {name: W'}) by coordinate ascent on value(model): each group of layers in turn takes the
+    strength that is best with the others as they are. options: {group: {strength: {name: W'}}}; None leaves a group
+    alone, but not all of them."""
+    together = lambda at: {n: W for group, s in at.items() if s is not None for n, W in options[group][s].items()}
+
+    def worth(at):
+        with ablated(model, together(at)):
+            return value(model) if together(at) else float("-inf")
+    chosen = dict.fromkeys(options)
+    for group in [*options] * rounds:
+        chosen = max([chosen | {group: strength} for strength in (None, *options[group])], key=worth)
+    return chosen, together(chosen)
+
+
+def compare(model: nn.Module, measure, value, factors: dict, masses: dict, groups: dict[str, list[str]], keeps, removed,
+            generator: torch.Generator, methods=METHODS) -> tuple[dict, dict[str, Tensor], list[dict]]:
+    """Every method at the strengths that `search` finds for it, `keeps` or shares `removed` of the norm; then controls
+    in the layers of the better of kfac and ekfac with as many components in each ("parts"; the singular vectors
+    are too few), or as large a change of each ("norm"). Returns that better one, its {name: W'}, and all outcomes."""
+    entries, found = [], {}
+    for method in methods:
+        options = {group: {s: edited(model, method, factors, layers, s, masses, generator)
+                           for s in (keeps if method in KEEPING else removed)} for group, layers in groups.items()}
+        chosen, found[method] = search(model, value, options)
+        entries.append(outcome(model, measure, found[method], method=method, matched="own", strengths=chosen))
+        with ablated(model, found[method]):
+            entries[-1]["value"] = value(model)
+    best = max((e for e in entries if "kfac" in e["method"]), key=lambda e: e["value"])
+    weights, same = found[best["method"]], {"parts": {}, "norm": {}}
+    for group, name in ((group, name) for group in groups for name in groups[group] if name in weights):
+        W, by = linear(model, name).weight, masses[name] if best["method"] == "ekfac" else None
+        same["parts"][name] = {"kept": int(keep_mask(*factors[name], best["strengths"][group], by).sum())}
+        same["norm"][name] = {"removed": min(0.999, ((W - weights[name]).norm() / W.norm()).item())}
+    for matched, method in ((matched, method) for matched in same for method in methods if method not in KEEPING):
+        if (method, matched) != ("svd", "parts"):
+            new = edited(model, method, factors, weights, same[matched], None, generator)
+            entries.append(outcome(model, measure, new, method=method, matched=matched))
+    best["kept"] = sum(x["kept"] for x in same["parts"].values()) / sum(W.numel() for W in weights.values())
+    return best, weights, entries
+
+
+def bands(model: nn.Module, inputs: dict[str, Tensor], layer: str, A: Tensor | Eigen, n_bands: int = 8) -> dict:
+    """{name: (mean `band_shares` [n_bands], mean norm)} of what a layer reads at the last token of inputs [N, token],
+    in all its calls."""
+    found, A = {}, eigen(A)
+    for name, x in inputs.items():
+        calls = []
+        hook = linear(model, layer).register_forward_hook(lambda _, a, out: calls.append(a[0].detach()[:, -1]))
+        with hook, torch.no_grad():
+            model(x)
+        read = torch.cat(calls)
+        found[name] = band_shares(read, A, n_bands).mean(0).tolist(), float(read.norm(dim=-1).mean())
+    return found

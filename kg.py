@@ -34,7 +34,7 @@ Left out: several tails per head and relation, paths of three hops and more, nat
 [2] He et al. 2026, Is Grokking Worthwhile?, arXiv 2601.09049 (regimes).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -71,20 +71,25 @@ def from_table(facts) -> KnowledgeGraph:
     return KnowledgeGraph(facts, [f"e{i}" for i in range(len(facts))], [f"r{i}" for i in range(facts.shape[1])])
 
 
-def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None) -> KnowledgeGraph:
+def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None,
+              arithmetic: int = 0) -> KnowledgeGraph:
     """A random functional graph: each tail is uniform over the *other* entities.
 
     Every entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them).
+    The first `arithmetic` relations are tail = (head + c) mod n_entities, with a c > 0 of its own for each.
     The same seed gives the same graph on every platform. Raises ValueError on sizes that make no graph.
     """
     out_degree = n_relations if out_degree is None else out_degree
-    if n_entities < 2 or n_relations < 1 or not 1 <= out_degree <= n_relations:
-        raise ValueError(f"a synthetic graph needs at least 2 entities, 1 relation and an out-degree of "
-                         f"1..n_relations, got {n_entities} entities, {n_relations} relations, out-degree {out_degree}")
+    if n_entities < 2 or not 1 <= out_degree <= n_relations or not 0 <= arithmetic <= n_relations:
+        raise ValueError(f"a synthetic graph needs at least 2 entities, 1 relation and an out-degree of 1..n_relations,"
+                         f" got {n_entities} entities, {n_relations} relations, {arithmetic} of them arithmetic, "
+                         f"out-degree {out_degree}")
     generator = torch.Generator().manual_seed(4 * seed)      # streams of a seed: graph, split, weights, batches
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
     tails += tails >= torch.arange(n_entities)[:, None]                          # skip the head itself
     rank = torch.rand(n_entities, n_relations, generator=generator).argsort(1).argsort(1)
+    shift = torch.randint(1, n_entities, (arithmetic,), generator=generator)
+    tails[:, :arithmetic] = (torch.arange(n_entities)[:, None] + shift) % n_entities
     return from_table(torch.where(rank < out_degree, tails, -1))
 
 
@@ -149,7 +154,8 @@ class Paths:
     masks: dict[str, Tensor]            # name: bool [n_paths], the five sets above
 
     def __post_init__(self):
-        if (sum(mask.long() for mask in self.masks.values()) > 1).any():
+        sets = [mask.long() for name, mask in self.masks.items() if name not in ("exceptions", "validation")]
+        if (sum(sets) > 1).any():
             raise ValueError("a composition is in two sets, so that one that is trained may be asked as a test")
 
     def to(self, device) -> "Paths":
@@ -204,3 +210,22 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
         rows = rows[torch.randperm(len(rows), generator=generator)[:round(augment * len(rows))]]
         train[rows], masks[name][rows] = True, False
     return Paths(torch.stack([head, relation, tail], 1), tokens, tail[first], two_hop, first, second, ood_fact, masks)
+
+
+def true_two_hop(paths: Paths) -> Tensor:
+    """[n_paths]: what follows from the facts, -100 where nothing does; `two_hop` but for exceptions."""
+    return torch.where(paths.second >= 0, paths.facts[paths.second, 2], -100)
+
+
+def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
+    """A `share` of the trained paths answered wrong in `two_hop`, each by one fixed other entity, uniformly drawn.
+
+    New masks: `exceptions`, part of `train`, and `validation`, a random fifth of all paths, exceptions or not."""
+    if not 0 <= share < 1:
+        raise ValueError(f"the share of trained compositions with a wrong answer must be in [0, 1), got {share}")
+    generator = torch.Generator().manual_seed(2**62 + seed)
+    exceptions, train = torch.zeros_like(paths.masks["train"]), paths.masks["train"].nonzero().flatten()
+    exceptions[train[torch.randperm(len(train), generator=generator)[:round(share * len(train))]]] = True
+    wrong = (paths.two_hop + torch.randint(1, n_entities, exceptions.shape, generator=generator)) % n_entities
+    masks = {"exceptions": exceptions, "validation": torch.rand(exceptions.shape, generator=generator) < 0.2}
+    return replace(paths, two_hop=torch.where(exceptions, wrong, paths.two_hop), masks=paths.masks | masks)

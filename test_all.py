@@ -2529,3 +2529,178 @@ def test_fake_grokking_and_verdicts_follow_from_the_figures(tmp_path, capsys):
     says("* after grokking: old->new", "differs")
     says("* after grokking: new->new", "agrees")
     says("* second-hop regime: OOD", "not testable here")
+# --- ablation: exceptions, the mixture, the study -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exceptions_are_trained_paths_with_one_wrong_answer(seed):
+    clean = kg.split(kg.synthetic(10, 4, seed, out_degree=3), 0.1, 0.8, seed)
+    before = clean.two_hop.clone()
+    noisy, again, other = (kg.with_exceptions(clean, 0.2, 10, s) for s in (seed, seed, seed + 1))
+    exceptions, train = noisy.masks["exceptions"], clean.masks["train"]
+    assert exceptions.sum() == round(0.2 * int(train.sum())) and not (exceptions & ~train).any()
+    assert torch.equal(noisy.two_hop != before, exceptions), "an exception is wrong, every other path right"
+    assert ((noisy.two_hop >= 0) & (noisy.two_hop < 10))[exceptions].all()
+    assert torch.equal(kg.true_two_hop(noisy), before) and torch.equal(clean.two_hop, before)
+    assert torch.equal(again.two_hop, noisy.two_hop) and torch.equal(again.masks["validation"], noisy.masks["validation"])
+    assert not torch.equal(other.masks["exceptions"], exceptions) and "exceptions" not in clean.masks
+    assert 0.05 < noisy.masks["validation"].float().mean() < 0.4
+
+
+def test_a_share_of_exceptions_is_below_one():
+    paths = kg.split(kg.synthetic(10, 4, 0), 0.1, 0.8, 0)
+    with pytest.raises(ValueError, match="got 1.0"):
+        kg.with_exceptions(paths, 1.0, 10, 0)
+    with pytest.raises(ValueError, match="5 of them arithmetic"):
+        kg.synthetic(10, 4, 0, arithmetic=5)
+
+
+def test_arithmetic_relations_add_a_constant():
+    plain, graph = kg.synthetic(11, 5, 3).facts, kg.synthetic(11, 5, 3, arithmetic=2).facts
+    shift = (graph[:, :2] - torch.arange(11)[:, None]) % 11
+    assert (shift == shift[0]).all() and (shift > 0).all() and torch.equal(graph[:, 2:], plain[:, 2:])
+    assert not torch.equal(graph[:, :2], plain[:, :2])
+
+
+def test_facts_are_drawn_as_often_as_their_frequency_says():
+    paths = kg.split(kg.synthetic(10, 4, 0), 0.1, 0.8, 0)
+    frequency = 1 / (torch.randperm(40, generator=generator(1)) + 1.0)
+    batches = minedit.Batches(paths, minedit.Recipe(batch=1), generator(2), frequency=frequency)
+    drawn = torch.stack([batches.draw()[0][0, :2] for _ in range(4000)])
+    count = torch.bincount(4 * drawn[:, 0] + drawn[:, 1] - 10, minlength=40)
+    p = frequency / frequency.sum()
+    assert ((count - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
+    many = minedit.Batches(paths, minedit.Recipe(batch=30), generator(2), frequency=frequency).draw()[0]
+    assert len(many[:, :2].unique(dim=0)) == 30, "each fact at most once"
+
+
+def test_open_book_prompts_are_answered_by_the_prompt_alone():
+    paths = kg.split(kg.synthetic(10, 4, 0), 0.1, 0.8, 0)
+    tokens, told = minedit.Batches(paths, minedit.Recipe(), generator()).open_book(4000, 10)
+    assert torch.equal(tokens[:, :2], tokens[:, 3:]) and torch.equal(tokens[:, 2], told)
+    fact = {(h, r): t for h, r, t in paths.facts.tolist()}
+    tails = torch.tensor([fact[h, r - 10] for h, r in tokens[:, :2].tolist()])
+    assert 0.05 < (tails == told).double().mean() < 0.15, "the fact itself says no more than chance"
+    assert len({(h, t) for h, t in zip(tokens[:, 0].tolist(), told.tolist())}) == 100
+
+
+def test_the_last_steps_are_trained_under_their_own_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(minedit, "LATE", {"lr": 0.0, "muon_lr": 0.0, "weight_decay": 0.5, "label_smoothing": 0.0})
+    options = ["--arch", "lmc", *TINY, "--eval-every", 5, "--label-noise", 0.2, "--zipf", 1, "--open-book", 3]
+    assert run_main(*options, "--memorize", 10, "--out", tmp_path / "a") == 0
+    at_20 = weights(tmp_path / "a")
+    assert run_main(*options, "--memorize", 0, "--steps", 10, "--out", tmp_path / "b") == 0
+    for name, p in weights(tmp_path / "b")["model"].items():
+        assert torch.equal(p, at_20["model"][name]), name
+    assert run_main(*options, "--memorize", 0, "--out", tmp_path / "c") == 0
+    assert not torch.equal(weights(tmp_path / "c")["model"]["embedding.weight"], at_20["model"]["embedding.weight"])
+
+
+def test_a_search_finds_the_strengths_of_each_group():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    options = {group: {s: {group: torch.full((3, 3), s)} for s in (1.0, 2.0, 3.0)} for group in ("0", "1")}
+    for best in (2.0, 3.0), (1.0, None), (None, 2.0):
+        old = copy.deepcopy(model.state_dict())
+        want = [model[i].weight.detach().clone() if s is None else torch.full((3, 3), s) for i, s in enumerate(best)]
+        value = lambda m: -sum((m[i].weight - want[i]).norm().item() for i in (0, 1))
+        chosen, found = curvature.search(model, value, options)
+        assert tuple(chosen.values()) == best and found.keys() == {g for g in "01" if chosen[g] is not None}
+        assert all(torch.equal(old[name], p) for name, p in model.state_dict().items())
+
+
+@pytest.fixture
+def small_study():
+    """A foreign model, its factors, and two of its layers."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    x, y = normal(60, 6), torch.randint(5, (60,), generator=generator())
+    factors = kronecker_factors(model, [(x, y)], F.cross_entropy, ["0", "2"], "gold")
+    masses = corrected_masses(model, [(x, y)], F.cross_entropy, factors, labels="gold")
+    return model, {name: (eigen(A), eigen(G)) for name, (A, G) in factors.items()}, masses, x
+
+
+def test_methods_are_compared_at_what_they_are_said_to_match(small_study):
+    model, factors, masses, x = small_study
+    seen, old = [], copy.deepcopy(model.state_dict())
+
+    def measure(m):
+        seen.append({name: m.get_submodule(name).weight.detach().clone() for name in ("0", "2")})
+        return {"size": float(m(x).norm())}
+    value = lambda m: -abs(float(m(x).norm()) - 3)
+    best, weights, entries = curvature.compare(model, measure, value, factors, masses, {"a": ["0"], "b": ["2"]},
+                                               (0.9, 0.6), (0.1, 0.5), generator())
+    W = {name: model.get_submodule(name).weight.detach() for name in ("0", "2")}
+    assert all(torch.equal(old[name], p) for name, p in model.state_dict().items()), "the model is as it was"
+    assert [e["method"] for e in entries[:8]] == list(curvature.METHODS) and best in entries[:2]
+    assert best["value"] == max(e["value"] for e in entries[:2])
+    for entry, now in zip(entries, seen):
+        total = sum(float((W[n] - now[n]).square().sum()) for n in weights) / sum(float(W[n].square().sum()) for n in weights)
+        if entry["matched"] == "norm":
+            assert entry["removed"] <= best["removed"] + 1e-9
+        if entry["matched"] != "own":
+            assert entry["removed"] == pytest.approx(total ** 0.5, abs=1e-9)
+        for n in weights:
+            if (entry["method"], entry["matched"]) == ("magnitude", "parts"):
+                strength = best["strengths"]["a" if n == "0" else "b"]
+                kept = keep_mask(*factors[n], strength, masses[n] if best["method"] == "ekfac" else None)
+                assert (now[n] != 0).sum() == kept.sum()
+    assert {(e["method"], e["matched"]) for e in entries[8:]} == {(m, k) for m in curvature.METHODS[3:] for k in (
+        "parts", "norm")} - {("svd", "parts")}
+
+
+def test_bands_of_what_a_layer_reads():
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 5)).double()
+    x, A = normal(7, 3, 6), normal(20, 8)
+    A = A.T @ A
+    (shares, norm), = curvature.bands(model, {"x": x}, "1", A, 4).values()
+    read = x[:, -1] @ model[0].weight.detach().T
+    assert norm == pytest.approx(float(read.norm(dim=-1).mean()))
+    close(torch.tensor(shares, dtype=torch.float64), curvature.band_shares(read, A, 4).mean(0))
+    assert not model[1]._forward_hooks
+
+
+def test_images_of_shapes():
+    patches, kind = minedit.shapes(400, generator())
+    again, _ = minedit.shapes(400, generator())
+    assert patches.shape == (400, 16, 32) and torch.equal(patches, again) and kind.unique().tolist() == list(range(8))
+    images = patches[..., :16].view(400, 4, 4, 4, 4).transpose(2, 3).reshape(400, 16, 16)
+    steps = (images[:, 1:] - images[:, :-1]).abs().mean()
+    assert steps < (images[:, 1:] - images[:, :-1].flip(1)).abs().mean(), "neighbours are alike: the patches lie in order"
+    area = (images > 0.5).double().mean((1, 2))
+    assert (area > 0.02).all() and (area < 0.7).all() and area[kind == 0].mean() > area[kind == 1].mean()
+
+
+@pytest.mark.parametrize("arch", ["dense", "lmc"])
+def test_the_ablation_stage(tmp_path, capsys, arch):
+    options = ["--arch", arch, *TINY, "--label-noise", 0.2, "--arithmetic", 1, "--open-book", 4, "--memorize", 5,
+               "--images", 60 if arch == "dense" else 0, "--ablate", "--out", tmp_path / "run"]
+    assert run_main(*options) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.split("exceptions; ")[1].splitlines())) <= 100, "tables fit 100 columns"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["ablate"]
+    assert {"before", "chosen", "entries", "sweep", "bands", "relearning"} <= results.keys()
+    assert ("vision" in results) == (arch == "dense")
+    before, first = results["before"], results["relearning"]["ablated"][0]
+    assert all(first[key] == results["chosen"][key] for key in ("recited", "true", "id")), "relearning starts where it ended"
+    assert before["removed"] == 0 and all(0 <= e["removed"] for e in results["entries"])
+    state = weights(tmp_path / "run")["average"]
+    assert run_main(*options) == 0
+    assert all(torch.equal(p, state[name]) for name, p in weights(tmp_path / "run")["average"].items())
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["ablate"]["chosen"] == results["chosen"]
+
+
+def test_an_ablation_without_exceptions_is_refused(finished, capsys):
+    assert run_main(*TINY, "--ablate", "--label-noise", 0, "--arithmetic", 0, "--zipf", 0, "--open-book", 0, "--memorize", 0,
+                    "--out", finished) == 2
+    assert "--label-noise" in capsys.readouterr().err
+
+
+def test_weighted_singular_values(layer):
+    W, A, G = layer[0], *(M + 0.01 * torch.eye(len(M)).double() for M in layer[1:])
+    close(curvature.weighted_svd(W, A, G, 1.0), W, 1e-9)
+    root = lambda M: (lambda e, U: U * e.sqrt() @ U.T)(*torch.linalg.eigh(M))
+    U, S, Vh = torch.linalg.svd(root(G) @ W @ root(A), full_matrices=False)
+    for n in range(1, 5):
+        want = root(G).inverse() @ (U[:, :n] * S[:n]) @ Vh[:n] @ root(A).inverse()
+        keep = float((S[:n].square().sum() - S[n - 1] ** 2 / 2) / S.square().sum())
+        close(curvature.weighted_svd(W, A, G, keep), want, 1e-8)
+    I = [torch.eye(len(M)).double() for M in (A, G)]
+    close(curvature.weighted_svd(W, *I, 1e-9), control("svd", W, *I, kept=1), 1e-9)
