@@ -1020,7 +1020,7 @@ def vision(run: Run) -> list[dict]:
     sets, valid = {"memorized": row < n // 10, "true": row < n // 10, "validation": row >= n}, row % 5 == 0
     labels = torch.where(sets["true"], (true + torch.randint(1, 8, (2 * n,), generator=generator)) % 8, true)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
-    for rows in (torch.randperm(n, generator=generator)[:100] for _ in range(28 * n // 100)):
+    for rows in (torch.randperm(n, generator=generator)[:100] for _ in range(24 * n // 100)):
         F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
