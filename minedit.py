@@ -933,8 +933,9 @@ def ablate_stage(run: Run, model: Model):
     seconds = round(time.perf_counter() - began, 2)
     masses = curvature.corrected_masses(model, mixture, F.cross_entropy, factors, generator=seeded())
     before = curvature.outcome(model, study.measure, {}, method="before", value=study.value(model))
-    best, after, entries = curvature.compare(model, study.measure, study.value, factors, masses, groups, KEEPS, REMOVED,
-                                             run.stream())
+    thin = slice(None, None, 3 if run.args.quick else 1)
+    best, after, entries = curvature.compare(model, study.measure, study.value, factors, masses, groups, KEEPS[thin],
+                                             REMOVED[thin], run.stream())
     forget = masks["exceptions"] & masks["validation"]
     forget = [(paths.tokens[forget], F.pad(paths.two_hop[forget][:, None], (2, 0), value=-100))]
     learned = {"all": {share: curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
@@ -981,14 +982,15 @@ def ablate_stage(run: Run, model: Model):
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
     """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights of a model, trained as in
     the last steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
-    parts, curve, step = run.fresh(), [], 0
+    parts, curve = run.fresh(), []
     parts["model"].load_state_dict(weights)
-    batches, limit = run.batches(parts["generator"]), max(40, run.recipe.memorize)
-    while len(curve) < most and (not curve or curve[-1]["recited"] < recited) and step <= limit:
-        curve.append({"step": step} | study.measure(parts["model"]))
-        for step in range(step, max(10, 2 * step)):
-            run.advance(parts, batches, parts["model"], run.recipe.steps + step)
-        step += 1
+    batches, limit = run.batches(parts["generator"]), 2 * run.recipe.memorize + 20
+    for step in range(limit + 1):
+        if step in (0, *(10 * 2**i for i in range(20))):
+            curve.append({"step": step} | study.measure(parts["model"]))
+            if len(curve) == most or curve[-1]["recited"] >= recited:
+                break
+        run.advance(parts, batches, parts["model"], run.recipe.steps + step)
     return curve
 
 
@@ -1040,8 +1042,9 @@ def vision(run: Run) -> list[dict]:
     factors = curvature.kronecker_factors(model, *data, sum(groups.values(), []), generator=run.stream())
     factors = {name: tuple(map(curvature.eigen, pair)) for name, pair in factors.items()}
     masses = curvature.corrected_masses(model, *data, factors, generator=run.stream())
-    entries = [before, *curvature.compare(model, measure, value, factors, masses, groups, KEEPS, REMOVED, run.stream(),
-                                          ("kfac", "ekfac", "weighted", "svd", "random"))[2]]
+    thin = slice(None, None, 3 if run.args.quick else 1)
+    entries = [before, *curvature.compare(model, measure, value, factors, masses, groups, KEEPS[thin], REMOVED[thin],
+                                          run.stream(), ("kfac", "ekfac", "weighted", "svd", "random"))[2]]
     rows = [("", "matched", *sets)]
     rows += [(e["method"], e.get("matched", ""), *map(cell, map(e.get, sets))) for e in entries]
     print(f"\na vision transformer, {n} images\n{table(rows)}\n{VISION}\n{time.perf_counter() - began:.0f} s")
@@ -1731,13 +1734,13 @@ STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_sta
 QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | {
     "arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8,
     "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "transfer_steps": 24,
-    "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 50, "images": 100}
+    "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 20, "images": 50}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
 
-ABLATE = {"entities": 30, "label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1900,
-          "memorize": 700}
+ABLATE = {"entities": 30, "d_model": 128, "slots": 512, "top_k": 32, "d_ff": 512, "ff_top_k": 32, "label_noise": 0.1,
+          "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1700, "memorize": 500}
 
 
 def build_parser() -> argparse.ArgumentParser:
