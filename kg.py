@@ -2,21 +2,17 @@
 
 A knowledge graph here is *functional*: a head h and a relation r have one tail at most. Two facts that meet,
 (h, r1) -> b and (b, r2) -> t, make a **path**, which a model reads as three tokens, (h, r1, r2). Under a causal mask
-the state at r1 has seen (h, r1) alone, so its answer is the fact (1-hop: b); the state at r2 has seen all three, so
-its answer is the composition (2-hop: t). One sequence asks both questions.
+the state at r1 has seen (h, r1) alone, so its answer is the fact (1-hop: b); that at r2 is the composition (2-hop: t).
 
-Which compositions are trained decides what can be asked later [1]. A share of the *facts* is set aside as OOD: they are
-trained as facts, like all others, but no trained composition uses them. The two-hop paths fall into five sets:
+A share of the *facts* is set aside as OOD: trained as facts, like all others, but used by no trained composition [1].
+The two-hop paths fall into five sets:
 
-    train       both facts ID, and the path is among those trained
-    id          both facts ID, held out
-    ood         both facts OOD: the test of systematic composition, "OOD" without a suffix
-    ood_first   only the first fact is OOD
-    ood_second  only the second fact is OOD
+    train, id              both facts ID; among the paths trained, held out
+    ood                    both facts OOD: the test of systematic composition, "OOD" without a suffix
+    ood_first, ood_second  only the first, only the second fact is OOD
 
-A `regime` trains some compositions of one OOD fact with an ID one after all, never one of two OOD facts [2].
-
-A worked example, which the tests run:
+A `regime` trains some compositions of one OOD fact with an ID one after all, never one of two OOD facts [2]. A worked
+example, which the tests run:
 
 >>> graph = from_table([[1, 2], [2, -1], [0, -1]])        # 3 entities, 2 relations; -1: there is no such fact
 >>> paths = split(graph, ood_fraction=0, train_fraction=1, seed=0)
@@ -53,37 +49,29 @@ class KnowledgeGraph:
     relations: list[str]
     notes: list[str] = field(default_factory=list)      # what was merged or left out when the graph was read
 
-    @property
-    def n_entities(self) -> int:
-        return len(self.entities)
-
-    @property
-    def n_relations(self) -> int:
-        return len(self.relations)
+    n_entities = property(lambda self: len(self.entities))
+    n_relations = property(lambda self: len(self.relations))
 
 
 def from_table(facts) -> KnowledgeGraph:
     """A graph from its table [n_entities, n_relations] of tails (-1: none), with names e0, e1, ... and r0, r1, ..."""
     facts = torch.as_tensor(facts, dtype=torch.long)
     if facts.dim() != 2 or facts.numel() == 0 or facts.min() < -1 or facts.max() >= len(facts):
-        raise ValueError(f"facts must be [n_entities, n_relations] with tails in -1..n_entities-1, "
-                         f"got shape {list(facts.shape)}")
+        raise ValueError(f"facts must be [n_entities, n_relations], tails -1..n_entities-1, got {list(facts.shape)}")
     return KnowledgeGraph(facts, [f"e{i}" for i in range(len(facts))], [f"r{i}" for i in range(facts.shape[1])])
 
 
 def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None,
               arithmetic: int = 0) -> KnowledgeGraph:
-    """A random functional graph: each tail is uniform over the *other* entities.
+    """A random functional graph: each tail is uniform over the *other* entities, the same on every platform.
 
-    Every entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them).
-    The first `arithmetic` relations are tail = (head + c) mod n_entities, with a c > 0 of its own for each.
-    The same seed gives the same graph on every platform. Raises ValueError on sizes that make no graph.
-    """
+    Every entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them). The
+    first `arithmetic` relations are tail = (head + c) mod n_entities, each with its own c > 0. ValueError on sizes that
+    make no graph."""
     out_degree = n_relations if out_degree is None else out_degree
     if n_entities < 2 or not 1 <= out_degree <= n_relations or not 0 <= arithmetic <= n_relations:
-        raise ValueError(f"a synthetic graph needs at least 2 entities, 1 relation and an out-degree of 1..n_relations,"
-                         f" got {n_entities} entities, {n_relations} relations, {arithmetic} of them arithmetic, "
-                         f"out-degree {out_degree}")
+        raise ValueError("a synthetic graph needs 2 entities, 1 relation, an out-degree of 1..n_relations, got "
+                         f"{n_entities} entities, {n_relations} relations, {arithmetic} of them arithmetic, {out_degree=}")
     generator = torch.Generator().manual_seed(4 * seed)      # streams of a seed: graph, split, weights, batches
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
     tails += tails >= torch.arange(n_entities)[:, None]                          # skip the head itself
@@ -95,11 +83,8 @@ def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | No
 
 def from_triples(path) -> KnowledgeGraph:
     """Read a UTF-8 file of lines `head <tab> relation <tab> tail`; blank lines and lines that begin with # are skipped.
-
-    Repeated triples are merged. A head and relation with several tails keep none of them: which is right cannot be
-    known, so the question is left out; both are counted in `notes`. Raises ValueError with the line number for a
-    malformed line, OSError where the file cannot be read.
-    """
+    Repeated triples are merged; a head and relation with several tails keep none, since which is right cannot be known;
+    both are counted in `notes`. Raises ValueError with the line number for a malformed line, OSError from the file."""
     tails: dict[tuple[str, str], set[str]] = {}         # a dict keeps the order of the file
     n_lines = n_triples = 0
     with open(path, "rb") as file:
@@ -119,22 +104,20 @@ def from_triples(path) -> KnowledgeGraph:
 
     kept = [(head, relation, next(iter(t))) for (head, relation), t in tails.items() if len(t) == 1]
     if not kept:
-        raise ValueError(f"{path}:{n_lines}: the end of the file, and no usable triple in it "
-                         f"({n_triples} read; a head and relation with several tails keep none)")
+        raise ValueError(f"{path}:{n_lines}: the end of the file, and no usable triple in it ({n_triples} read; "
+                         f"a head and relation with several tails keep none)")
     n_distinct, n_ambiguous = sum(map(len, tails.values())), len(tails) - len(kept)
-    notes = [f"{n_triples - n_distinct} repeated triples were merged"] * (n_triples > n_distinct)
-    notes += [f"{n_ambiguous} questions (head, relation) have several tails: "
-              f"none of their {n_distinct - len(kept)} triples is kept"] * (n_ambiguous > 0)
+    notes = [f"{n_triples - n_distinct} repeated triples were merged"] * (n_triples > n_distinct) + [
+        f"{n_ambiguous} questions have several tails: {n_distinct - len(kept)} triples left out"] * (n_ambiguous > 0)
 
     entities = list(dict.fromkeys(name for head, _, tail in kept for name in (head, tail)))
     relations = list(dict.fromkeys(relation for _, relation, _ in kept))
     entity, relation = ({name: i for i, name in enumerate(names)} for names in (entities, relations))
-    index = torch.tensor([(entity[h], relation[r], entity[t]) for h, r, t in kept])
+    heads, columns, tails = torch.tensor([(entity[h], relation[r], entity[t]) for h, r, t in kept]).T
     facts = torch.full((len(entities), len(relations)), -1)
-    facts[index[:, 0], index[:, 1]] = index[:, 2]
-    if not (facts[index[:, 2]] >= 0).any():
-        raise ValueError(f"{path}:{n_lines}: the end of the file, and no two-hop path in it: no tail of its "
-                         f"{len(kept)} facts is the head of another")
+    facts[heads, columns] = tails
+    if not (facts[tails] >= 0).any():
+        raise ValueError(f"{path}:{n_lines}: the end of the file, and no two-hop path in it: no tail is also a head")
     return KnowledgeGraph(facts, entities, relations, notes)
 
 
@@ -142,8 +125,7 @@ def from_triples(path) -> KnowledgeGraph:
 
 @dataclass(frozen=True)
 class Paths:
-    """All paths of a graph, listed fact by fact. A fact whose tail has no outgoing fact has one row, with two_hop -100
-    and its own relation in the third place: a filler, since nothing is asked there."""
+    """All paths, fact by fact. A fact with no fact after it has one row: two_hop -100, third token its own relation."""
     facts: Tensor                       # [n_facts, 3]: head, relation, tail; sorted by head, then relation
     tokens: Tensor                      # [n_paths, 3]: h, n_entities + r1, n_entities + r2
     one_hop: Tensor                     # [n_paths]: the tail of (h, r1)
@@ -159,8 +141,8 @@ class Paths:
             raise ValueError("a composition is in two sets, so that one that is trained may be asked as a test")
 
     def to(self, device) -> "Paths":
-        move = lambda value: {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
-        return Paths(**{name: move(value) for name, value in vars(self).items()})
+        masks = {name: mask.to(device) for name, mask in self.masks.items()}
+        return Paths(**{name: masks if name == "masks" else value.to(device) for name, value in vars(self).items()})
 
 
 def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, seed: int,
@@ -169,11 +151,10 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
 
     `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts are trained (both rounded to
     whole numbers), and of the sets that the `regime` names the share `augment`. Cost and memory are linear in the
-    number of paths, so sparse graphs stay small. Raises ValueError where no path would be trained.
-    """
+    number of paths, so sparse graphs stay small. Raises ValueError where no path would be trained."""
     if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1 or not 0 <= augment <= 1:
-        raise ValueError(f"ood_fraction must be in [0, 1), train_fraction in (0, 1] and augment in [0, 1], "
-                         f"got {ood_fraction}, {train_fraction} and {augment}")
+        raise ValueError("ood_fraction must be in [0, 1), train_fraction in (0, 1], augment in [0, 1], got "
+                         f"{ood_fraction}, {train_fraction}, {augment}")
     generator = torch.Generator().manual_seed(4 * seed + 1)
     n_entities = graph.n_entities
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
@@ -200,9 +181,8 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     train = torch.zeros(len(first), dtype=torch.bool)
     train[both_id[torch.randperm(len(both_id), generator=generator)[:round(train_fraction * len(both_id))]]] = True
     if not train.any():
-        raise ValueError(f"no two-hop path is left for training: {len(both_id)} of {int(has_second.sum())} paths have "
-                         f"two ID facts at ood_fraction {ood_fraction}, train_fraction {train_fraction}; "
-                         f"lower the first or raise the second")
+        raise ValueError(f"no two-hop path is left for training ({len(both_id)} of {int(has_second.sum())} have two ID "
+                         f"facts); lower ood_fraction {ood_fraction} or raise train_fraction {train_fraction}")
     masks = {"train": train, "id": has_second & ~ood1 & ~ood2 & ~train, "ood": ood1 & ood2,
              "ood_first": ood1 & ~ood2, "ood_second": ood2 & ~ood1}
     for name in REGIMES[regime]:

@@ -1,28 +1,22 @@
 """models.py: the 2x2 grid is two booleans on one model.
 
-                     private feed-forward per block      one memory shared by every block
-    `depth` blocks         dense                               dense+mem
-    one block, looped      loop                                lmc (looped, with memory)    after Niu 2026 [1]
+                   feed-forward per block    one memory shared by every block
+    `depth` blocks      dense                     dense+mem
+    one block, looped   loop                      lmc (looped, with memory), after Niu 2026 [1]
 
-Every cell makes `depth` passes over the residual stream, and reads
+Each of `depth` passes over the residual stream x is x <- x + attention(norm(x)), then x <- x + store(norm(x)). Without
+`loop` each pass has a block of its own, with it one block is applied again and again; without `memory` the store is the
+block's own feed-forward, with it one store is shared by the whole model (norm, query, keys and values), as in Memory
+Layers at Scale [2]. A looped feed-forward is shared by the passes too: what it lacks is the query matrix. Both stores
+are a sparse address of positive numbers, then an `nn.Linear` whose columns hold what is stored there: these,
+`feed_forward.down` and `memory.values`, are the edit sites of edit.py.
 
-    x <- x + attention(norm(x))
-    x <- x + store(norm(x))
-
-in each. The two booleans say who owns the weights: without `loop` each pass has a block of its own, with it one block
-is applied again and again; without `memory` the store is the block's own feed-forward layer, with it one store is
-shared by the whole model (norm, query, keys and values), as in Memory Layers at Scale [2]. A looped feed-forward is
-called in every pass and so is shared too: what it lacks is the memory's query matrix. Both stores are of one kind: a
-sparse address of positive numbers, then an `nn.Linear` whose columns hold what is stored there, `feed_forward.down` or
-`memory.values`. These two are the edit sites of edit.py. `ff_top_k=0` is a feed-forward with the usual dense addresses.
-
-Glossary: x — residual stream [batch, token, d_model]; slots — rows of the memory, N in [1]; blocks — blocks per pass
-(1; more make a group that is looped or stacked as a whole).
+Glossary: x [batch, token, d_model]; slots — rows of the memory, N in [1]; blocks — blocks per pass (1; more make a
+group that is looped or stacked as a whole). Left out: dropout, biases, key-value caches, mixed precision.
 Reconstruction: only the abstracts of [1] could be read; sizes, addressing and normalisation are our choice (README).
-Left out: dropout, biases, key-value caches, mixed precision.
 
 [1] Niu 2026, Repeated Shared Access Enables Grokking, arXiv 2606.20737.   [2] Berges et al. 2024, arXiv 2412.09764.
-[3] Su et al. 2021, RoFormer (rotary positions), arXiv 2104.09864.    [4] So et al. 2021, Primer (ReLU^2), 2109.08668.
+[3] Su et al. 2021, RoFormer (rotary positions), arXiv 2104.09864.   [4] So et al. 2021, Primer (ReLU^2), 2109.08668.
 """
 
 from dataclasses import dataclass, field
@@ -32,12 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-ARCHS = {
-    "dense": {"loop": False, "memory": False},
-    "loop": {"loop": True, "memory": False},
-    "dense+mem": {"loop": False, "memory": True},
-    "lmc": {"loop": True, "memory": True},
-}
+ARCHS = {"dense": {"loop": False, "memory": False}, "loop": {"loop": True, "memory": False},
+         "dense+mem": {"loop": False, "memory": True}, "lmc": {"loop": True, "memory": True}}
 
 
 def option(default, help: str):
@@ -69,8 +59,8 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"d_model must be a multiple of 2 * n_heads (an even number of dimensions per head), "
-                             f"got d_model {self.d_model} and n_heads {self.n_heads}")
+            raise ValueError(f"d_model must be a multiple of 2 * n_heads, got d_model {self.d_model} and n_heads "
+                             f"{self.n_heads}")
         if self.addressing not in ("groups", "topk"):
             raise ValueError(f"addressing must be 'groups' or 'topk', got {self.addressing!r}")
         used = [("slots", "top_k")] * self.memory + [("d_ff", "ff_top_k")] * (self.feed_forward or not self.memory)
@@ -125,8 +115,7 @@ class SquaredWinners(torch.autograd.Function):
 
 def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
     """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width]. Ties aside, the top_k
-    largest win, or the best of each of top_k groups, entry j being in group j % top_k; groups cost a fraction of the
-    sort and learn as well. top_k = 0 keeps every entry."""
+    largest win, or the best of each of top_k groups (far cheaper), entry j in group j % top_k; top_k = 0 keeps all."""
     if not top_k:
         return scores.relu().square()
     if addressing == "topk":
@@ -188,16 +177,11 @@ class Model(nn.Module):
         self.memory = SharedMemory(config) if config.memory else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks * (1 if config.loop else config.depth)))
         self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
-        self.init_weights(generator)
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None):
-        """Weights ~ N(0, 1 / d_in), those that write to the stream five times smaller; embeddings N(0, 0.1^2)."""
-        for name, module in self.named_modules():
+        for name, module in self.named_modules():            # N(0, 1 / d_in), five times smaller where it writes to x
             if isinstance(module, nn.Linear):
                 writes = name.endswith(("attention.out", "feed_forward.down", "memory.values"))
-                module.weight.normal_(0, (0.2 if writes else 1) * module.in_features ** -0.5, generator=generator)
-        self.embedding.weight.normal_(0, 0.1, generator=generator)
+                nn.init.normal_(module.weight, 0, (0.2 if writes else 1) * module.in_features ** -0.5, generator)
+        nn.init.normal_(self.embedding.weight, 0, 0.1, generator)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens [batch, token] -> logits over entities [batch, token, n_entities].
@@ -226,9 +210,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def flops_per_path(config: Config, n_tokens: int = 3) -> int:
-    """Multiply-adds of the matrix products in one forward pass, counted as two FLOPs each.
+    """Multiply-adds of the matrix products in one forward pass, counted as two FLOPs each:
 
-    FLOPs = 2 T [depth * blocks * (4 d^2 + 2 T d + store) + d E]     with T tokens, d = d_model, E = n_entities,
+        2 T [depth * blocks * (4 d^2 + 2 T d + store) + d E]     with T tokens, d = d_model, E = n_entities;
     store = 2 d * d_ff for a feed-forward, d^2 + 2 d * slots for a memory read, their sum where a block has both.
 
     >>> flops_per_path(Config(n_entities=10, d_model=8, n_heads=2, depth=2, memory=False, d_ff=16, ff_top_k=4))
