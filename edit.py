@@ -12,12 +12,8 @@ with r = v* - W k, what is missing from the wanted value v*. For n keys at once,
     MEMIT      dW = R^T (K P K^T + lam I)^-1 K P      P = C^-1. Least squares: lam weighs ordinary values against R [4]
     AlphaEdit  dW = R^T (K P K^T + lam I)^-1 K P      P projects on the null space of C, which holds no ordinary key [6]
 
-Where v* comes from is a choice of its own:
-
-    prototype   the mean value that the layer returns for known facts with the wanted answer: closed form end to end
-    gradient    r by gradient descent on -log p(wanted answer) of the model with the edit in place [2]
-
-An edited fact should change the answers that follow from it and no others; the lower half of the file asks for both.
+v* is the mean value that the layer returns for known facts with the wanted answer (prototype: closed form end to end),
+or r comes by gradient descent on -log p(wanted answer) of the model with the edit in place (gradient) [2].
 
     >>> W, C = torch.eye(2, dtype=torch.float64), torch.diag(torch.tensor([1., 4.], dtype=torch.float64))
     >>> k, v = torch.tensor([1., 2.], dtype=torch.float64), torch.tensor([1., 6.], dtype=torch.float64)
@@ -36,15 +32,14 @@ An edited fact should change the answers that follow from it and no others; the 
     tensor([[ 0.5000, -0.2500],
             [ 0.5000,  0.2500]], dtype=torch.float64)
 
-Glossary: K — keys [n, d_in], one a row; R — residuals [n, d_out]; C — `second_moment` E[k k^T] [d_in, d_in]; lam — the
-weight λ of C in MEMIT; a **site** is an `nn.Linear` by name and the number of its call within one forward pass (a loop
-calls the same layer several times). The file needs torch alone, and any model called as `model(tokens) -> logits
-[batch, token, answers]`. Left out: biases (no part of a key), several keys averaged for one fact (prefixes, as in [2]).
+Glossary: K — keys [n, d_in]; R — residuals [n, d_out]; C — `second_moment` E[k k^T] [d_in, d_in]; lam — the weight λ
+of C; a **site** is an `nn.Linear` by name and the number of its call in a forward pass (a loop calls it several times).
+The file needs torch alone, and any model called as `model(tokens) -> logits [batch, token, answers]`. Left out: biases
+(no part of a key), several keys averaged for one fact (prefixes, as in [2]). Numbers are those of arXiv.
 
-[1] Niu 2026, arXiv 2606.20737 (the single-row edit).   [2] Meng et al. 2022, ROME, arXiv 2202.05262, equation 2.
-[3] Gupta et al. 2024, arXiv 2403.07175: two different keys in one ROME update make disabling edits; here there is one.
-[4] Meng et al. 2022, MEMIT, arXiv 2210.07229, equation 14.   [5] Gupta et al. 2024, EMMET, arXiv 2403.14236.
-[6] Fang et al. 2024, AlphaEdit, arXiv 2410.02355.
+[1] Niu 2026, 2606.20737 (the single-row edit).   [2] Meng et al. 2022, ROME, 2202.05262, equation 2.
+[3] Gupta et al. 2024, 2403.07175: two different keys in one ROME update make disabling edits; here there is one.
+[4] Meng 2022, MEMIT, 2210.07229, eq. 14.   [5] Gupta 2024, EMMET, 2403.14236.   [6] Fang 2024, AlphaEdit, 2410.02355.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -81,17 +76,12 @@ def second_moment(K: Tensor) -> Tensor:
     return K.T @ K / len(K)
 
 
-def check_shape(name: str, vector: Tensor, size: int):
-    if vector.shape != (size,):
-        raise ValueError(f"{name} must have shape [{size}], got {list(vector.shape)}")
-
-
-def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None = None, lam: float = 1.0):
+def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None = None, lam=1.0, carried=None):
     """ValueError that names the shapes that clash, or the first request whose key or residual cannot be used."""
     if K.dim() != 2 or R.dim() != 2 or len(K) != len(R) or not len(K):
-        raise ValueError(f"K must be [n, d_in] and R [n, d_out], a row for each of n >= 1 requests, "
-                         f"got {list(K.shape)} and {list(R.shape)}")
-    for name, matrix, height in ("C", C, K.shape[1]), ("W", W, R.shape[1]):
+        raise ValueError(f"keys must be [n, d_in] and residuals or values [n, d_out] for n >= 1 requests, vectors for "
+                         f"one alone, got {list(K.shape)} and {list(R.shape)}")
+    for name, matrix, height in ("C", C, K.shape[1]), ("W", W, R.shape[1]), ("carried", carried, K.shape[1]):
         if matrix is not None and matrix.shape != (height, K.shape[1]):
             raise ValueError(f"{name} must be [{height}, {K.shape[1]}] to fit the requests, got {list(matrix.shape)}")
     if C is not None and (not C.isfinite().all() or not C.diagonal().sum() > 0):
@@ -113,16 +103,15 @@ def row_direction(K: Tensor) -> Tensor:
 
 
 def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None, lam: float = 0.0) -> Tensor:
-    """u = C^-1 k / (k^T C^-1 k + lam) for every row of K [n, d_in]: ROME, where u k = 1, and with lam MEMIT with one
-    request. One factorisation of C serves all rows."""
+    """u = C^-1 k / (k^T C^-1 k + lam) for the rows of K [n, d_in]: ROME, u k = 1, and with lam MEMIT of one request."""
     K, B = double(K), inverse_factor(C, diagnostics)
     U = K @ B @ B.T                                                              # C^-1 k as rows
     return U / ((U * K).sum(-1, keepdim=True) + lam)
 
 
 def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """B [d_in, d_in] with B B^T = C^-1, in float64: B = L^-T where C = L L^T (Cholesky). Only where C is numerically
-    singular (dead or dependent inputs) a ridge of 1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it."""
+    """B = L^-T where C = L L^T (Cholesky): B B^T = C^-1. Where C is numerically singular (dead, dependent inputs), only
+    there, a ridge of 1e-8 trace(C) / d_in is added; `diagnostics["ridge"]` records it."""
     C, ridge = double(C), 0.0
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     L, failed = torch.linalg.cholesky_ex(C)
@@ -138,23 +127,17 @@ def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
 
 
 def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """dW [d_out, d_in] that changes one column, k's entry of largest magnitude, so that dW k = r [1]. k [d_in],
-    r [d_out]. Raises ValueError for a bad request (`check_batch`)."""
-    check_shape("the key k", k, k.numel())
-    check_shape("the residual r", r, r.numel())
+    """dW [d_out, d_in] that changes one column, at the entry of k [d_in] of largest magnitude, so that dW k = r [d_out]
+    [1]. Raises ValueError for a bad request (`check_batch`)."""
     check_batch(k[None], r[None])
-    dW = torch.outer(double(r), row_direction(k[None])[0])
-    return finish(dW, k[None], r[None], r, None, diagnostics)
+    return finish(torch.outer(double(r), row_direction(k[None])[0]), k[None], r[None], r, None, diagnostics)
 
 
 def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | None = None) -> Tensor:
     """dW = (v - W k) (C^-1 k)^T / (k^T C^-1 k), so that (W + dW) k = v: ROME [2], equation 2, with one key [3].
 
-    W [d_out, d_in], C [d_in, d_in], k [d_in], v [d_out] -> dW [d_out, d_in]. Of all matrices that put v at k, W + dW is
-    the one that changes the values of ordinary keys least, in the mean square. `diagnostics`: see `inverse_factor` and
-    `finish`. Raises ValueError for a bad request (`check_batch`)."""
-    check_shape("the key k", k, W.shape[1])
-    check_shape("the value v", v, W.shape[0])
+    W [d_out, d_in], C [d_in, d_in], k [d_in], v [d_out] -> dW [d_out, d_in]: of all with v at k the one that changes
+    ordinary values least. `diagnostics`: see `inverse_factor`, `finish`. ValueError for a bad request: `check_batch`."""
     check_batch(k[None], v[None], C, W)
     r = double(v) - double(W) @ double(k)
     dW = torch.outer(r, rome_direction(C, k[None], diagnostics)[0])
@@ -162,19 +145,18 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
 
 
 def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """ROME for one request after another, each on the weight that the last one left: the sum of the updates, of which
-    only the last is sure to hold. W, C as in `rome_update`, K [n, d_in], which stay as they are, V [n, d_out]."""
+    """ROME for one request after another, each on the weight that the last one left: the sum of the updates. Only the
+    last is sure to hold. As `rome_update`, with K [n, d_in], which stay as they are, and V [n, d_out]."""
     check_batch(K, V, C, W)
     U, now = rome_direction(C, K, diagnostics), double(W).clone()
     for k, v, u in zip(double(K), double(V), U):
         now.addr_(v - now @ k, u)
-    R = double(V) - double(K) @ double(W).T
-    return finish(now - double(W), K, R, W, W, diagnostics)
+    return finish(now - double(W), K, double(V) - double(K) @ double(W).T, W, W, diagnostics)
 
 
 def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, diagnostics: dict | None) -> Tensor:
-    """dW in the dtype and on the device of `like`. Measured on what is returned, rounding included, where `diagnostics`
-    is a dict: "residual_left" [n], |r - dW k| of each request, and, with W at hand, "relative_norm", |dW| / |W|."""
+    """dW in the dtype and on the device of `like`. `diagnostics` gets, of what is returned, rounding included,
+    "residual_left" [n], |r - dW k| of each request, and, with W at hand, "relative_norm", |dW| / |W|."""
     dW = cast(dW, like)
     if diagnostics is not None:
         diagnostics["residual_left"] = (double(R) - double(K) @ double(dW).T).norm(dim=-1)
@@ -193,8 +175,7 @@ def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
     coincide and for more requests than the keys have rank. `diagnostics` and W: see `solve`."""
     check_batch(K, R, C, W)
     if len(K) > K.shape[1]:
-        raise ValueError(f"{len(K)} requests are more than the rank of their keys, at most {K.shape[1]}, so that not "
-                         f"every value can be written; use memit_update or leave requests out")
+        raise ValueError(f"{len(K)} requests exceed the rank of their keys, at most {K.shape[1]}; use memit_update")
     return solve(K, R, inverse_factor(C, diagnostics), 0.0, "dual", W, diagnostics)
 
 
@@ -202,15 +183,12 @@ def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | Non
                  W: Tensor | None = None, diagnostics: dict | None = None) -> Tensor:
     """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], eq. 14.
 
-    K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean, so lam counts in requests: all
-    ordinary keys together weigh as much as lam requests. Keys may coincide. `form`, `diagnostics` and W: see `solve`.
-    One batch after another: with `carried` = K_p^T K_p [d_in, d_in] of all earlier keys, lam C + K_p^T K_p takes the
-    place of lam C; each residual taken on the edited W, the updates then add up to that of one batch."""
-    check_batch(K, R, C, W, lam)
-    if carried is not None:
-        if carried.shape != C.shape:
-            raise ValueError(f"carried must have the shape of C, {list(C.shape)}, got {list(carried.shape)}")
-        C = double(C) + double(carried) / lam
+    K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean, so all ordinary keys together
+    weigh as much as lam requests. Keys may coincide. `form`, `diagnostics` and W: see `solve`. One batch after another:
+    with `carried` = K_p^T K_p [d_in, d_in] of all earlier keys, added to lam C, and each residual taken on the edited W
+    the updates add up to that of one batch."""
+    check_batch(K, R, C, W, lam, carried)
+    C = double(C) + (0 if carried is None else double(carried) / lam)
     return solve(K, R, inverse_factor(C, diagnostics), lam, form, W, diagnostics)
 
 
@@ -219,31 +197,29 @@ def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: 
     """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit [6], for one batch.
 
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in squared lengths of a key (the paper: 1).
-    The null space is spanned by the eigenvectors of C with an eigenvalue below bound = threshold * trace(C) / d_in (the
-    paper: below 1e-2, whatever the scale of the keys). Over ordinary keys, E |dW k|^2 <= bound * |dW|^2. The paper's
-    term for earlier edits is left out. Raises ValueError where the null space is empty and for a bad request.
-    `diagnostics["null_space"]` is its dimension; for the rest and W see `solve`."""
+    The null space is that of eigenvalues of C below bound = threshold * trace(C) / d_in (the paper: 1e-2), so that over
+    ordinary keys E |dW k|^2 <= bound * |dW|^2; diagnostics["null_space"] is its dimension. The paper's term for earlier
+    edits is left out. Raises ValueError where it is empty and for a bad request. For the rest see `solve`."""
     check_batch(K, R, C, W, lam)
     eigenvalues, eigenvectors = torch.linalg.eigh(double(C))
     share = eigenvalues / eigenvalues.mean()
     U = eigenvectors[:, share < threshold]                                       # P = U U^T
     if not U.shape[1]:
-        raise ValueError(f"the null space of C is empty: its smallest eigenvalue is {share[0]:.3g} of their mean, the "
-                         f"threshold {threshold:.3g}; raise the threshold or use memit_update")
+        raise ValueError(f"the null space of C is empty: its smallest eigenvalue is {share[0]:.3g} of the mean, above "
+                         f"{threshold:.3g}; raise the threshold or use memit_update")
     if diagnostics is not None:
         diagnostics |= {"null_space": U.shape[1], "ridge": 0.0}
     return solve(K, R, U, lam, None, W, diagnostics)
 
 
-def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tensor | None,
-          diagnostics: dict | None) -> Tensor:
+def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tensor | None, diagnostics) -> Tensor:
     """dW = R^T (K P K^T + lam I)^-1 K P with P = B B^T, B [d_in, m], for the keys X = K B [n, m]:
 
         dual     dW^T = B X^T (X X^T + lam I)^-1 R              a system of size n
         primal   dW^T = B (X^T X + lam I)^-1 X^T R              a system of size m; form=None: the smaller one
 
-    With B = L^-T, C = L L^T, the primal matrix is L^-1 (lam C + K^T K) L^-T: the wide spectrum of C is in B alone.
-    `diagnostics` gets, beside "ridge" of `inverse_factor` and what `finish` measures,
+    With B = L^-T the primal matrix is L^-1 (lam C + K^T K) L^-T: the wide spectrum of C is in B alone. `diagnostics`
+    gets, beside "ridge" of `inverse_factor` and what `finish` measures,
 
         condition            condition number of the system solved
         residual_predicted   [n] norms of the rows of lam (K P K^T + lam I)^-1 R, what is left in exact arithmetic
@@ -281,9 +257,8 @@ def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
     U = U / U.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(U.dtype).tiny)
     best = 0.0, 0, 0
     for start in range(0, len(U), chunk):
-        cosines = (U[start:start + chunk] @ U[start:].T).abs_().triu_(1)         # each pair once: row < column
-        value, place = cosines.flatten().max(0)
-        i, j = divmod(int(place), cosines.shape[1])
+        value, place = (U[start:start + chunk] @ U[start:].T).abs_().triu_(1).flatten().max(0)       # each pair once
+        i, j = divmod(int(place), len(U) - start)
         best = max(best, (float(value), start + i, start + j))
     return best
 
@@ -291,22 +266,17 @@ def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
 # --- Putting an edit into a model -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, tuple[Tensor, float | None]]:
-    """Add updates {layer name: dW} to the weights for good; returns (old weight, old mark) of each, for `restore`.
-
-    An edited layer says so: the mark `layer.edited` is ||dW|| / ||W||. Nothing is changed where an update is bad
-    (ValueError): not finite, not of the weight's shape, or with a sum that the weight's dtype cannot hold."""
+def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add updates {layer name: dW} to the weights for good; returns the old weights, for `restore`. ValueError, and no
+    change, where an update is not finite, not of the weight's shape, or the sum does not fit the weight's dtype."""
     old = {}
     try:
         for name, dW in updates.items():
-            layer = model.get_submodule(name)
-            W, shape = layer.weight, list(layer.weight.shape)
-            if shape != list(dW.shape) or not dW.isfinite().all():
-                raise ValueError(f"the update of {name} must be finite and {shape}, got {list(dW.shape)}")
-            new = cast(double(W) + double(dW).to(double(W).device), W)
-            old[name] = W.detach().clone(), vars(layer).get("edited")
-            layer.edited = float(double(dW).norm() / double(W).norm())
-            W.copy_(new)
+            W = model.get_submodule(name).weight
+            if W.shape != dW.shape or not dW.isfinite().all():
+                raise ValueError(f"the update of {name} must be finite and {list(W.shape)}, got {list(dW.shape)}")
+            old[name] = W.detach().clone()
+            W.copy_(cast(double(W) + double(dW).to(double(W).device), W))
     except Exception:
         restore(model, old)
         raise
@@ -314,14 +284,10 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, tuple[
 
 
 @torch.no_grad()
-def restore(model: nn.Module, old: dict[str, tuple[Tensor, float | None]]):
-    """Put back the weights and the marks that `apply_edit` returned, bit for bit."""
-    for name, (weight, mark) in reversed(old.items()):                           # two names may mean one layer
-        layer = model.get_submodule(name)
-        layer.weight.copy_(weight)
-        layer.edited = mark
-        if mark is None:                                                         # it was not edited
-            del layer.edited
+def restore(model: nn.Module, old: dict[str, Tensor]):
+    """Put back the weights that `apply_edit` returned, bit for bit."""
+    for name, weight in reversed(old.items()):                                   # two names may mean one layer
+        model.get_submodule(name).weight.copy_(weight)
 
 
 @contextmanager
@@ -338,14 +304,9 @@ def edit(model: nn.Module, updates: dict[str, Tensor]):
 def intervene(module: nn.Module, change, calls=None):
     """Inside, the module returns change(input, output), or its own output where that is None, at all its calls or at
     the `calls` given, counted from 0 at the start of the `with` block, which then is for one forward pass."""
-    n_calls = 0
-
-    def hook(_, inputs, output):
-        nonlocal n_calls
-        n_calls += 1
-        return change(inputs[0], output) if calls is None or n_calls - 1 in calls else None
-
-    handle = module.register_forward_hook(hook)
+    numbers = iter(range(10**9))                                                 # of the calls
+    handle = module.register_forward_hook(lambda _, inputs, output: change(inputs[0], output)
+                                          if calls is None or next(numbers) in calls else None)
     try:
         yield
     finally:
@@ -353,22 +314,21 @@ def intervene(module: nn.Module, change, calls=None):
 
 
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
-    """Inside, every example of a batch sees its own edit, W + r_b u_b^T, and W is untouched: u [batch, d_in],
-    r [batch, d_out]. It acts at every call of the layer, or at the `calls` given (see `intervene`)."""
+    """Inside, example b of a batch sees its own edit, W + r_b u_b^T, at every call of the layer or at the `calls` given
+    (see `intervene`), and W is untouched: u [batch, d_in], r [batch, d_out]."""
     return intervene(layer, lambda k, value: value + torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None], calls)
 
 
 @torch.no_grad()
 def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Input [call, batch, token, d_in] and output [call, batch, token, d_out] of every call of a module when the model
-    reads the tokens; of a layer they are the keys and the values."""
+    """Input and output, each [call, batch, token, d], of every call of a module when the model reads the tokens; of a
+    layer they are the keys and the values."""
     calls = []
     with intervene(module, lambda key, value: calls.append((key, value))):       # returns None: nothing changes
         model(tokens)
     if not calls:
         raise ValueError("the layer is not called when the model reads these tokens, so it holds nothing of them")
-    keys, values = zip(*calls)
-    return torch.stack(keys), torch.stack(values)
+    return tuple(map(torch.stack, zip(*calls)))
 
 
 def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -382,19 +342,15 @@ def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Ten
 def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """As `at_call`, at the last token alone: input [n, d_in] and output [n, d_out]."""
     parts = [[x[:, -1].clone() for x in at_call(model, name, call, part)] for part in tokens.split(chunk)]
-    inputs, outputs = zip(*parts)
-    return torch.cat(inputs), torch.cat(outputs)
+    return tuple(map(torch.cat, zip(*parts)))
 
 
-def key_second_moment(model: nn.Module, layer: nn.Linear, *inputs: tuple[Tensor, int | None],
-                      chunk: int = 1024) -> Tensor:
-    """C of a layer over ordinary keys: of each (tokens [n, token], call), every token at that call, None: at every call,
-    pooled."""
+def key_second_moment(model: nn.Module, layer: nn.Linear, *inputs: tuple, chunk: int = 1024) -> Tensor:
+    """C of a layer over the keys of each (tokens [n, token], call), None: every call; every token counts the same."""
     total, n = 0, 0
-    for tokens, call in inputs:
-        for part in tokens.split(chunk):
-            K = record(model, layer, part)[0][slice(None) if call is None else slice(call, call + 1)].flatten(0, -2)
-            total, n = total + second_moment(K) * len(K), n + len(K)
+    for part, call in ((part, call) for tokens, call in inputs for part in tokens.split(chunk)):
+        K = record(model, layer, part)[0][slice(None) if call is None else slice(call, call + 1)].flatten(0, -2)
+        total, n = total + second_moment(K) * len(K), n + len(K)
     return total / n
 
 
@@ -434,21 +390,17 @@ class Site:
     values: Tensor                      # [n_facts, d_out]
 
 
-def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None,
-         chunk: int = 1024) -> Site:
-    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more inputs whose values to
-    keep. C pools the keys of the ordinary inputs at this call with those of the queries at every call: an edit of the
-    weight acts at all of them."""
-    layer = model.get_submodule(name)
-    keys, values = last_token(model, name, call, queries, chunk)
-    C = key_second_moment(model, layer, (queries, None), *([] if ordinary is None else [(ordinary, call)]))
-    return Site(name, call, layer, C, keys, values)
+def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None) -> Site:
+    """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more inputs, with values
+    to keep. C pools the keys of these at this call and of the queries at every call, at all of which an edit acts."""
+    layer, more = model.get_submodule(name), [] if ordinary is None else [(ordinary, call)]
+    keys, values = last_token(model, name, call, queries)
+    return Site(name, call, layer, key_second_moment(model, layer, (queries, None), *more), keys, values)
 
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None, lam: float = 1.0) -> Tensor:
-    """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one request, which
-    writes 1 / (1 + lam / k^T C^-1 k) of what ROME writes). Where a key is zero u is zero, so that the edit counts as
-    one that failed; `diagnostics["zero_keys"]` says how many there are."""
+    """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one request, lam as in
+    `rome_direction`). For a key of zeros u is 0, an edit that fails."""
     keys = at.keys[requests.fact]
     alive = (keys != 0).any(-1)
     u = torch.zeros_like(keys)
@@ -456,21 +408,18 @@ def direction(method: str, at: Site, requests: Requests, diagnostics: dict | Non
         K = keys[alive]
         U = row_direction(K) if method == "row" else rome_direction(at.C, K, diagnostics, lam * (method == "memit"))
         u[alive] = U.to(keys)
-    if diagnostics is not None:
-        diagnostics["zero_keys"] = int((~alive).sum())
     return u
 
 
 def prototype_residual(at: Site, requests: Requests, tails: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """r = v* - W k with v* the mean value over the other known facts (`known` [n_facts], bool) whose answer in `tails`
-    [n_facts] is the wanted one: r [n, d_out], and which requests have such a fact [n]; r is 0 for the others."""
+    """r = v* - W k [n, d_out], v* the mean value over the other known facts (`known` [n_facts], bool) with the wanted
+    answer in `tails` [n_facts]; and which requests have such a fact [n]: r is 0 for the others."""
     fact, (_, row) = requests.fact, torch.cat([tails, requests.new]).unique(return_inverse=True)
     answer, wanted = row.split([len(tails), len(fact)])                          # numbered from 0 without gaps
     values = torch.cat([at.values, torch.ones_like(at.values[:, :1])], 1)        # [n_facts, d_out + 1], the 1 counts
     total = values.new_zeros(int(row.max()) + 1, values.shape[1]).index_add(0, answer[known], values[known])
     others = total[wanted] - values[fact] * (known[fact] & (answer[fact] == wanted))[:, None]
-    has_one = others[:, -1] > 0
-    mean = others[:, :-1] / others[:, -1:].clamp(min=1)
+    has_one, mean = others[:, -1] > 0, others[:, :-1] / others[:, -1:].clamp(min=1)
     return (mean - at.values[fact]) * has_one[:, None], has_one
 
 
@@ -481,13 +430,11 @@ def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
     return (v - values[nearest]).norm(dim=-1)
 
 
-def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor, steps: int = 40, lr: float = 0.1,
-                      decay: float = 1e-3, clamp: float = 4.0, batch: int | None = None, near: Tensor | None = None,
-                      pull: float = 1.0) -> Tensor:
+def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor, steps: int = 40, lr=0.1, decay=1e-3,
+                      clamp=4.0, batch: int | None = None, near: Tensor | None = None, pull=1.0) -> Tensor:
     """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|, by Adam; v0 = W k.
-
-    The model runs with W + r u^T at every call of the layer, as it will after the edit. Each request is optimised for
-    itself, `batch` of them at a time (None: all). With `near` [m, d_out], values that the store holds, the loss gets
+    The model runs with W + r u^T at every call of the layer, as after the edit; each request is optimised for itself,
+    `batch` of them at a time (None: all). With `near` [m, d_out], values that the store holds, the loss gets
     pull * distance^2 / |v0|^2, the distance of v0 + r to the nearest of them."""
     parts, usual = [], at.values.norm(dim=-1).mean()
     for i in torch.arange(len(u), device=u.device).split(batch or max(1, len(u))):
@@ -504,16 +451,15 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
                 loss = loss + pull * (distance_to_values(near, v0 + scaled * size) / size[:, 0]).square().sum()
             scaled.grad, = torch.autograd.grad(loss, scaled)
             optimizer.step()
-            with torch.no_grad():
-                scaled *= (clamp / scaled.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+            scaled.data *= (clamp / scaled.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
         parts.append((scaled * size).detach())
     return torch.cat(parts)
 
 
 def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, steps: int = 25,
                     batch: int | None = None) -> Tensor:
-    """dW by Adam on -log p(wanted answer), in the one layer, no entry of dW above bound * rms(W): the constrained
-    fine-tuning that [2] compares with, at a rate that can reach the bound in five steps."""
+    """dW by Adam on -log p(wanted answer), no entry above bound * rms(W): the constrained fine-tuning that [2] compares
+    with, at a rate that can reach the bound in five steps."""
     W, n = layer.weight.detach(), len(requests.new)
     limit = bound * float(W.square().mean().sqrt())
     dW = torch.zeros_like(W, requires_grad=True)
@@ -525,23 +471,19 @@ def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, boun
                 loss.backward(inputs=[dW])
             optimizer.step()
             optimizer.zero_grad()
-            with torch.no_grad():
-                dW.clamp_(-limit, limit)
+            dW.data.clamp_(-limit, limit)
     return dW.detach()
 
 
 def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Requests, r: Tensor, lam: float,
                  ordinary: Tensor, stream: tuple[str, int], diagnostics: dict | None = None) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer name: dW}, for `edit`.
-
-    `stream` (module name, call) reads the residual stream after all sites (in models.py the next block's "attention",
-    or "norm" after the last block): its input at the last token should change by r [n, d_out]. Site after site, with
-    the edits so far in place, what is missing there, divided by the number of sites left, is written by `memit_update`
-    for the keys as they now are; C is that of the model as it came, over `ordinary` [n, token]. Requests whose key is
-    zero at a site are left to the others. What `memit_update` tells of a site is diagnostics[name, call]. Raises
-    ValueError where two requests are for one fact. In a loop several sites are calls of one weight: dW is the sum of
-    the writes, each of which acts at all calls. The next solve leaves what the calls already written return, but does
-    not foresee what it does at other calls: unlike in a stack, more sites need not bring the stream nearer."""
+    `stream` (module name, call) reads the residual stream after all sites: its input at the last token should change by
+    r [n, d_out]. Site after site, with the edits so far in place, what is missing there, divided by the number of sites
+    left, is written by `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
+    came, over `ordinary` [n, token]. diagnostics[name, call]: see `solve`. ValueError for two requests for one fact.
+    In a loop the sites are calls of one weight; dW sums what is written at each but acts at all. It keeps what earlier
+    calls return, but does not foresee later ones: unlike in a stack, more sites need not bring the stream nearer."""
     requests.check_distinct()
     moments = [key_second_moment(model, model.get_submodule(name), (ordinary, call)) for name, call in sites]
     wanted = last_token(model, *stream, requests.tokens)[0] + r
@@ -565,34 +507,28 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
 
 @dataclass
 class Probes:
-    """m questions, each asked of the model that holds one of the edits; the answer is read at the last token."""
+    """m questions, each to the model with one of the edits; the answer is read at the last token."""
     edit: Tensor                        # [m] row in the requests
     tokens: Tensor                      # [m, token]
     answer: Tensor                      # [m]
 
 
-def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, asked: Tensor) \
-        -> tuple[dict[str, Probes], dict[str, int]]:
-    """Compositions whose answer an edit must change: "hop1" with the edited fact first, "hop2" with it second.
-
-    paths: any object with facts [n_facts, 3] (head, relation, tail; sorted), tokens [n_paths, 3], two_hop, first,
-    second [n_paths] as in kg.py. known [n_facts]: the model knows the fact and has seen it in compositions; right
-    [n_paths]: its answer is right before the edit; asked [n_paths]: the paths to draw from. Left out, and counted in
-    the second result: where the other fact (after the edit) does not exist or is not known, and as named there."""
+def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, asked: Tensor) -> tuple[dict, dict]:
+    """Probes whose answer an edit must change: compositions with the edited fact first ("hop1"), or second ("hop2").
+    paths: has facts [n_facts, 3] (head, relation, tail; sorted), tokens [n_paths, 3], two_hop, first, second [n_paths],
+    as in kg.py. known [n_facts]; right [n_paths]: answered right before; asked [n_paths]: the paths to draw from. Those
+    left out are counted by reason in the second result; the other fact is the one that the path uses after the edit."""
     head, relation, tail = paths.facts.T
     row_of = torch.full((int(max(head.max(), tail.max())) + 1, int(relation.max()) + 1), -1, device=head.device)
     row_of[head, relation] = torch.arange(len(head), device=head.device)         # fact of (head, relation), -1: none
     probes, left_out = {}, {"edited fact twice": 0, "answer unchanged": 0, "wrong before": 0, "other fact unknown": 0}
     for name, hop in ("hop1", paths.first), ("hop2", paths.second):
         i, path = ((hop == requests.fact[:, None]) & (paths.second >= 0) & asked).nonzero(as_tuple=True)
-        fact, new = requests.fact[i], requests.new[i]
+        fact, answer, other = requests.fact[i], requests.new[i], paths.first[path]           # hop2: (g, s) -> h, then r
+        twice = other == fact
         if name == "hop1":                                                       # (h, r1, r2): now via the new tail
-            other = row_of[new, relation[paths.second[path]]]
-            answer = tail[other]
-            twice = (paths.second[path] == fact) | (other == fact)
-        else:                                                                    # (g, s, r) with (g, s) -> h
-            other, answer = paths.first[path], new
-            twice = other == fact
+            other = row_of[answer, relation[paths.second[path]]]
+            answer, twice = tail[other], (paths.second[path] == fact) | (other == fact)
         keep = torch.ones_like(twice)
         for reason, out in ("edited fact twice", twice), ("other fact unknown", (other < 0) | ~known[other]), \
                            ("answer unchanged", answer == paths.two_hop[path]), ("wrong before", ~right[path]):
@@ -638,8 +574,8 @@ def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> di
 
 @torch.no_grad()
 def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probes, chunk: int = 512) -> float | None:
-    """How nearly a composition reads the store with the key that was edited: the cosine between the fact's key at the
-    site and the key at the composition's last token, at the call where it is largest; mean over the probes, if any."""
+    """How nearly a composition reads the store at the edited address: the cosine between the fact's key and that at its
+    last token, largest over the calls; mean over the probes, if any."""
     cosines = []
     for i, tokens in zip(probe.edit.split(chunk), probe.tokens.split(chunk)):
         keys = record(model, at.layer, tokens)[0][:, :, -1]                      # [call, m, d_in]
@@ -651,7 +587,6 @@ def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probe
 def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512, calls=None,
             held: tuple[str, int, int, Tensor] | None = None) -> Tensor:
     """The answer [m] to each probe by the model with the probe's own edit, W + r u^T (at `calls`, see `rank_one`).
-
     held = (name, call, token, basis [m, d, k]): meanwhile this state keeps, in the span of the basis, what it holds
     without the edit: our reading of the held answer subspace of [1]."""
     parts = []
@@ -659,9 +594,9 @@ def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, ch
         i, tokens = probes.edit[rows], probes.tokens[rows]
         with ExitStack() as inside:
             if held:
-                *state, basis = held
-                before = at_call(model, *state[:2], tokens)[1][:, state[2]]
-                inside.enter_context(interchange(model, *state, before, basis[rows]))
+                name, call, token, basis = held
+                before = at_call(model, name, call, tokens)[1][:, token]
+                inside.enter_context(interchange(model, name, call, token, before, basis[rows]))
             inside.enter_context(rank_one(at.layer, u[i], r[i], calls))
             parts.append(model(tokens)[:, -1].argmax(-1))
     return torch.cat(parts)
@@ -673,10 +608,9 @@ def share_of(hit: Tensor) -> float | None:
 
 
 def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, probes: dict[str, Probes]) -> dict:
-    """Shares in 0..1 over all edits; None where there was nothing to ask.
-
-    direct: edits whose own query now has the new answer. <name> of the `probes` that begin with hop: right after the
-    edit, among edits with direct success (`probes_<name>` of them); <name>_moved of the others: answers that differ."""
+    """Shares in 0..1 over all edits; None where there was nothing to ask. direct: edits whose own query now has the new
+    answer. Of `probes`, <name> that begins with hop: right answers after edits with direct success (`probes_<name>` of
+    them); <name>_moved of the others: answers that differ."""
     success = answers(model, at, u, r, requests.questions()) == requests.new
     result = {"n": len(success), "direct": share_of(success)}
     for name, probe in probes.items():
@@ -704,23 +638,19 @@ def interchange(model: nn.Module, name: str, call: int, token: int, other: Tenso
 
 
 @torch.no_grad()
-def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list[tuple[str, int]],
-          each: bool = False) -> tuple[Tensor, Tensor]:
+def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list, each: bool = False):
     """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites`
-    and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token. Returns two
-    measures [site, token]: the share of the prompts that get the clean answer back, and the mean rise of its
-    probability; with `each` prompt by prompt, [site, token, n]. ValueError where the prompts do not pair up or a site is
-    not called."""
+    and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token. Returns
+    whether it is back, and the rise of its probability: two means [site, token], or [site, token, n] with `each`.
+    ValueError where the prompts do not pair up or a site is not called."""
     if clean.shape != corrupted.shape or not len(clean):
-        raise ValueError(f"clean and corrupted prompts must pair up and be at least one, "
-                         f"got shapes {list(clean.shape)} and {list(corrupted.shape)}")
+        raise ValueError(f"prompts must pair up, one pair at least, got {list(clean.shape)}, {list(corrupted.shape)}")
     probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None])[:, 0]
     before = probability(model(corrupted)[:, -1])
     back, rise = torch.zeros(2, len(sites), *clean.T.shape, dtype=torch.float64)
     for i, (name, call) in enumerate(sites):
-        _, values = at_call(model, name, call, clean)
-        for token in range(clean.shape[1]):
-            with interchange(model, name, call, token, values[:, token]):
+        for token, value in enumerate(at_call(model, name, call, clean)[1].unbind(1)):
+            with interchange(model, name, call, token, value):
                 logits = model(corrupted)[:, -1]
             back[i, token] = logits.argmax(-1) == answer
             rise[i, token] = probability(logits) - before
@@ -728,10 +658,9 @@ def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, si
 
 
 @torch.no_grad()
-def lens(model: nn.Module, tokens: Tensor, wanted: Tensor, sites: list[tuple[str, int]], unembed) \
-        -> tuple[Tensor, Tensor]:
-    """Logit lens: rank (0: the first; ties count against it) and probability of wanted [n] in the logits that unembed,
-    a function, makes of a state [n, token, d], for each (name, call) of `sites`: two times [site, token, n]."""
+def lens(model: nn.Module, tokens: Tensor, wanted: Tensor, sites: list, unembed) -> tuple[Tensor, Tensor]:
+    """Logit lens: rank (0: the first; ties count against it) and probability, each [site, token, n], of wanted [n] in
+    the logits that the function unembed makes of a state [n, token, d], for each (name, call) of `sites`."""
     ranks, probabilities = [], []
     for name, call in sites:
         logits = unembed(at_call(model, name, call, tokens)[1])
@@ -742,12 +671,10 @@ def lens(model: nn.Module, tokens: Tensor, wanted: Tensor, sites: list[tuple[str
 
 
 @torch.no_grad()
-def swapped(model: nn.Module, tokens: Tensor, other: Tensor, name: str, call: int, token: int,
-            basis: Tensor | None = None) -> Tensor:
-    """The answers [n] to `tokens` with the state (name, call, token) of the prompts `other` [n, token]; with a basis
-    [n, d, k] the part in its span alone, such as what an unembedding reads of it (see `interchange`)."""
-    state = at_call(model, name, call, other)[1][:, token]
-    with interchange(model, name, call, token, state, basis):
+def swapped(model: nn.Module, tokens: Tensor, other: Tensor, name: str, call: int, token: int, basis=None) -> Tensor:
+    """The answers [n] to `tokens` with the state (name, call, token) of the prompts `other` [n, token], with a basis
+    [n, d, k] the part in its span alone (see `interchange`)."""
+    with interchange(model, name, call, token, at_call(model, name, call, other)[1][:, token], basis):
         return model(tokens)[:, -1].argmax(-1)
 
 

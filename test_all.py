@@ -321,9 +321,9 @@ def test_a_singular_second_moment_gets_a_recorded_ridge(problem):
 
 @pytest.mark.parametrize("change, words", [
     (lambda W, C, k, v: (W, C, 0 * k, v), "zeros"), (lambda W, C, k, v: (W, C, k * float("nan"), v), "not finite"),
-    (lambda W, C, k, v: (W, C, k, v / 0), "not finite"), (lambda W, C, k, v: (W.T, C, k, v), r"\[5\]"),
+    (lambda W, C, k, v: (W, C, k, v / 0), "not finite"), (lambda W, C, k, v: (W.T, C, k, v), r"\[5, 9\]"),
     (lambda W, C, k, v: (W, C[:4, :4], k, v), r"\[4, 4\]"), (lambda W, C, k, v: (W, 0 * C, k, v), "trace"),
-    (lambda W, C, k, v: (W, C, k[None], v), r"\[1, 9\]")])
+    (lambda W, C, k, v: (W, C, k[None], v), r"\[1, 1, 9\]")])
 def test_bad_requests_are_refused(problem, change, words):
     with pytest.raises(ValueError, match=words):
         rome_update(*change(*problem[:4]))
@@ -521,7 +521,7 @@ def test_bad_batches_are_refused(problem, update):
         memit_update(K, R, bad_C, 1.0)
     with pytest.raises(ValueError, match="'dula'"):
         memit_update(K, R, C, 1.0, form="dula")
-    with pytest.raises(ValueError, match=r"\[9, 9\], got \[9\]"):
+    with pytest.raises(ValueError, match=r"carried must be \[9, 9\] .* got \[9\]"):
         memit_update(K, R, C, 1.0, carried=C[0])
     for dtype in torch.float32, torch.bfloat16:
         assert update(K.to(dtype), R.to(dtype), C).dtype == dtype
@@ -554,8 +554,8 @@ def test_an_edited_model_is_restored_bit_for_bit():
     same = lambda: all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     dW = torch.randn(16, 32, generator=generator())
     with edit(model, {"memory.values": dW}):
-        assert not same() and model.memory.values.edited > 0
-    assert same() and not hasattr(model.memory.values, "edited")
+        assert not same()
+    assert same()
     with pytest.raises(KeyError), edit(model, {"memory.values": dW}):
         raise KeyError
     assert same()
@@ -566,13 +566,13 @@ def test_an_edited_model_is_restored_bit_for_bit():
     huge = {"memory.keys": torch.zeros(32, 16), "memory.values": torch.full((16, 32), 1e300, dtype=torch.float64)}
     with pytest.raises(ValueError, match="does not fit torch.float32"), edit(model, huge):
         pass
-    assert same() and not hasattr(model.memory.keys, "edited")
+    assert same()
     with edit(model, {"memory.values": dW}):
-        mark, outer = model.memory.values.edited, model.memory.values.weight.clone()
+        outer = model.memory.values.weight.clone()
         with edit(model, {"memory.values": 2 * dW}):
-            assert model.memory.values.edited != mark
-        assert model.memory.values.edited == mark and torch.equal(model.memory.values.weight, outer), "the outer edit"
-    assert same() and not hasattr(model.memory.values, "edited")
+            assert not torch.equal(model.memory.values.weight, outer)
+        assert torch.equal(model.memory.values.weight, outer), "the outer edit"
+    assert same()
     model.alias = model.memory
     with edit(model, {"memory.values": dW, "alias.values": dW}):                 # two names of one layer
         close(model.memory.values.weight, before["memory.values.weight"] + 2 * dW, 1e-6)
@@ -675,9 +675,8 @@ def test_a_key_of_zeros_is_an_edit_that_fails(world):
     dead.keys = at.keys.clone()
     dead.keys[requests.fact[2]] = 0
     for method in "rome", "row":
-        notes = {}
-        u = editing.direction(method, dead, requests, notes)
-        assert notes["zero_keys"] == 1 and u[2].abs().max() == 0 and u[[0, 1, 3]].abs().amax(-1).min() > 0
+        u = editing.direction(method, dead, requests)
+        assert u[2].abs().max() == 0 and u[[0, 1, 3]].abs().amax(-1).min() > 0
 
 
 def test_a_gradient_target_in_small_batches_and_near_the_values_of_the_store(world):
@@ -719,7 +718,7 @@ def test_memit_over_layers_against_a_slow_reference(world, arch, sites):
     before, r, notes = copy.deepcopy(model.state_dict()), 0.1 * normal(4, 16, seed=7), {}
     updates = editing.memit_layers(model, sites, requests, r, lam, paths.tokens, ("norm", 0), notes)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert not any("edited" in vars(module) or module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
     other, wanted = copy.deepcopy(model), stream_at_the_end(model, requests.tokens) + r
     earlier = {name: 0 for name, _ in sites}
     for i, (name, call) in enumerate(sites):
