@@ -1,7 +1,7 @@
 """curvature.py: memorized and shared structure sit at different ends of the curvature spectrum.
 
-How much the loss curves in the weights W [d_out, d_in] of a linear layer is, approximately, a Kronecker product of two
-small matrices, the second moments of its inputs a and of the gradients g at its outputs (K-FAC [2]):
+The curvature of the loss in the weights W [d_out, d_in] of a linear layer is, approximately, a Kronecker product of the
+second moments of its inputs a and of the gradients g at its outputs (K-FAC [2]):
 
     A = E[a a^T] = U_A diag(mu) U_A^T        G = E[g g^T] = U_G diag(lambda) U_G^T        Fisher block ~ G (x) A
 
@@ -10,28 +10,23 @@ rotates W into both eigenbases and keeps the pairs of directions that hold a sha
 
     C = U_G^T W U_A        mass_ij = lambda_i mu_j        W' = U_G (C * M) U_A^T
 
-M is 1 on the pairs of most mass, taken in descending order until their sum reaches keep * sum(lambda) * sum(mu), the
-crossing pair included. How large C_ij is plays no part. EK-FAC [3] puts what is measured in the same basis, the means
-of (u_i^T g)^2 (v_j^T a)^2 with u_i, v_j columns of U_G, U_A, in the place of lambda_i mu_j.
+M is 1 on the pairs of most mass until their sum reaches keep * sum(lambda) * sum(mu), the crossing pair included; how
+large C_ij is plays no part. EK-FAC [3] puts the means of (u_i^T g)^2 (v_j^T a)^2, measured in the same basis, with
+u_i, v_j columns of U_G, U_A, in the place of lambda_i mu_j.
 
     >>> A, G = (torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([3., 1.], [2., 1.]))
     >>> keep_mask(A, G, 0.75)                  # eigenvalues ascending: masses [[1, 3], [2, 6]], 6 + 3 = 0.75 * 12
     tensor([[False,  True],
             [False,  True]])
-    >>> W = torch.tensor([[1., 2.], [3., 4.]], dtype=torch.float64)
-    >>> ablate(W, A, G, 0.75)                  # the eigenvalue 3 belongs to the first input
+    >>> ablate(torch.tensor([[1., 2.], [3., 4.]]), A, G, 0.75)                   # 3 belongs to the first input
     tensor([[1., 0.],
-            [3., 0.]], dtype=torch.float64)
-    >>> control("magnitude", W, A, G, kept=2)
-    tensor([[0., 0.],
-            [3., 4.]], dtype=torch.float64)
+            [3., 0.]])
 
-Glossary: A [d_in, d_in], G [d_out, d_out] — uncentred second moments; mu [d_in], lambda [d_out] — their eigenvalues;
-masses, mask M [d_out, d_in] — in the eigenbasis, eigenvalues ascending as in torch.linalg.eigh; keep — rho in [1]; a
-**position** is one row that an `nn.Linear` is handed: a token, anew in each call of a loop.
-The file needs torch alone and works on any model called as `model(inputs) -> logits [..., classes]`, which no function
-here changes; inside `ablated` it has other weights. For A or G may stand `eigen(A)`, so that a sweep decomposes once.
-Left out: biases, convolutions, K-FAC-reduce, dropout and batch statistics (the model runs in evaluation mode).
+A [d_in, d_in] and G [d_out, d_out] are uncentred second moments; masses and mask [d_out, d_in] are in the eigenbasis,
+eigenvalues ascending. A **position** is one row that an `nn.Linear` is handed: a token, anew in each call of a loop.
+Any model called as `model(inputs) -> logits [..., classes]` will do; no function here changes it, but inside `ablated`
+it has other weights. For A or G may stand `eigen(A)`, so that a sweep decomposes once. Left out: biases, convolutions,
+K-FAC-reduce, dropout and batch statistics (the model runs in evaluation mode).
 
 [1] Merullo et al. 2025, From Memorization to Reasoning in the Spectrum of Loss Curvature, arXiv 2510.24256.
 [2] Martens & Grosse 2015, arXiv 1503.05671; "expand" to several positions: Eschenhagen et al. 2023, arXiv 2311.00636.
@@ -39,6 +34,8 @@ Left out: biases, convolutions, K-FAC-reduce, dropout and batch statistics (the 
 """
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -46,15 +43,14 @@ import torch.nn as nn
 from torch import Tensor
 
 
-# --- Factors: means over positions of what a layer reads and of the gradients at what it returns ----------------------
+# --- Factors ----------------------------------------------------------------------------------------------------------
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """The layer of that name; ValueError for an unknown name, TypeError for a module of another kind."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(modules.get(name), nn.Linear):
         names = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
-        error = TypeError if name in modules else ValueError
-        raise error(f"{name!r} is no nn.Linear of the model; such are {names[:8]}")
+        raise [ValueError, TypeError][name in modules](f"{name!r} is no nn.Linear of the model; such are {names[:8]}")
     return modules[name]
 
 
@@ -83,16 +79,14 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
     """(name, a [n, d_in], g [n, d_out]) of each call of each layer, for one batch: see `kronecker_factors`."""
     calls = []
 
-    def watch(name):
-        def hook(_, arguments, output):                      # g is the gradient at a zero that is added to the output
-            zero = torch.zeros_like(output, requires_grad=True)
-            calls.append((name, arguments[0].detach().clone(), zero))            # the model may overwrite its input
-            return output + zero
-        return linear(model, name).register_forward_hook(hook)
+    def watch(name, _, arguments, output):                   # g is the gradient at a zero that is added to the output
+        zero = torch.zeros_like(output, requires_grad=True)
+        calls.append((name, arguments[0].detach().clone(), zero))                # the model may overwrite its input
+        return output + zero
 
     with ExitStack() as undo:
         for name in layers:
-            undo.callback(watch(name).remove)
+            undo.enter_context(linear(model, name).register_forward_hook(partial(watch, name)))
         output = model(inputs)
     logits, gold = counted(output, targets)
     probability, gradients = logits.detach().softmax(-1), [torch.zeros_like(zero) for _, _, zero in calls]
@@ -103,22 +97,26 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
             probability = probability.to(generator.device if generator else logits.device)
             gold = torch.multinomial(probability, 1, generator=generator)[:, 0].to(logits.device)
         value = len(logits) * loss(logits, gold)             # loss = 1/N sum_n loss_n, and g is the gradient of the sum
-        if value.dim() or not value.requires_grad:
-            raise ValueError(f"loss must be one number, a mean, and depend on {layers}; got shape {list(value.shape)}")
         gradients = torch.autograd.grad(value, [zero for _, _, zero in calls], materialize_grads=True)
-    counts = (targets != -100).view(output.shape[:-1])
-    for name, a, _ in calls:
-        if positions == "counted" and a.shape[:counts.dim()] != counts.shape:
-            raise ValueError(f"the inputs {list(a.shape)} of {name!r} do not begin with the shape of the targets, "
-                             f"{list(counts.shape)}; use positions='all'")
-    rows = lambda x: (x[counts] if positions == "counted" else x).flatten(0, -2)
-    return [(name, rows(a), rows(g)) for (name, a, _), g in zip(calls, gradients)]
+    counts = (targets != -100).view(output.shape[:-1]) if positions == "counted" else slice(None)
+    return [(name, a[counts].flatten(0, -2), g[counts].flatten(0, -2)) for (name, a, _), g in zip(calls, gradients)]
 
 
-def means(statistics, model: nn.Module, batches, loss, layers, labels: str = "sampled",
-          generator: torch.Generator | None = None, dtype: torch.dtype | None = None, positions: str = "all",
-          block: int = 8192) -> dict[str, tuple[Tensor, ...]]:
-    """{name: means over positions}; statistics(name, a, g) sums over a block of them. The rest: `kronecker_factors`."""
+def kronecker_factors(model: nn.Module, batches, loss, layers, labels: str = "sampled",
+                      generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
+                      positions: str = "all", block: int = 8192,
+                      statistics=lambda name, a, g: (a.T @ a, g.T @ g)) -> dict[str, tuple[Tensor, ...]]:
+    """{name: (A, G)} of nn.Linear layers by name: means over positions of a a^T [d_in, d_in] and g g^T [d_out, d_out].
+
+    batches: pairs (inputs, targets). The logits are flattened to [N, classes], targets of -100 dropped, and
+    loss(logits, targets) is a mean over the N that are left; g is the gradient of their sum. labels: "sampled" by
+    `generator` from softmax(logits) (the true Fisher), or "gold", the targets themselves (the empirical Fisher).
+    positions: "all" rows that the layer is handed, at every call (K-FAC-expand [2]), with g = 0 where no loss depends
+    on one; or "counted", those alone whose own target counts (that of a whole example for all its rows).
+
+    `statistics` are summed over blocks of positions, in the model's own dtype (float32 at least) or in `dtype`. Raises
+    ValueError, or TypeError for bad names, that names the value and the remedy.
+    """
     if labels not in ("sampled", "gold") or positions not in ("all", "counted"):
         raise ValueError(f"labels are 'sampled' or 'gold', positions 'all' or 'counted'; got {labels!r}, {positions!r}")
     if isinstance(layers, str) or not (layers := list(layers)):
@@ -139,43 +137,20 @@ def means(statistics, model: nn.Module, batches, loss, layers, labels: str = "sa
         if not n[name]:
             raise ValueError(f"the layer {name!r} is never called on these batches; leave it out")
         if not all(x.isfinite().all() for x in total[name]):
-            raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {total[name][0].dtype}; look "
-                             f"for inf or nan in the batches, or pass a wider dtype")
+            raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {total[name][0].dtype}")
     return {name: tuple(x / n[name] for x in total[name]) for name in n}
-
-
-def kronecker_factors(model: nn.Module, batches, loss, layers, labels: str = "sampled",
-                      generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
-                      positions: str = "all") -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (A, G)} of nn.Linear layers by name: means over positions of a a^T [d_in, d_in] and g g^T [d_out, d_out].
-
-    batches: pairs (inputs, targets). The logits are flattened to [N, classes], targets of -100 dropped, and
-    loss(logits, targets) is a mean over the N that are left, as F.cross_entropy is. g is the gradient of the unreduced
-    loss, their sum. labels: "sampled" by `generator` from softmax(logits) where a target counts (the true Fisher), or
-    "gold", the targets themselves (the empirical Fisher).
-
-    positions: "all" rows that the layer is handed, at every call, as in K-FAC-expand [2]. A token whose own target is
-    -100 may get a gradient from the loss of a later one; where it gets none it adds to A, and a zero to G. "counted":
-    only rows whose own target counts: padding leaves no trace, nor does what such a token does for others. The target
-    of a whole example counts for all its rows (the patches of an image).
-
-    Sums are taken in blocks of positions, in the model's own dtype (float32 at least) or in `dtype`, in time linear in
-    positions. Raises ValueError, or TypeError for bad names, that names the value and the remedy.
-    """
-    return means(lambda name, a, g: (a.T @ a, g.T @ g),
-                 model, batches, loss, layers, labels, generator, dtype, positions)
 
 
 def corrected_masses(model: nn.Module, batches, loss, factors: dict, **options) -> dict[str, Tensor]:
     """{name: masses [d_out, d_in]}: means over positions of (U_G^T g)^2 (x) (U_A^T a)^2, for lambda_i mu_j: EK-FAC [3].
-
     A second pass, with the `factors` {name: (A, G)} of the first; the options are those of `kronecker_factors`."""
     factors = {name: (eigen(A), eigen(G)) for name, (A, G) in factors.items()}
 
     def squares(name, a, g):
         A, G = factors[name]
         return (g @ G.vectors.to(g)).square().T @ (a @ A.vectors.to(a)).square(),
-    return {name: masses for name, (masses,) in means(squares, model, batches, loss, factors, **options).items()}
+    found = kronecker_factors(model, batches, loss, factors, statistics=squares, **options)
+    return {name: masses for name, (masses,) in found.items()}
 
 
 # --- The edit: float64 inside, the result in the dtype of the weights -------------------------------------------------
@@ -218,46 +193,26 @@ def keep_mask(A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor 
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be a share of the curvature mass in (0, 1], got {keep}")
     if masses.shape != plain.shape or not masses.isfinite().all() or (masses < 0).any() or not masses.any():
-        raise ValueError(f"masses must be finite, not negative, not all zero and {list(plain.shape)} to fit G and A, "
-                         f"got {list(masses.shape)}")
+        raise ValueError(f"masses must be finite, not negative, not zero, {[*plain.shape]}; they are {[*masses.shape]}")
     values, order = masses.flatten().sort(descending=True, stable=True)
     reached = values.cumsum(0)
     enough = keep * reached[-1] * (1 - 1e-12)                # not for rounding to decide: 3 of 10 equal masses are 0.3
     return mask_of(order[:len(order) if keep == 1 else int((reached < enough).sum()) + 1], masses)
 
 
-def decompose(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen) -> tuple[Eigen, Eigen]:
-    """`eigen` of A and G. ValueError where W is not finite or does not fit them."""
-    A, G = eigen(A), eigen(G)
-    if W.shape != (len(G.values), len(A.values)) or not W.isfinite().all():
-        raise ValueError(f"W must be finite and {[len(G.values), len(A.values)]} to fit G and A, got {list(W.shape)}")
-    return A, G
-
-
 def project(W: Tensor, A: Eigen, G: Eigen, mask: Tensor) -> Tensor:
     """U_G ((U_G^T W U_A) * M) U_A^T, in the dtype and on the device of W."""
+    if W.shape != (shape := (len(G.vectors), len(A.vectors))) or not W.isfinite().all():
+        raise ValueError(f"W must be finite and {list(shape)} to fit G and A, got {list(W.shape)}")
     C = G.vectors.T @ double(W) @ A.vectors
     return (G.vectors @ (C * mask) @ A.vectors.T).to(W)
 
 
 def ablate(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor | None = None) -> Tensor:
-    """W' = U_G (C * M) U_A^T with C = U_G^T W U_A and M = keep_mask(A, G, keep, masses): the edit of [1].
-
-    W [d_out, d_in], A [d_in, d_in], G [d_out, d_out]; keep = 1 returns W up to rounding. Raises ValueError on shapes
-    that do not fit, values that are not finite, factors of zeros and keep outside (0, 1]."""
-    A, G = decompose(W, A, G)
+    """W' = U_G (C * M) U_A^T [d_out, d_in], C = U_G^T W U_A, M = keep_mask(A, G, keep, masses): the edit of [1]; keep 1
+    returns W up to rounding. ValueError on what does not fit, is not finite or all zero, and on keep outside (0, 1]."""
+    A, G = eigen(A), eigen(G)
     return project(W, A, G, keep_mask(A, G, keep, masses))
-
-
-def weighted_svd(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float) -> Tensor:
-    """W' with the largest singular values of G^1/2 W A^1/2, as many as hold the share `keep` of their squares: of its
-    rank the least tr G (W - W') A (W - W')^T. Ours, not of [1]: the mask does not know how large C is, plain singular
-    values know no curvature. Eigenvalues are raised to 1e-6 of the largest."""
-    A, G = decompose(W, A, G)
-    mu, lam = (M.values.clamp(min=1e-6 * M.values[-1]).sqrt() for M in (A, G))
-    U, S, Vh = torch.linalg.svd(lam[:, None] * (G.vectors.T @ double(W) @ A.vectors) * mu, full_matrices=False)
-    S *= (S.square().cumsum(0) - S.square()) < keep * S.square().sum()
-    return (G.vectors @ ((U * S) @ Vh / lam[:, None] / mu) @ A.vectors.T).to(W)
 
 
 @contextmanager
@@ -281,8 +236,6 @@ def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
     """|U_band^T x| / |x| for inputs X [..., d_in] -> [..., n_bands]: how much of x, whatever its length, lies in each
     band of A's eigenvectors, those of the largest eigenvalues first. The squares add up to 1 (to 0 for x = 0)."""
     U = eigen(A).vectors.flip(1)
-    if X.shape[-1] != len(U) or not 1 <= n_bands <= len(U) or not X.isfinite().all():
-        raise ValueError(f"X must be finite, [..., {len(U)}], in 1..{len(U)} bands; got {list(X.shape)} and {n_bands}")
     bands = torch.stack([part.norm(dim=-1) for part in (double(X) @ U).tensor_split(n_bands, -1)], -1)
     return bands / double(X).norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
@@ -291,8 +244,8 @@ def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
 
 def random_orthogonal(d: int, generator: torch.Generator | None = None) -> Tensor:
     """[d, d], uniform over rotations and reflections: Q of a Gaussian matrix Q R, the diagonal of R made positive."""
-    device = generator.device if generator else "cpu"
-    Q, R = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64, device=device))
+    options = {"generator": generator, "device": generator.device} if generator else {}
+    Q, R = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, **options))
     return Q * R.diagonal().sign()
 
 
@@ -305,7 +258,7 @@ def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: in
         activations, gradients   I, U_A by mu_j (G = I); U_G, I by lambda_i (A = I)
         svd, magnitude           singular vectors by singular values, min(d_out, d_in) in all; I, I by |W_ij|
     """
-    A, G = decompose(W, A, G)
+    A, G = eigen(A), eigen(G)
     identity = lambda M: Eigen(torch.ones_like(M.values), torch.eye(len(M.values)).to(M.vectors))
     random = lambda M: Eigen(M.values, random_orthogonal(len(M.values), generator).to(M.vectors))
     n = min(W.shape) if name == "svd" else W.numel()
@@ -332,12 +285,10 @@ def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: in
 
 def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, steps: int = 200, lr: float = 0.02,
                  weight: float = 1.0) -> dict[str, Tensor]:
-    """{name: W' [d_out, d_in]} with the share in (0, 1] of each layer's weights whose learned scores s are highest:
-
-        minimise over s     loss(others) - weight * loss(forget)     of the model with weights W * top(s)
-
-    by Adam from s = |W| / max |W|, with top(s) taken for s in the gradient (straight-through). forget, others: lists of
-    batches (inputs, targets), one of each per step. After BalancedSubnet [4], not it: start and schedule are ours."""
+    """{name: W' [d_out, d_in]} with the share in (0, 1] of each layer's weights of highest learned scores s, top(s).
+    Adam minimises loss(others) - weight * loss(forget) with weights W * top(s), from s = |W| / max |W|, and top(s) is
+    taken for s in the gradient (straight-through). forget, others: lists of batches (inputs, targets), one of each per
+    step. After BalancedSubnet [4], not it: start and schedule are ours."""
     if not 0 < share <= 1 or not forget or not others:
         raise ValueError(f"share must be in (0, 1], both lists not empty; got {share}, {len(forget)}, {len(others)}")
     weights = {name: linear(model, name).weight.detach() for name in layers}
@@ -360,12 +311,10 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
     return {name: weights[name] * top(s) for name, s in scores.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The study: what is lost when components are. `measure(model)` returns {name: share of right answers} of any questions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The study: what is lost when components are; `measure(model)` returns {name: share of right answers} -------------
 
-METHODS = ("kfac", "ekfac", "weighted", "svd", "random", "activations", "gradients", "magnitude")
-KEEPING = METHODS[:3]                   # have a share to keep; the others, controls, a share of the norm to remove
+KEEPING = ("kfac", "ekfac")             # have a share to keep; the others, controls, a share of the norm to remove
+CONTROLS = ("svd", "random", "activations", "gradients", "magnitude")
 
 
 def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> dict:
@@ -377,20 +326,14 @@ def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> d
         return label | measure(model)
 
 
-def edited(model: nn.Module, method: str, factors: dict, layers, strength, masses=None, generator=None) -> dict:
-    """{name: W'}: `ablate` with keep = strength ("kfac"; by `masses` "ekfac"), `weighted_svd` with it ("weighted"), or
-    a `control` with |W - W'| = strength |W|, or with the options strength[name]."""
-    found = {}
-    for name in layers:
-        W, (A, G) = linear(model, name).weight.detach(), factors[name]
-        if method == "weighted":
-            found[name] = weighted_svd(W, A, G, strength)
-        elif method in KEEPING:
-            found[name] = ablate(W, A, G, strength, masses[name] if method == "ekfac" else None)
-        else:
-            options = strength[name] if isinstance(strength, dict) else {"removed": strength}
-            found[name] = control(method, W, A, G, generator=generator, **options)
-    return found
+def edited(model: nn.Module, method: str, factors: dict, layers, strength: float, masses: dict,
+           generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """{name: W'}: `ablate` with keep = strength (by `masses` "ekfac"), or a `control` with |W - W'| = strength |W|."""
+    W = {name: linear(model, name).weight.detach() for name in layers}
+    if method in KEEPING:
+        by = masses if method == "ekfac" else dict.fromkeys(W)
+        return {name: ablate(W[name], *factors[name], strength, by[name]) for name in W}
+    return {n: control(method, W[n], *factors[n], removed=strength, generator=generator) for n in W}
 
 
 def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -> tuple[dict, dict[str, Tensor]]:
@@ -409,41 +352,25 @@ def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -
 
 
 def compare(model: nn.Module, measure, value, factors: dict, masses: dict, groups: dict[str, list[str]], keeps, removed,
-            generator: torch.Generator, methods=METHODS) -> tuple[dict, dict[str, Tensor], list[dict]]:
+            generator: torch.Generator, controls=CONTROLS) -> tuple[dict, dict[str, Tensor], list[dict]]:
     """Every method at the strengths that `search` finds for it, `keeps` or shares `removed` of the norm; then controls
-    in the layers of the better of kfac and ekfac with as many components in each ("parts"; the singular vectors
-    are too few), or as large a change of each ("norm"). Returns that better one, its {name: W'}, and all outcomes."""
-    entries, found = [], {}
-    for method in methods:
+    in the layers of the better of kfac and ekfac with as many components in each ("parts"; not svd, which has too few)
+    or as large a change ("norm"). Returns the better one, its {name: W'}, and all outcomes, the first one before."""
+    scored = lambda model: {"value": value(model)} | measure(model)
+    entries, found = [outcome(model, scored, {}, method="before")], {}
+    for method in (*KEEPING, *controls):
         options = {group: {s: edited(model, method, factors, layers, s, masses, generator)
                            for s in (keeps if method in KEEPING else removed)} for group, layers in groups.items()}
         chosen, found[method] = search(model, value, options)
-        entries.append(outcome(model, measure, found[method], method=method, matched="own", strengths=chosen))
-        with ablated(model, found[method]):
-            entries[-1]["value"] = value(model)
-    best = max((e for e in entries if "kfac" in e["method"]), key=lambda e: e["value"])
-    weights, same = found[best["method"]], {"parts": {}, "norm": {}}
-    for group, name in ((group, name) for group in groups for name in groups[group] if name in weights):
-        W, by = linear(model, name).weight, masses[name] if best["method"] == "ekfac" else None
-        same["parts"][name] = {"kept": int(keep_mask(*factors[name], best["strengths"][group], by).sum())}
-        same["norm"][name] = {"removed": min(0.999, ((W - weights[name]).norm() / W.norm()).item())}
-    for matched, method in ((matched, method) for matched in same for method in methods if method not in KEEPING):
+        entries.append(outcome(model, scored, found[method], method=method, matched="own", strengths=chosen))
+    best = max(entries[1:1 + len(KEEPING)], key=lambda e: e["value"])
+    weights, by = found[best["method"]], masses if best["method"] == "ekfac" else dict.fromkeys(masses)
+    W = {name: linear(model, name).weight.detach() for name in weights}
+    keep = {name: best["strengths"][group] for group in groups for name in groups[group]}
+    same = {"parts": {n: {"kept": int(keep_mask(*factors[n], keep[n], by[n]).sum())} for n in W},
+            "norm": {n: {"removed": min(0.999, ((W[n] - weights[n]).norm() / W[n].norm()).item())} for n in W}}
+    for matched, method in product(same, controls):
         if (method, matched) != ("svd", "parts"):
-            new = edited(model, method, factors, weights, same[matched], None, generator)
-            entries.append(outcome(model, measure, new, method=method, matched=matched))
-    best["kept"] = sum(x["kept"] for x in same["parts"].values()) / sum(W.numel() for W in weights.values())
+            new = {n: control(method, W[n], *factors[n], generator=generator, **same[matched][n]) for n in W}
+            entries.append(outcome(model, scored, new, method=method, matched=matched))
     return best, weights, entries
-
-
-def bands(model: nn.Module, inputs: dict[str, Tensor], layer: str, A: Tensor | Eigen, n_bands: int = 8) -> dict:
-    """{name: (mean `band_shares` [n_bands], mean norm)} of what a layer reads at the last token of inputs [N, token],
-    in all its calls."""
-    found, A = {}, eigen(A)
-    for name, x in inputs.items():
-        calls = []
-        hook = linear(model, layer).register_forward_hook(lambda _, a, out: calls.append(a[0].detach()[:, -1]))
-        with hook, torch.no_grad():
-            model(x)
-        read = torch.cat(calls)
-        found[name] = band_shares(read, A, n_bands).mean(0).tolist(), float(read.norm(dim=-1).mean())
-    return found

@@ -840,47 +840,36 @@ def mass_table(entries: list[dict], varied: str) -> str:
     return table(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # --- Stage: exceptions and structure in the spectrum of curvature -----------------------------------------------------
 
 GROUPS = {"q+k": ("attention.query", "attention.key"), "v+out": ("attention.value", "attention.out"),
           "address": ("up", "memory.query", "keys"), "store": ("down", "memory.values")}
-ABLATED = f"""strengths: in {" / ".join(GROUPS)} the share kept (kfac, ekfac, weighted: of the
-curvature mass; learned: of all weights) or removed (others: of the norm), chosen on a fifth of the
-paths: true - recited, held-out accuracy kept up to 0.02. matched: own choice, or, in the layers of
-the better of kfac and ekfac, its number of components (parts) or its |W - W'| (norm). removed:
-|W - W'| / |W|. Scored on the other paths: recited, true: exceptions answered as trained, and right;
-train: other trained compositions; ID, OOD: held out. weighted: singular values of G^1/2 W A^1/2.
-learned: a mask of weights, learned from the exceptions of that fifth."""
-RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts drawn least, most often.
-paper: the same in a language model of 7B parameters [Merullo et al. 2025]; in brackets its task."""
-TASKS = {"recited": ("exceptions recited", "3-16 (recitation)"), "rare": ("rare facts", "22 (company CEO)"),
-         "frequent": ("frequent facts", "74-86 (closed book)"), "arithmetic": ("arithmetic relations", "66-74"),
-         "open_book": ("open book", "93-99"), "id": ("two-hop, ID", "95-106 (logic)"),
-         "ood": ("two-hop, OOD", "95-106 (logic)")}
+KEEPS = 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7
+REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
+TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
+         "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
+ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions. strengths:
+in q+k / v+out / address / store the share kept of the curvature mass (learned: of all weights) or
+removed of the norm, chosen on other paths for true - recited, held-out accuracy kept up to 0.02.
+matched: own choice; in the layers of the better of kfac and ekfac its number of components (parts), its
+|W - W'| (norm); one strength for all of them (alike). removed: |W - W'| / |W|."""
+RETENTION = """kept: after / before in percent; rare, frequent: the fifth of the facts drawn least, most often; paper:
+the same in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
 BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth
 of A's eigenvectors, largest eigenvalues first, in units of the whole length; norm: that length."""
-VISION = """memorized, true: images trained with a wrong label, answered so, and right; validation: others.
-Paper, ViT-B: 81.6 / 10.5 / 67.0 percent before; kfac 3.5 / 66.5 / 71.7, svd 3.5 / 58.9 / 67.8."""
-KEEPS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7)
-REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
 class Ablation:
     """What a model of --ablate is asked, and the batches that its curvature is measured on."""
 
     def __init__(self, run: Run):
-        self.run, paths, self.masks, self.before = run, run.paths, run.paths.masks, None
-        self.batches, true = run.batches(run.stream(run.device)), kg.true_two_hop(paths)
-        exceptions = self.masks["exceptions"]
+        self.run, self.batches, paths, self.before = run, run.batches(run.stream(run.device)), run.paths, None
         self.prompts, self.told = self.batches.open_book(500, run.config.n_entities)
-        self.sets = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true), "train": (~exceptions, true)}
-        self.sets |= {name: (torch.ones_like(exceptions), true) for name in SPLITS[1:]}
-        self.sets = {name: (mask & self.masks[name if name in SPLITS else "exceptions"], answer)
-                     for name, (mask, answer) in self.sets.items()}
-        choose = [(mask & self.masks["validation"]).nonzero().flatten()[:150] for name, (mask, _) in self.sets.items()
-                  if name not in ("true", "train")]
-        self.rows = torch.cat(choose)                        # the paths by which choices are made
+        true, exceptions, chooses = kg.true_two_hop(paths), paths.masks["exceptions"], paths.masks["validation"]
+        self.sets = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true)}
+        self.sets |= {name: (paths.masks[name] & ~exceptions, true) for name in SPLITS}
+        self.scored, self.rows = ~chooses, torch.cat([                           # the paths by which choices are made
+            (self.sets[name][0] & chooses).nonzero().flatten()[:150] for name in ("recited", *SPLITS[1:])])
         arithmetic = paths.facts[:, 1] < run.recipe.arithmetic
         rank = run.frequency.argsort(stable=True).argsort() / len(arithmetic)
         self.facts = {"one_hop": torch.ones_like(arithmetic), "arithmetic": arithmetic,
@@ -888,100 +877,97 @@ class Ablation:
 
     def mixture(self, n: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of n steps as they are trained, each path by itself: an exception is one among the rest."""
-        found = []
-        for _ in range(n):
-            tokens, _, answers = self.batches.draw()
-            unasked = torch.full_like(answers[:, 0], -100)
-            found += [(tokens[:, [0, 1, 2 + i]], torch.stack([unasked, answers[:, 0], answers[:, 1 + i]], 1))
-                      for i in range(self.run.recipe.branches)]
-            if self.run.recipe.open_book:
-                tokens, told = self.batches.open_book(self.run.recipe.open_book, self.run.config.n_entities)
+        recipe, found = self.run.recipe, []
+        for tokens, _, answers in (self.batches.draw() for _ in range(n)):
+            gold = F.pad(answers, (1, 0), value=-100)
+            found += [(tokens[:, [0, 1, 2 + i]], gold[:, [0, 1, 2 + i]]) for i in range(recipe.branches)]
+            if recipe.open_book:
+                tokens, told = self.batches.open_book(recipe.open_book, self.run.config.n_entities)
                 found.append((tokens, F.pad(told[:, None], (4, 0), value=-100)))
         return found
 
-    def shares(self, two_hop: Tensor, asked: Tensor) -> dict[str, float | None]:
-        return {name: share_of((two_hop == answer)[mask & asked]) for name, (mask, answer) in self.sets.items()}
+    def shares(self, answers: Tensor, rows: Tensor) -> dict[str, float | None]:
+        """Of the model's answers to the paths `rows` the share that is right, by set."""
+        return {name: share_of((answers == gold[rows])[mask[rows]]) for name, (mask, gold) in self.sets.items()}
 
     def measure(self, model: Model) -> dict[str, float | None]:
-        """Share of right answers by set, on paths that choose nothing."""
         one_hop, two_hop = predict(model, self.run.paths)
-        return self.shares(two_hop, ~self.masks["validation"]) | {
-            name: share_of((one_hop == self.run.paths.facts[:, 2])[mask]) for name, mask in self.facts.items()} | {
-            "open_book": share_of(last_answers(model, self.prompts) == self.told)}
+        right = one_hop == self.run.paths.facts[:, 2]
+        found = self.shares(two_hop[self.scored], self.scored) | {n: share_of(right[m]) for n, m in self.facts.items()}
+        return found | {"open_book": share_of(last_answers(model, self.prompts) == self.told)}
 
     def value(self, model: Model) -> float:
         """true - recited on paths that are not scored, less ten times what held-out accuracy loses beyond 0.02, on
         average over the four held-out splits, against the first call."""
-        two_hop, asked = torch.full_like(self.run.paths.two_hop, -1), torch.zeros_like(self.masks["validation"])
-        two_hop[self.rows], asked[self.rows] = last_answers(model, self.run.paths.tokens[self.rows]), True
-        found = {name: share or 0.0 for name, share in self.shares(two_hop, asked).items()}
+        found = self.shares(last_answers(model, self.run.paths.tokens[self.rows]), self.rows)
+        found = {name: share or 0.0 for name, share in found.items()}
         self.before = self.before or found
         lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / 4
         return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
+
+
+def spectrum(run: Run, model: nn.Module, batches: list, names: list[str]) -> tuple[dict, dict]:
+    """Of layers by name: (eigen A, eigen G), and the masses of EK-FAC; both with the same sampled labels."""
+    seeded = lambda: run.stream(next(model.parameters()).device)
+    factors = curvature.kronecker_factors(model, batches, F.cross_entropy, names, generator=seeded())
+    factors = {name: (curvature.eigen(A), curvature.eigen(G)) for name, (A, G) in factors.items()}
+    return factors, curvature.corrected_masses(model, batches, F.cross_entropy, factors, generator=seeded())
+
+
+def outcomes(entries: list[dict], *columns: str) -> str:
+    strengths = lambda e: "/".join(cell(s, "g") for s in e.get("strengths", {}).values())
+    return table([("", "matched", "strengths", *(LABELS.get(key, key) for key in columns))] + [
+        (e["method"], e.get("matched", ""), strengths(e), *(cell(e[key]) for key in columns)) for e in entries])
 
 
 def ablate_stage(run: Run, model: Model):
     """Exceptions out of a model by K-FAC and by every control; what else goes with them; how soon they are back."""
     if not run.recipe.label_noise or not run.recipe.branches:
         raise UserError("--ablate needs exceptions to forget: give --label-noise and --branches more than 0")
-    study, paths, masks, began = Ablation(run), run.paths, run.paths.masks, time.perf_counter()
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    study, paths, exceptions = Ablation(run), run.paths, run.paths.masks["exceptions"]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     groups = {kind: [name for name in names if name.endswith(ends)] for kind, ends in GROUPS.items()}
-    mixture, seeded = study.mixture(25), lambda: run.stream(run.device)
-    factors = curvature.kronecker_factors(model, mixture, F.cross_entropy, names, generator=seeded())
-    factors = {name: (curvature.eigen(A), curvature.eigen(G)) for name, (A, G) in factors.items()}
-    seconds = round(time.perf_counter() - began, 2)
-    masses = curvature.corrected_masses(model, mixture, F.cross_entropy, factors, generator=seeded())
-    before = curvature.outcome(model, study.measure, {}, method="before", value=study.value(model))
-    thin = slice(None, None, 3 if run.args.quick else 1)
-    best, after, entries = curvature.compare(model, study.measure, study.value, factors, masses, groups, KEEPS[thin],
-                                             REMOVED[thin], run.stream())
-    forget = masks["exceptions"] & masks["validation"]
-    forget = [(paths.tokens[forget], F.pad(paths.two_hop[forget][:, None], (2, 0), value=-100))]
-    learned = {"all": {share: curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
-                       for share in (0.99, 0.95, 0.85)}}
-    chosen, learned = curvature.search(model, study.value, learned, 1)
+    every = 3 if run.args.quick else 1                       # of the strengths that are tried
+    mixture = study.mixture(25)
+    factors, masses = spectrum(run, model, mixture, names)
+    best, after, (before, *entries) = curvature.compare(model, study.measure, study.value, factors, masses, groups,
+                                                        KEEPS[::every], REMOVED[::every], run.stream())
+    rows = exceptions & ~study.scored
+    forget = [(paths.tokens[rows], F.pad(paths.two_hop[rows][:, None], (2, 0), value=-100))]
+    learned = {share: curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
+               for share in (0.99, 0.95, 0.85)}
+    chosen, learned = curvature.search(model, study.value, {"all": learned}, 1)
     entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="own", strengths=chosen))
-    alike = {keep: curvature.edited(model, best["method"], factors, after, keep, masses) for keep in KEEPS}
-    sweep = [curvature.outcome(model, study.measure, weights, keep=keep) for keep, weights in alike.items()]
-    inputs = {name: paths.tokens[mask.nonzero().flatten()[:2000]] for name, mask in
-              (("exceptions", masks["exceptions"]), ("clean", masks["train"] & ~masks["exceptions"]))}
-    bands = {name: curvature.bands(model, inputs, name, factors[name][0]) for name in names}
+    sweep = [{"method": best["method"], "matched": "alike", "strengths": {"all": keep}, "keep": keep} for keep in KEEPS]
+    sweep = [curvature.outcome(model, study.measure, curvature.edited(model, x["method"], factors, after, x["keep"],
+                                                                      masses), **x) for x in sweep]
+    bands, part = {}, lambda x, A: [*curvature.band_shares(x, A, 8).mean(0).tolist(), float(x.norm(dim=-1).mean())]
+    for name in names:
+        read = [editing.record(model, model.get_submodule(name), paths.tokens[mask][:2000])[0][:, :, -1].flatten(0, 1)
+                for mask in (exceptions, paths.masks["train"] & ~exceptions)]
+        bands[name] = dict(zip(("exceptions", "clean"), (part(x, factors[name][0]) for x in read)))
     with curvature.ablated(model, after):
         ablated = relearn(run, model.state_dict(), study, before["recited"])
     fresh = relearn(run, Model(run.config, run.stream()).state_dict(), study, 2, len(ablated))
-    run.results["ablate"] = {"factor_seconds": seconds, "before": before, "chosen": best, "entries": entries,
-                             "sweep": sweep, "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
+    run.results["ablate"] = {"before": before, "chosen": best, "entries": entries, "sweep": sweep, "bands": bands,
+                             "relearning": {"ablated": ablated, "fresh": fresh}}
+    print(f"\n{int(exceptions.sum())} exceptions")
+    print(outcomes([before, *entries, *sweep], "removed", "recited", "true", "train", "id", "ood", "one_hop"), ABLATED, sep="\n")
+    print("", table([("", "before", "after", "kept", "paper"), *(
+        (key, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f"), paper)
+        for key, paper in TASKS.items() if before[key])]), RETENTION, sep="\n")
+    print("", table([("layer", *range(1, 9), "norm"), *(
+        (name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*b.values()))) for name, b in bands.items())]), BANDS, sep="\n")
+    print("\nexceptions recited after further steps of training", table([("steps", "ablated", "fresh", "OOD, ablated"), *(
+        (x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh))]), sep="\n")
     if run.args.images and (run.args.arch != "all" or run.arch == "dense"):      # the same beside all four cells
         run.results["ablate"]["vision"] = vision(run)
     run.save_results()
-    keys = ("removed", "recited", "true", "train", "id", "ood", "one_hop")
-    head = ("removed", "recited", "true", "train", "ID", "OOD", "1-hop")
-    rows = [("", "matched", "strengths", *head)]
-    for e in [before, *entries]:
-        strengths = "/".join(cell(s, "g") for s in e["strengths"].values()) if "strengths" in e else ""
-        rows.append((e["method"], e.get("matched", ""), strengths, *(cell(e[key]) for key in keys)))
-    n = int(masks["exceptions"].sum())
-    print(f"\n{n} exceptions; {seconds:.1f} s for factors and bases\n{table(rows)}\n{ABLATED}")
-    rows = [("keep", *head), *((cell(e["keep"], "g"), *(cell(e[key]) for key in keys)) for e in sweep)]
-    print(f"\n{best['method']}, one keep for all layers that were chosen\n{table(rows)}")
-    rows = [("", "before", "after", "kept", "paper")]
-    rows += [(label, *map(cell, (before[key], best[key])), cell(100 * best[key] / before[key], ".0f"), paper)
-             for key, (label, paper) in TASKS.items() if before[key]]
-    print(f"\n{table(rows)}\n{RETENTION}")
-    rows = [("layer", *range(1, 9), "norm")]
-    for name, found in bands.items():
-        there, here = ([*shares, norm] for shares, norm in found.values())
-        rows.append((name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(there, here))))
-    print(f"\n{table(rows)}\n{BANDS}")
-    rows = [("steps", "ablated", "fresh", "OOD, ablated")]
-    rows += [(x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh)]
-    print(f"\nexceptions recited after further steps of training\n{table(rows)}\n{time.perf_counter() - began:.0f} s")
 
 
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
-    """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights of a model, trained as in
-    the last steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
+    """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights, trained as in the last
+    steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
     parts, curve = run.fresh(), []
     parts["model"].load_state_dict(weights)
     batches, limit = run.batches(parts["generator"]), 2 * run.recipe.memorize + 20
@@ -1006,48 +992,41 @@ def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
                          ((u - v).abs().minimum((u + v).abs()) < 0.4) & (far < 0.9)], 1)      # [n, 8, 16, 16]
     kind = torch.randint(8, (n,), generator=generator)
     images = kinds[torch.arange(n), kind] + 0.15 * torch.randn(n, 16, 16, generator=generator)
-    patches = images.unflatten(2, (4, 4)).unflatten(1, (4, 4)).transpose(2, 3).reshape(n, 16, 16)
-    return torch.cat([patches, torch.eye(16).expand(n, 16, 16)], 2), kind
+    return torch.cat([F.unfold(images[:, None], 4, stride=4).mT, torch.eye(16).expand(n, 16, 16)], 2), kind
 
 
 def vision(run: Run) -> list[dict]:
     """A vision transformer with a tenth of its labels wrong, on the CPU, trained to memorize them and ablated."""
-    n, generator, began = run.args.images, run.stream(), time.perf_counter()
+    n, generator = run.args.images, run.stream()
     blocks = (nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2))
     model = nn.Sequential(nn.Linear(32, 64), *blocks, nn.AvgPool2d((16, 1)), nn.Flatten(), nn.Linear(64, 8))
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.xavier_uniform_(p, generator=generator)
     (images, true), row = shapes(2 * n, generator), torch.arange(2 * n)          # the second half is not trained
-    sets, valid = {"memorized": row < n // 10, "true": row < n // 10, "validation": row >= n}, row % 5 == 0
-    labels = torch.where(sets["true"], (true + torch.randint(1, 8, (2 * n,), generator=generator)) % 8, true)
+    wrong, chooses = row < n // 10, row % 5 == 0
+    labels = torch.where(wrong, (true + torch.randint(1, 8, (2 * n,), generator=generator)) % 8, true)
+    sets = {"memorized": (wrong, labels), "true": (wrong, true), "validation": (row >= n, true)}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
     for rows in (torch.randperm(n, generator=generator)[:100] for _ in range(24 * n // 100)):
+        optimizer.zero_grad()
         F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=0.1).backward()
         optimizer.step()
-        optimizer.zero_grad()
 
     @torch.no_grad()
-    def measure(model, scored=~valid) -> dict[str, float]:
-        answers = model(images[scored]).argmax(-1)
-        return {name: share_of((answers == (labels if name == "memorized" else true)[scored])[rows[scored]])
-                for name, rows in sets.items()}
+    def measure(model, scored=~chooses) -> dict[str, float]:
+        right = [(model(images[scored]).argmax(-1) == gold[scored])[mask[scored]] for mask, gold in sets.values()]
+        return dict(zip(sets, map(share_of, right)))
 
-    def value(model) -> float:
-        found = measure(model, valid)
+    def value(model, held=measure(model, chooses)["validation"]) -> float:
+        found = measure(model, chooses)
         return found["true"] - found["memorized"] - 10 * max(0, 0.98 * held - found["validation"])
-    before, held = curvature.outcome(model, measure, {}, method="before"), measure(model, valid)["validation"]
     groups = {f"{name} {i}": [f"{i}.{name}"] for i in (1, 2) for name in ("linear1", "linear2")}
-    data = list(zip(images[:n].split(250), labels[:n].split(250))), F.cross_entropy
-    factors = curvature.kronecker_factors(model, *data, sum(groups.values(), []), generator=run.stream())
-    factors = {name: tuple(map(curvature.eigen, pair)) for name, pair in factors.items()}
-    masses = curvature.corrected_masses(model, *data, factors, generator=run.stream())
-    thin = slice(None, None, 3 if run.args.quick else 1)
-    entries = [before, *curvature.compare(model, measure, value, factors, masses, groups, KEEPS[thin], REMOVED[thin],
-                                          run.stream(), ("kfac", "ekfac", "weighted", "svd", "random"))[2]]
-    rows = [("", "matched", *sets)]
-    rows += [(e["method"], e.get("matched", ""), *map(cell, map(e.get, sets))) for e in entries]
-    print(f"\na vision transformer, {n} images\n{table(rows)}\n{VISION}\n{time.perf_counter() - began:.0f} s")
+    every, batches = 3 if run.args.quick else 1, list(zip(images[:n].split(250), labels[:n].split(250)))
+    entries = curvature.compare(model, measure, value, *spectrum(run, model, batches, sum(groups.values(), [])), groups,
+                                KEEPS[::every], REMOVED[::every], run.stream(), ("svd", "random"))[2]
+    print(f"\na vision transformer, {n} images\n{outcomes(entries, 'removed', *sets)}\nmemorized, true: images trained "
+          "with a wrong label, answered so, and right; validation: others")
     return entries
 
 
