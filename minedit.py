@@ -1032,9 +1032,7 @@ def vision(run: Run) -> list[dict]:
 
 # --- Stages: inference paths, and transfer ----------------------------------------------------------------------------
 
-# Fake grokking: OOD >= 0.9, but the swap of what the lens shows of the bridge redirects fewer answers than this. Half:
-# most answers then do not hang on it; the published shares, 0 to 0.01 and 0.98 to 1, are far away on both sides.
-BRIDGE_USED = 0.5
+BRIDGE_USED = 0.5                                            # fewer answers redirected at OOD >= 0.9: fake grokking
 
 
 def moments(history: list[dict]) -> dict[str, dict]:
@@ -1059,25 +1057,25 @@ def snapshot(run: Run, step: int) -> Model:
 
 def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
     """Lens, tracing and swaps for at most 300 queries of a set; and for each place of the token replaced hits [site,
-    token, n] and whether a prompt counts [n]: where the model's own answer, right or wrong, is another then."""
-    generator, paths, E, (n, n_relations) = run.stream(), run.paths, model.embedding.weight, run.graph.facts.shape
-    states, composed = traced_states(run.config), paths.second >= 0
+    token, n] of the prompts whose own answer, right or wrong, is another then, and whether a prompt is one [n]."""
+    generator, paths, E, n = run.stream(), run.paths, model.embedding.weight, run.graph.n_entities
+    states, rows, asked = traced_states(run.config), paths.masks[queries].nonzero().flatten(), paths.second >= 0
     sites, streams = [state[2:] for state in states], [i for i, state in enumerate(states) if state[1] == "stream"][:-1]
-    rows = paths.masks[queries].nonzero().flatten()
     rows = rows[torch.randperm(len(rows), generator=generator).to(run.device)[:300]]
-    path, hits, tokens = {"n": len(rows), "lens": {}, "trace": [], "swap": {}}, {}, paths.tokens[rows]
+    path, hits = {"n": len(rows), "lens": {}, "trace": [], "swap": {}}, {}
     if not len(rows):
         return path, hits
-    bridge, answer, everything = paths.one_hop[rows], paths.two_hop[rows], paths.tokens[composed]
+    tokens, bridge, answer = paths.tokens[rows], paths.one_hop[rows], paths.two_hop[rows]
     path["accuracy"] = share_of(last_answers(model, tokens) == answer)
-    for name, wanted, vocabulary in ("bridge", bridge, E[:n]), ("answer", answer, E[:n]), \
-                                    ("relation", tokens[:, 2] - n, E[n:n + n_relations]):
-        rank, p = editing.lens(model, tokens, wanted, sites, lambda x: F.linear(model.norm(x), vocabulary))
+    for name, wanted, words in ("bridge", bridge, E[:n]), ("answer", answer, E[:n]), \
+                               ("relation", tokens[:, 2] - n, E[n:n + run.graph.n_relations]):
+        rank, p = editing.lens(model, tokens, wanted, sites, lambda x: F.linear(model.norm(x), words))
         means = {"first": rank == 0, "rank": rank + 1, "p": p}
         path["lens"][name] = {key: x.float().mean(-1).tolist() for key, x in means.items()}
+    everything = [x[asked] for x in (paths.tokens, paths.two_hop, paths.masks[queries])]
     for place in range(3):
-        pairs = corruptions(everything, paths.two_hop[composed], place, 200, generator, paths.masks[queries][composed])
-        clean, corrupted = (everything[i] for i in pairs)
+        pairs = corruptions(*everything[:2], place, 200, generator, everything[2])
+        clean, corrupted = (everything[0][i] for i in pairs)
         own = last_answers(model, clean)
         counts = (own != last_answers(model, corrupted)).cpu()
         if counts.any():
@@ -1091,11 +1089,9 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
         bases = {"whole": None, "visible": seen, "rest": editing.complement(seen), "random": chance}
         path["swap"][str(i)] = {part: share_of(answer[other] == editing.swapped(
             model, tokens[one], tokens[other], *sites[i], 1, basis)) for part, basis in bases.items()}
-    largest = lambda values: max(values, default=None)       # after any pass but the last
-    path |= {part: largest(swap[part] for swap in path["swap"].values()) for part in ("whole", "visible")}
-    path |= {key: largest(path["lens"][key]["first"][i][token] for i in streams)
-             for key, token in (("bridge", 1), ("relation", 2))}
-    return path | {"n_swap": len(one)}, hits
+    best = {part: [swap[part] for swap in path["swap"].values()] for part in ("whole", "visible")}
+    best |= {key: [path["lens"][key]["first"][i][at] for i in streams] for key, at in (("bridge", 1), ("relation", 2))}
+    return path | {key: max(some, default=None) for key, some in best.items()} | {"n_swap": len(one)}, hits
 
 
 def same_paths(run: Run, one: dict, other: dict) -> dict | None:
@@ -1108,85 +1104,73 @@ def same_paths(run: Run, one: dict, other: dict) -> dict | None:
         pairs += [[hits[free][:, rows] for hits, _ in (one[place], other[place])]] * bool(rows.any())
     for k in range(1001 if pairs else 0):
         drawn = [torch.randint(len(x.T), (len(x.T),), generator=generator) if k else slice(None) for x, _ in pairs]
-        x, y = (torch.cat([pair[side][:, i].mean(1) for pair, i in zip(pairs, drawn)]) for side in (0, 1))
-        r.append(F.cosine_similarity(x - x.mean(), y - y.mean(), dim=0).item())
-    found = {"n": sum(len(x.T) for x, _ in pairs)}
-    return found | {"r": r[0], "low": sorted(r[1:])[24], "high": sorted(r[1:])[974]} if r else None
+        maps = [torch.cat([pair[side][:, i].mean(1) for pair, i in zip(pairs, drawn)]) for side in (0, 1)]
+        r.append(F.cosine_similarity(*(x - x.mean() for x in maps), dim=0).item())
+    ends = dict(zip(("low", "high"), sorted(r[1:])[24::950]))                     # the 25th and 975th of 1000
+    return {"n": sum(len(x.T) for x, _ in pairs), "r": r[0]} | ends if r else None
 
 
 def edit_propagation(run: Run, model: Model) -> dict:
     """ROME with prototypes at the a-priori site, for --n-edits facts, scored as by --edit."""
-    _, _, known, right, asked = run.known(model)
-    requests, _ = draw_requests(run, run.args.n_edits, run.stream())
-    probes, _ = editing.propagation_probes(requests, run.paths, known, right, asked)
-    name, call, _ = a_priori_site(run, model, requests, known)
+    (_, _, *seen), requests = run.known(model), draw_requests(run, run.args.n_edits, run.stream())[0]
+    name, call, _ = a_priori_site(run, model, requests, seen[0])
     at = editing.site(model, name, call, editing.queries(run.paths), run.ordinary())
-    r, _ = residual(run, model, at, requests, "prototype", known)
-    return editing.score(model, at, requests, editing.direction("rome", at, requests), r, probes)
+    u, r = editing.direction("rome", at, requests), residual(run, model, at, requests, "prototype", seen[0])[0]
+    return editing.score(model, at, requests, u, r, editing.propagation_probes(requests, run.paths, *seen)[0])
 
 
-PATHS = """percent of the queries. b@r1: the lens on the state at r1 has the bridge b first of all entities;
-likewise r2 of all relations, and the answer t. swap: the state at r1 is that of another query with
-the same r2, whole, or within the plane of the embeddings of the two bridges (vis), outside it
-(rest), in a random plane (rand), and the answer is the other's. h, r1, r2 (prompts): that token is
-replaced and one state restored, at it and at the tokens after it in order, and the model's own
-answer is back."""
+PATH_KEYS = ("n", "accuracy", "bridge", "relation", "n_swap", "whole", "visible")
+PATHS = """shares of the queries, after the pass (but the last) where they are largest. b@r1: the lens on the
+state at r1 has the bridge first of all entities, r2@r2: at r2 the second relation of all relations.
+swap: the state at r1 is that of another query with the same r2, whole or in the plane of the two
+bridges' embeddings (vis), and so is the answer. r of the tracing maps, memorized and end: 95 % interval
+(prompts). Each pass, part and token: results.json."""
 
 
 def circuits_stage(run: Run, model: Model):
     """Inference paths before memorization, after it and at the end, ID and OOD queries apart; edits; the verdicts."""
-    began, at, states, history = time.perf_counter(), moments(run.history), traced_states(run.config), run.history
+    at, history = moments(run.history), run.history
     first = lambda name, level: next((r["step"] for r in history if (r[name] or 0) >= level), None)
     found = run.results["circuits"] = {
         "phi": run.n_paths["train"] / int((~run.paths.ood_fact).sum()), "moments": at, "paths": {}, "same": {},
-        "states": [dict(zip(("pass", "part", "module", "call"), state)) for state in states],
+        "states": [dict(zip(("pass", "part", "module", "call"), state)) for state in traced_states(run.config)],
         "steps": {"train": first("train", 0.99), "id": first("id", 0.99), "ood": first("ood", 0.9)}}
-    models, percent = {moment: snapshot(run, r["step"]) for moment, r in at.items()}, lambda x: f"{100 * x:3.0f}"
+    models = {moment: snapshot(run, record["step"]) for moment, record in at.items()}
+    rows = [("queries", "at", "step", "n", "right", "b@r1", "r2@r2", "swaps", "swap", "vis", "r of maps")]
     for queries in "id", "ood":
-        maps, paths = {}, found["paths"].setdefault(queries, {})
-        for moment, record in at.items():
-            path, maps[moment] = inference_path(run, models[moment], queries)
-            paths[moment] = path
-            print(f"\n{path['n']} {queries.upper()} queries, {moment} (step {record['step']})", end="")
-            rows = [("pass", "", "b@r1", "b@r2", "r2@r2", "t@r2", "swap", "vis", "rest", "rand", *(
-                f"{('h', 'r1', 'r2')[e['place']]} ({e['n']})" for e in path["trace"]))]
-            for i, state in enumerate(states if path["n"] else []):
-                lens = [percent(path["lens"][key]["first"][i][token]) for key, token in
-                        (("bridge", 1), ("bridge", 2), ("relation", 2), ("answer", 2))]
-                swap = [percent(share) for share in path["swap"].get(str(i), {}).values()] or ["-"] * 4
-                rows.append((*state[:2], *lens, *swap, *(
-                    " ".join(map(percent, e["first"][i][e["place"]:])) for e in path["trace"])))
-            print(f", {percent(path['accuracy'])} % right; {path['n_swap']} swaps\n{table(rows)}" if path["n"] else "")
-        found["same"][queries] = same_paths(run, maps.get("memorized", {}), maps["end"])
+        both = {moment: inference_path(run, models[moment], queries) for moment in at}
+        found["paths"][queries] = {moment: path for moment, (path, _) in both.items()}
+        same = found["same"][queries] = same_paths(run, both.get("memorized", ({}, {}))[1], both["end"][1])
+        alike = {"end": "{r:.2f} {low:.2f}..{high:.2f} ({n})".format(**same)} if same else {}
+        rows += [(queries.upper(), moment, at[moment]["step"], *(
+            cell(path.get(key), "d" if key[0] == "n" else ".3f") for key in PATH_KEYS), alike.get(moment, ""))
+                 for moment, (path, _) in both.items()]
     found["edits"] = {moment: edit_propagation(run, models[moment]) for moment in at}
     used = found["paths"]["ood"]["end"].get("visible")
     found["fake"] = None if used is None else history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
-    run.save_results()
-    print(PATHS + "\nnever memorized: train < 0.99 at every evaluation" * ("memorized" not in at))
+    print(f"\n{table(rows)}\n{PATHS}" + "\nnever memorized: train < 0.99 at every evaluation" * ("memorized" not in at))
     circuits_report([[run.results]])
-    print(f"{time.perf_counter() - began:.0f} s")
 
 
 def grown(run: Run) -> tuple[kg.KnowledgeGraph, kg.Paths]:
     """The graph with 2/5 more entities and 1/5 more relations. New facts fill empty places of its table as densely as
-    the old ones filled theirs, tails uniform: about new entities, and (under new relations where no old one is free)
-    about old ones, without which no old fact could lead on to a new one. The old sets are kept; three are added, by the
-    age of the two *facts*; in new->new the second is about a new entity, under an old relation."""
+    the old ones filled theirs, tails uniform: about new entities, and about old ones, without which no old fact could
+    lead on to a new one. The old sets are kept; three are added, by the age of the two *facts*; in new->new the second
+    is about a new entity, under an old relation."""
     old, generator, (E, R) = run.graph.facts, run.stream(), run.graph.facts.shape
-    n_entities, n_relations = E + max(2, 2 * E // 5), R + max(1, R // 5)
-    tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
-    tails += tails >= torch.arange(n_entities)[:, None]                          # no tail is its own head
-    kept = F.pad(old, (0, n_relations - R, 0, n_entities - E), value=-1)
+    N, M = E + max(2, 2 * E // 5), R + max(1, R // 5)
+    tails = torch.randint(N - 1, (N, M), generator=generator)
+    tails += tails >= torch.arange(N)[:, None]                                   # no tail is its own head
+    kept = F.pad(old, (0, M - R, 0, N - E), value=-1)
     new = (kept < 0) & (torch.rand(kept.shape, generator=generator) < (old >= 0).double().mean())
     graph = kg.from_table(torch.where(new, tails, kept))
     paths = kg.split(graph, 0, 1, 0)
-    key = lambda tokens, n: (tokens - torch.tensor([0, n, n])) @ torch.tensor([n_relations**2, n_relations, 1])
-    keys, composed, is_new = key(paths.tokens, n_entities), paths.second >= 0, new[tuple(paths.facts[:, :2].T)]
+    key = lambda tokens, n: (tokens - torch.tensor([0, n, n])) @ torch.tensor([M**2, M, 1])
+    keys, composed, is_new = key(paths.tokens, N), paths.second >= 0, new[tuple(paths.facts[:, :2].T)]
     first, second = is_new[paths.first], is_new[paths.second]
     masks = {name: torch.isin(keys, key(run.paths.tokens[mask].cpu(), E)) for name, mask in run.paths.masks.items()}
-    old_question_of_new = (paths.one_hop >= E) & (paths.tokens[:, 2] < n_entities + R)
     masks |= {"new->old": composed & first & ~second, "old->new": composed & ~first & second,
-              "new->new": composed & first & second & old_question_of_new}
+              "new->new": composed & first & second & (paths.one_hop >= E) & (paths.tokens[:, 2] < N + R)}
     return graph, replace(paths, masks=masks)
 
 
@@ -1202,46 +1186,38 @@ def transfer_stage(run: Run, model: Model):
     print(f"\n{len(paths.facts) - len(run.paths.facts)} new facts, {steps} steps; compositions with them: {listed(n)}")
     found, rows = [], [("from", "facts", "OOD", *n)]
     for name, record in (moments(run.history) | {"before": {"step": 0}}).items():
-        name = name.replace("before", "scratch")
-        print(f"\nfrom {name}, step {record['step']}")
+        name, step = name.replace("before", "scratch"), record["step"]
+        print(f"\nfrom {name}, step {step}")
         child = copy.copy(run)                               # a run that writes nothing
         child.paths, child.step, child.history, child.checkpoint = paths.to(run.device), 0, [], lambda *_: None
         child.config = replace(run.config, n_entities=graph.n_entities, n_relations=graph.n_relations)
         child.recipe = replace(run.recipe, steps=steps, eval_every=max(1, steps // 12))
-        parts = child.fresh()
-        if record["step"]:
-            weights = snapshot(run, record["step"]).state_dict()
-            old, rows_of = weights["embedding.weight"], parts["model"].embedding.weight.detach().clone()
-            weights["embedding.weight"] = rows_of
-            rows_of[:E] = old[:E]                            # what is new keeps its fresh rows
+        child.parts = child.fresh()
+        if step:
+            weights, fresh = snapshot(run, step).state_dict(), child.parts["model"].embedding.weight.detach().clone()
+            old, weights["embedding.weight"] = weights["embedding.weight"], fresh
+            fresh[:E] = old[:E]                              # what is new keeps its fresh rows
             for i in range(1 + run.config.aliases):
-                rows_of[graph.n_entities + i * graph.n_relations:][:R] = old[E + i * R:][:R]
-            for part in parts["model"], parts["average"]:
-                part.load_state_dict(weights)
-        child.parts = parts
+                fresh[graph.n_entities + i * graph.n_relations:][:R] = old[E + i * R:][:R]
+            for part in "model", "average":
+                child.parts[part].load_state_dict(weights)
         child.train()
         reached = lambda key, level: next((r["step"] for r in child.history if (r[key] or 0) >= level), None)
         at, last = {kind: reached(kind, 0.9) for kind in n} | {"facts": reached("one_hop", 0.99)}, child.history[-1]
-        found.append({"from": name, "step": record["step"], "steps": steps, "n": n, "at": at, "accuracy": last,
-                      "history": child.history})
-        with_interval = lambda share, _, low, high: f"{share:.2f} {low:.2f}..{high:.2f} "
-        rows.append((f"{name} {record['step']}", at["facts"] or "never", cell(last["ood"]), *(
-            with_interval(*shared(last[kind], n[kind])) + str(at[kind] or "never") if n[kind] else "-" for kind in n)))
+        found.append({"from": name, "step": step, "steps": steps, "n": n, "at": at, "accuracy": last})
+        texts = [f"{x[0]:.2f} {x[2]:.2f}..{x[3]:.2f} {at[kind] or 'never'}" if x else "-"
+                 for kind, x in ((kind, shared(last[kind], n[kind])) for kind in n)]
+        rows.append((f"{name} {step}", at["facts"] or "never", cell(last["ood"]), *texts))
     run.results["transfer"] = found
-    run.save_results()
     print(f"\n{table(rows)}\n{TRANSFER}")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Verdicts
-# ---------------------------------------------------------------------------------------------------------------------
 
 def shared(share: float | None, n: int | None, z: float = 1.96) -> tuple[float, int, float, float] | None:
     """(share, n, low, high) with the 95 % interval of Wilson 1927; None where there is nothing."""
     if share is None or not n:
         return None
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return share, n, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return share, n, max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def regime_of(r: dict) -> str:
@@ -1249,146 +1225,133 @@ def regime_of(r: dict) -> str:
 
 
 def claims(r: dict, peers: list[dict]) -> list[tuple]:
-    """(claim, published, lowest and highest value that agree, ours) of one run, ours as in `shared`, or None; `peers`:
-    the runs of its cell and seed. From Wang et al. 2024, arXiv 2405.15071, and (*) He et al. 2026, arXiv 2601.09049."""
-    c, arch, steps, regime, inf = r["circuits"], r["arch"], r["circuits"]["steps"], regime_of(r), math.inf
-    at = lambda queries, moment, key, n="n": shared(*map(c["paths"][queries].get(moment, {}).get, (key, n)))
-    ratio = lambda one, other: (one / other, 1, one / other, one / other) if one and other else None
-    grew = lambda key, n: (lambda x, y: x and y and (y[0] - x[0], y[1], y[2] - x[3], y[3] - x[2]))(
-        at("id", "before", key, n), at("id", "end", key, n))
-    by_phi = sorted((p["circuits"]["phi"], p["circuits"]["steps"]["ood"] or p["steps"]) for p in peers
-                    if regime_of(p) == "natural")
-    ood, found = shared(r["accuracy"]["ood"], r["n_paths"]["ood"]), at("ood", "end", "bridge")
-    read, used = [at("id", m, "bridge") for m in c["moments"]], lambda moment: at("ood", moment, "visible", "n_swap")
-    same, end = c["same"]["id"], {e["from"]: e for e in r.get("transfer", [])}.get("end")
-    moved = lambda kind: end and r["grokked_at"] and shared(end["accuracy"][kind], end["n"][kind])
-    rows = [
-        (" ", "natural", "ID long after train: steps, ratio", "about 50", 25, 100, ratio(steps["id"], steps["train"])),
-        (" ", "natural", "OOD later with less phi: steps, ratio", "> 1", 1.01, inf,
-         len(by_phi) > 1 and ratio(by_phi[0][1], by_phi[-1][1])),
-        (" ", "natural", "OOD never in stacked blocks (dense)", "never", 0, 0.1, arch == "dense" and ood),
-        (" ", "natural", "OOD comes in a loop", "comes", 0.9, 1, arch == "loop" and ood),
-        (" ", "natural", "far later than ID: steps, ratio", "> 2", 2, inf,
-         arch == "loop" and ratio(steps["ood"], steps["id"])),
-        (" ", "natural", "b read at r1 always: ID, least", "> 0.5", 0.5, 1, all(read) and min(read)),
-        (" ", "natural", "r1 -> t grows: ID, whole swap", "> 0", 0, 1, grew("whole", "n_swap")),
-        (" ", "natural", "r2 at r2 grows: ID, lens", "> 0", 0, 1, grew("relation", "n")),
-        (" ", "natural", "not grokked: OOD, visible swap", "0..0.01", 0, 0.01, used("memorized")),
-        (" ", "natural", "grokked loop: OOD, visible swap", "0.98..1", 0.98, 1,
-         r["grokked_at"] and arch in ("loop", "lmc") and used("end")),
-        ("*", "natural", "ID paths stay: r of the maps", "> 0.9", 0.9, 1,
-         same and tuple(map(same.get, ("r", "n", "low", "high")))),
-        ("*", "natural", "after grokking: new->old", "1.00 of 16", 0.81, 1, moved("new->old")),
-        ("*", "natural", "after grokking: old->new", "0.00 of 16", 0, 0.19, moved("old->new")),
-        ("*", "natural", "after grokking: new->new", "0.00 of 16", 0, 0.19, moved("new->new")),
-        ("*", "second-hop", "second-hop regime: OOD", "0.96", 0.91, 1, ood),
-        ("*", "second-hop", "second-hop regime: b read, OOD", "0.57", 0.52, 0.62, found),
-        ("*", "both-hops", "both-hops regime: OOD", "0.99", 0.94, 1, ood),
-        ("*", "both-hops", "both-hops regime: b read, OOD", "found", 0.9, 1, found),
-        ("*", "both-hops", "both-hops: steps / natural's", "0.1", 0.05, 0.2,
-         ratio(steps["ood"], by_phi and by_phi[-1][1]))]
-    return [(f"{source} {claim}", *row, (ours or None) if wanted == regime else None)
-            for source, wanted, claim, *row, ours in rows]
+    """(claim, published, lowest and highest value that agree, ours) of one run. ours: (value, n) of a share, (value, n,
+    low, high) of another figure, None where there is none. `peers`: the runs of its cell and seed. The claims are from
+    Wang et al. 2024, arXiv 2405.15071, and (*) He et al. 2026, arXiv 2601.09049."""
+    c, arch, grokked, inf = r["circuits"], r["arch"], r["grokked_at"], math.inf
+    same, looped = c["same"]["id"] or {}, grokked and arch in ("loop", "lmc")
+    at = lambda queries, moment, key, n="n": [c["paths"][queries].get(moment, {}).get(k) for k in (key, n)]
+    ratio = lambda one, other: one and other and [one / other, 1, one / other, one / other]
+    by_phi = sorted((p["circuits"]["phi"], p["circuits"]["steps"]["ood"] or p["steps"])
+                    for p in peers if regime_of(p) == "natural") or [(0, 0)]
+    grew = lambda key, n="n": (lambda x, y: x and y and [y[0] - x[0], y[1], y[2] - x[3], y[3] - x[2]])(
+        *(shared(*at("id", moment, key, n)) for moment in ("before", "end")))
+    end = {e["from"]: e for e in r.get("transfer", []) if grokked}.get("end", {"accuracy": {}, "n": {}})
+    moved = lambda kind: [end[key].get(kind) for key in ("accuracy", "n")]
+    steps, ood, found = c["steps"], [r["accuracy"]["ood"], r["n_paths"]["ood"]], at("ood", "end", "bridge")
+    rows = (
+        ("", "ID long after train: steps, ratio", "about 50", 25, 100, ratio(steps["id"], steps["train"])),
+        ("", "OOD later with less phi: steps, ratio", "> 1", 1.01, inf,
+         by_phi[0][0] < by_phi[-1][0] and ratio(by_phi[0][1], by_phi[-1][1])),
+        ("", "OOD never in stacked blocks (dense)", "never", 0, 0.1, arch == "dense" and ood),
+        ("", "OOD comes in a loop", "comes", 0.9, 1, arch == "loop" and ood),
+        ("", "far later than ID: steps, ratio", "> 2", 2, inf, arch == "loop" and ratio(steps["ood"], steps["id"])),
+        ("", "b read at r1 always: ID, least", "> 0.5", 0.5, 1, min(at("id", m, "bridge") for m in c["moments"])),
+        ("", "r1 -> t grows: ID, whole swap", "> 0", 0, 1, grew("whole", "n_swap")),
+        ("", "r2 at r2 grows: ID, lens", "> 0", 0, 1, grew("relation")),
+        ("", "not grokked: OOD, visible swap", "0..0.01", 0, 0.01, at("ood", "memorized", "visible", "n_swap")),
+        ("", "grokked loop: OOD, visible swap", "0.98..1", 0.98, 1, looped and at("ood", "end", "visible", "n_swap")),
+        ("", "* ID paths stay: r of the maps", "> 0.9", 0.9, 1, [same.get(k) for k in ("r", "n", "low", "high")]),
+        ("", "* after grokking: new->old", "1.00 of 16", 0.81, 1, moved("new->old")),
+        ("", "* after grokking: old->new", "0.00 of 16", 0, 0.19, moved("old->new")),
+        ("", "* after grokking: new->new", "0.00 of 16", 0, 0.19, moved("new->new")),
+        ("second-hop", "* second-hop regime: OOD", "0.96", 0.91, 1, ood),
+        ("second-hop", "* second-hop regime: b read, OOD", "0.57", 0.52, 0.62, found),
+        ("both-hops", "* both-hops regime: OOD", "0.99", 0.94, 1, ood),
+        ("both-hops", "* both-hops regime: b read, OOD", "found", 0.9, 1, found),
+        ("both-hops", "* both-hops: steps / natural's", "0.1", 0.05, 0.2, ratio(steps["ood"], by_phi[-1][1])))
+    regime = r["config"]["data"].get("regime", "")
+    return [(*row, ours if wanted == regime and ours and None not in ours else None) for wanted, *row, ours in rows]
 
 
 REGIMES = """phi: trained compositions per ID fact. train, ID, OOD at: steps to 0.99, 0.99, 0.9, mean of the runs
-that get there (number). found: the lens reads the bridge first at r1, OOD queries; used: OOD
-answers that the swap of its visible part redirects; both at the end, after the pass (not the last)
-where they are largest. fake: runs of fake grokking, OOD >= 0.9 and used < 0.5."""
+that get there (number). found: the lens reads the bridge first at r1; used: the swap of its visible
+part redirects the answer; OOD queries, end, best pass but the last. fake: OOD >= 0.9 and used < 0.5."""
 WORTH = """gain: end - memorized, per 1000 steps. direct, hop 1, hop 2: ROME, prototype target, a-priori site.
-n->o, o->n, n->n: compositions of new and old facts, of --transfer. abl.: of --ablate. -: not
-measured."""
-VERDICTS = """least: of the three moments; grows: end - before; stay: from memorized to the end; ratio: of the
-steps to 0.99 (OOD: 0.9; never: all steps). ours: mean of the runs, with a 95 % interval (Wilson; r:
-bootstrap over prompts; steps: none) widened to the range of the runs; n: queries of all runs.
-agrees: ours is in the range accepted (figure -+ 0.05, its own interval where its n is known),
-differs: it is not; ?: the interval crosses the border. not testable here: no run of that cell,
-regime or stage among these."""
+n->o, o->n, n->n: --transfer. abl.: ID answers after --ablate."""
+VERDICTS = """Ratios of the steps to 0.99 (OOD: 0.9; never: all steps). Shares: of all runs, with Wilson's 95 %
+interval; other figures: mean of the runs and the range of their intervals (steps have none). agrees:
+ours is in the range accepted (-+ 0.05, or the interval of its n); differs: it is not; ?: the interval
+crosses a border. not testable here: no such cell, regime, stage or outcome among these runs."""
 
 
 def circuits_report(groups: list[list[dict]]):
     """Tables out of the groups of runs that have circuits: regimes, whether grokking is worthwhile, the claims."""
-    groups = [some for some in ([r for r in runs if "circuits" in r] for runs in groups) if some]
+    groups = [some for runs in groups if (some := [r for r in runs if "circuits" in r])]
     if not groups:
         return
     rows = [("arch", "regime", "share", "phi", "runs", "train at", "ID at", "OOD at", "OOD", "found", "used", "fake")]
-    columns = ("step", "id", "ood", "direct", "hop1", "hop2", "new->old", "old->new", "new->new", "ablated")
+    columns = ("step", "id", "ood", *HOPS, "new->old", "old->new", "new->new", "ablated")
     worth = [("arch", "", "step", "ID", "OOD", "direct", "hop 1", "hop 2", "n->o", "o->n", "n->n", "abl.")]
     for runs in groups:
-        c, values = [r["circuits"] for r in runs], {}
-        at = {key: [x["steps"][key] for x in c if x["steps"][key]] for key in ("train", "id", "ood")}
-        ends = {key: [x["paths"]["ood"]["end"].get(key) for x in c] for key in ("bridge", "visible")}
-        label = runs[0]["arch"], regime_of(runs[0]), runs[0]["config"]["data"].get("augment", "-")
-        shares = map(mean, ([r["accuracy"]["ood"] for r in runs], *ends.values()))
-        steps = [f"{mean(some, '.0f')} ({len(some)})" for some in at.values()]
-        rows.append((*label, f"{c[0]['phi']:.1f}", len(runs), *steps, *shares, sum(bool(x["fake"]) for x in c)))
+        c, arch, data, values = [r["circuits"] for r in runs], runs[0]["arch"], runs[0]["config"]["data"], {}
+        at = [[x["steps"][key] for x in c if x["steps"][key]] for key in ("train", "id", "ood")]
+        ends = [[x["paths"]["ood"]["end"].get(key) for x in c] for key in ("bridge", "visible")]
+        rows.append((arch, regime_of(runs[0]), data.get("augment", "-"), f"{c[0]['phi']:.1f}", len(runs),
+                     *(f"{mean(some, '.0f')} ({len(some)})" for some in at),
+                     *map(mean, ([r["accuracy"]["ood"] for r in runs], *ends)), sum(x["fake"] is True for x in c)))
         for moment in "memorized", "end":
             found = [{e["from"]: e["accuracy"] for e in r.get("transfer", [])}.get(moment, {}) | x["moments"][moment]
-                     | x["edits"][moment] | {"ablated": r.get("ablate", {}).get(moment)}
+                     | x["edits"][moment]
+                     | ({"ablated": r["ablate"]["chosen"]["id"]} if moment == "end" and "ablate" in r else {})
                      for r, x in zip(runs, c) if moment in x["moments"]]
             some = [[e[key] for e in found if e.get(key) is not None] for key in columns]
-            values[moment] = [sum(x) / len(x) if x else None for x in some]
-            step, *shares = values[moment]
-            worth.append((label[moment == "end"], moment, cell(step, ".0f"), *map(cell, shares)))
+            values[moment] = [statistics.fmean(x) if x else None for x in some]
+            worth.append((arch, moment, cell(values[moment][0], ".0f"), *map(cell, values[moment][1:])))
         steps, *gains = [None if None in pair else pair[1] - pair[0] for pair in zip(*values.values())]
         gains = [None if not steps or gain is None else 1000 * gain / steps for gain in gains]
-        worth.append((label[2], "gain", "", *(cell(gain, "+.3f") for gain in gains)))
+        worth.append((arch, "gain", "", *(cell(gain, "+.3f") for gain in gains)))
     print(f"\n{table(rows)}\n{REGIMES}\n\n{table(worth)}\n{WORTH}")
-    results = [r for runs in groups for r in runs]
-    for arch in dict.fromkeys(r["arch"] for r in results):
-        mine, rows = [r for r in results if r["arch"] == arch], [(arch, "published", "ours", "interval", "n", "")]
-        fractions = [r["config"]["data"]["train_fraction"] for r in mine]        # others serve as peers alone
-        usual = [r for r in mine if r["config"]["data"]["train_fraction"] == max(fractions, key=fractions.count)]
-        for same in zip(*(claims(r, [p for p in mine if p["seed"] == r["seed"]]) for r in usual)):
-            (claim, published, low, high, _), found = same[0], [row[-1] for row in same if row[-1]]
-            ours = "-", "-", "-", "not testable here"
-            if found:
-                value, n, lowest, highest = (sum(x) / len(found) for x in zip(*found))
-                lowest, highest = min(lowest, *(x[0] for x in found)), max(highest, *(x[0] for x in found))
-                inside, apart = low <= value <= high, highest < low or lowest > high
-                sure = low <= lowest and highest <= high if inside else apart
-                ours = (f"{value:.2f}", f"{lowest:.2f}..{highest:.2f}", round(n * len(found)),
-                        ("agrees" if inside else "differs") + " ?" * (not sure))
-            rows.append((claim, published, *ours))
-        print(f"\n{table(rows)}")
-    print(VERDICTS)
+    results, rows = [r for runs in groups for r in runs], [("claim", "published", "cell", "ours", "interval", "n", "")]
+    usual = statistics.mode(r["config"]["data"]["train_fraction"] for r in results)        # others serve as peers alone
+    said = [(r["arch"], claims(r, [p for p in results if (p["arch"], p["seed"]) == (r["arch"], r["seed"])]))
+            for r in results if r["config"]["data"]["train_fraction"] == usual]
+    for same in zip(*(found for _, found in said)):
+        claim, published, low, high, _ = same[0]
+        for arch in ARCHS:
+            if ours := [row[-1] for row, (cell_of, _) in zip(same, said) if cell_of == arch and row[-1]]:
+                n = sum(x[1] for x in ours)
+                value = sum(x[0] * x[1] for x in ours) / n
+                lows, highs = zip(*(x[2:] for x in ([shared(value, n)] if len(ours[0]) == 2 else ours)))
+                sure = low <= min(lows) and max(highs) <= high or max(highs) < low or min(lows) > high
+                verdict = ("agrees" if low <= value <= high else "differs") + " ?" * (not sure)
+                rows.append((claim, published, arch, f"{value:.2f}", f"{min(lows):.2f}..{max(highs):.2f}", n, verdict))
+        if rows[-1][0] != claim:
+            rows.append((claim, published, "-", "-", "-", "-", "not testable here"))
+    print(f"\n{table(rows)}\n{VERDICTS}")
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
-ANSWERS, HOPS, WRITTEN_AT_ONCE = ("one_hop", "train", "id", "ood"), ("direct", "hop1", "hop2"), ("efficacy", "paraphrase", "specificity")
-FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting", "mass": "facts edited at once",
-           "locate": "question: token replaced, token restored", "retention": "share of the curvature mass kept"}       # x axes
-STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), "os^Dv*",  # Okabe, Ito: for all eyes
-                  ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)))))                       # and in grey
+ANSWERS, HOPS = ("one_hop", "train", "id", "ood"), ("direct", "hop1", "hop2")
+WRITTEN_AT_ONCE, RETAINED = ("efficacy", "paraphrase", "specificity"), ("recited", "true", *ANSWERS)
+FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
+           "mass": "facts edited at once", "locate": "question: token replaced, token restored",
+           "retention": "share of the curvature mass kept"}
+STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),     # Okabe, Ito: for all eyes
+                  "os^Dv*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)))))                   # and in grey
 
 
 def points(groups: list[list[dict]]) -> dict:
     """{figure: {panel: {line: {x: values}}}} of all that is drawn, a value for each run."""
     found = {file: defaultdict(lambda: defaultdict(lambda: defaultdict(list))) for file in FIGURES}
-
-    def put(file, panel, line, x, entry, keys):
-        for key in keys:
-            if entry.get(key) is not None:
-                found[file][panel.format(key)][line.format(key)][str(x)].append(entry[key])
     for i, r in ((i, r) for i, runs in enumerate(groups) for r in runs):
         name = r["arch"] + f" {i}" * (r["arch"] in [runs[0]["arch"] for runs in groups[:i]])     # with other settings
-        for e in r["history"]:
-            put("grokking", name, "{}", e["step"], e, ANSWERS)
-        for e in filter(is_main, r.get("edits", [])):
-            put("propagation", "edits: ROME, prototype", "{}", name, e, HOPS)
-        for e in sorted(r.get("when", {}).get("written", []), key=lambda e: e["pass"]):
-            put("when", name, "{}", f"{e['pass']}, {e['acts']}", e, HOPS)
-        for e in r.get("locate", {}).get("effects", []):
-            for state, shares in zip(r["locate"]["states"], e["top1"] or []):
-                for word, share in zip(("h", "r1", "r2"), shares):
-                    x = f"{e['query'][:4]}: {e['corrupted']}, {word}"
-                    put("locate", f"tracing, {name}", f"{state['pass']} {state['part']}", x, {"share": share}, ["share"])
-        for e in r.get("mass", {}).get("edits", []):
-            put("mass", name + ", {}", f"{e['method']}, {e['target']}", e["n"], e, WRITTEN_AT_ONCE)
-        for e in r.get("ablate", {}).get("sweep", []):
-            if (e["method"], e["layers"]) == ("kfac", r["ablate"]["chosen"]["kfac"]["layers"]):
-                put("retention", f"K-FAC, {name}", "{}", e["keep"], e, ("recited", "true", *ANSWERS))
+        of = lambda stage, key: r.get(stage, {}).get(key, [])
+        traced = [e | state | {"word": word, "share": share} for e in of("locate", "effects")
+                  for state, shares in zip(of("locate", "states"), e["top1"] or [])
+                  for word, share in zip(("h", "r1", "r2"), shares)]
+        for file, panel, line, x, entries, keys in (
+                ("grokking", name, "{key}", "{step}", r["history"], ANSWERS),
+                ("propagation", "edits: ROME, prototype", "{key}", name, filter(is_main, r.get("edits", [])), HOPS),
+                ("when", name, "{key}", "{pass}, {acts}", sorted(of("when", "written"), key=lambda e: e["pass"]), HOPS),
+                ("locate", f"tracing, {name}", "{pass} {part}", "{query:.4}: {corrupted}, {word}", traced, ["share"]),
+                ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass", "edits"), WRITTEN_AT_ONCE),
+                ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate", "sweep"), RETAINED)):
+            for e, key in itertools.product(entries, keys):
+                if e.get(key) is not None:
+                    values = found[file][panel.format(key=key, **e)][line.format(key=key, **e)]
+                    values[x.format(**e)].append(e[key])
     return found
 
 
@@ -1398,47 +1361,48 @@ def plot(folders: list[Path], out: Path):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     out.mkdir(parents=True, exist_ok=True)
+    style = {"svg.fonttype": "none", "svg.hashsalt": "minedit", "font.size": 9, "font.sans-serif": "DejaVu Sans"}
     for file, panels in points(read_runs(folders)).items():
-        width, columns = (4.6, 2) if file == "locate" else (2.6, 4)
-        columns, rows, joined = min(len(panels), columns), -(-len(panels) // columns), file in ("grokking", "mass", "retention")
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "minedit", "font.size": 9, "font.sans-serif": "DejaVu Sans"}):
-            figure = Figure((width * columns + 0.8, 2.8 * rows + 0.5), layout="constrained")
+        print(f"{out / file}.svg" + ": not drawn, no run has results for it" * (not panels))
+        tracing, joined = file == "locate", file in ("grokking", "mass", "retention")
+        columns = min(len(panels), 2 if tracing else 4)
+        rows = -(-len(panels) // max(columns, 1))
+        with rc_context(style):
+            figure = Figure(((4.6 if tracing else 2.6) * columns + 0.8, 2.8 * rows + 0.5), layout="constrained")
             for place, (name, lines) in enumerate(panels.items()):
-                ax, ticks = figure.add_subplot(rows, columns, place + 1), list(dict.fromkeys(itertools.chain(*lines.values())))
+                ax, ticks = figure.add_subplot(rows, columns, place + 1), [
+                    *dict.fromkeys(itertools.chain(*lines.values()))]
                 n = max(len(values) for line in lines.values() for values in line.values())
                 ax.set(title=f"{name} (n = {n})", xlabel=FIGURES[file])
                 ax.set_xticks(range(len(ticks)), ticks, rotation=90 * (len("".join(ticks)) > 30))
-                for i, (line, values) in enumerate(lines.items() if file != "locate" else []):
+                if tracing:                                  # a cell is 9 x 9 pixels, which no viewer blurs
+                    grey = torch.tensor([[statistics.fmean(v) for v in line.values()] for line in lines.values()])
+                    extent = (-0.5, len(ticks) - 0.5, len(lines) - 0.5, -0.5)
+                    ax.imshow(grey.repeat_interleave(9, 0).repeat_interleave(9, 1).numpy(), "Greys", vmin=0, vmax=1,
+                              aspect="auto", interpolation="none", extent=extent)
+                    ax.set_yticks(range(len(lines)), lines)
+                for i, (line, values) in enumerate(() if tracing else lines.items()):
                     colour, mark, dash = STYLES[i % len(STYLES)]
                     x = [ticks.index(x) + 0.2 * (i - len(lines) / 2 + 0.5) * (not joined) for x in values]
                     y, low, high = ([f(v) for v in values.values()] for f in (statistics.fmean, min, max))
                     ax.plot(x, y, color=colour, marker=mark, ls=dash if joined else "", ms=4, lw=1, label=line)
-                    ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0) if joined else ax.vlines(x, low, high, colour)
+                    (ax.fill_between if joined else ax.vlines)(x, low, high, color=colour, alpha=0.2 if joined else 1)
                     ax.set(ylim=(-0.04, 1.04), ylabel="share of answers" if place % columns == 0 else None)
-                    ax.tick_params(labelleft=place % columns == 0)
-                if file == "locate":                         # a cell is 9 x 9 pixels, which no viewer blurs
-                    grey = torch.tensor([[statistics.fmean(v) for v in line.values()] for line in lines.values()])
-                    ax.imshow(grey.repeat_interleave(9, 0).repeat_interleave(9, 1).numpy(), "Greys", vmin=0, vmax=1, aspect="auto",
-                              interpolation="none", extent=(-0.5, len(ticks) - 0.5, len(lines) - 0.5, -0.5))
-                    ax.set_yticks(range(len(lines)), lines)
-            if panels and file != "locate":
-                figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3 * columns)
             if panels:
+                figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3 * columns)
                 figure.savefig(out / f"{file}.svg", metadata={"Date": None})
-        print(f"{out / file}.svg" + ": not drawn, no run has results for it" * (not panels))
 
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
-SPEED = """ms: one training step. plain: how many times as long with exact top-k addresses and unfused
-attention, both by autograd's own formulas; rows: so too, and a row for each path, no prefix shared;
-medians of turns (lowest-highest). shape, square: matrix products of a step, over all of its time, as a
-share of what torch reaches for the keys of a step, for a 1024 square. Per second: paths trained,
-answers evaluated, edits in one MEMIT update of 100, tokens to the K-FAC factors of a store."""
+SPEED = """ms: one step. plain: times as long with exact top-k and unfused attention, medians of turns (lowest-
+highest). shape, square: matrix products over all time of a step, as a share of what torch reaches for
+the keys of a step, for a 1024 square. Per second: paths trained, answers evaluated, edits in one MEMIT
+update of 100, tokens to the K-FAC factors of a store."""
 
 
 def in_turns(tasks: dict, rounds: int = 5) -> dict:
-    """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. First a trial round."""
+    """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. One trial round."""
     seconds = {name: [] for name in tasks}
     for i, (name, task) in itertools.product(range(rounds + 1), tasks.items()):
         began = time.perf_counter()
@@ -1469,27 +1433,25 @@ def bench(args, out: Path):
         "arch": "lmc", "seeds": 1, "out": Path(tempfile.mkdtemp(dir=scratch.name))} | sizes))[0]
     X, d, n = torch.randn(1024, 1024, device=make().device), min(args.d_model, 1024), min(args.slots, 1024)
     s = in_turns({"shape": lambda: X[:, :d] @ X[:d, :n], "square": lambda: X @ X}, 50)
-    peak = {"shape": 2048 * d * n / middle(s["shape"]), "square": 2 * 1024**3 / middle(s["square"])}             # FLOP/s
-    cells = [("arch", "ms", "paths", "plain", "rows", *peak, "answers", "edits", "tokens")]
+    peak = {"shape": 2048 * d * n / middle(s["shape"]), "square": 2 * 1024**3 / middle(s["square"])}    # FLOP/s
+    cells = [("arch", "ms", "paths", "plain", *peak, "answers", "edits", "tokens")]
     for arch in ARCHS:
         tasks, units = bench_tasks(make(arch=arch))
-        for name, more in ("plain", {}), ("rows", {"batch": units["step"], "branches": 1}):
-            tasks[name] = unfused(bench_tasks(make(arch=arch, addressing="topk", **more))[0]["step"])
-        s = in_turns(tasks)
+        s = in_turns(tasks | {"plain": unfused(bench_tasks(make(arch=arch, addressing="topk"))[0]["step"])})
         with FlopCounterMode(display=False) as counter:
             unfused(tasks["step"])()                         # the fused attention is not counted on a CPU
-        ratios = [[x / y for x, y in zip(s[name], s["step"])] for name in ("plain", "rows")]
-        rates = [f"{units[name] / middle(s[name]):.0f}" for name in units]
-        cells.append((arch, f"{1000 * middle(s['step']):.1f}", rates[0],
-                      *(f"{middle(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios),
-                      *(f"{counter.get_total_flops() / middle(s['step']) / p:.2f}" for p in peak.values()), *rates[1:]))
+        ms, rates = 1000 * middle(s["step"]), [f"{units[name] / middle(s[name]):.0f}" for name in units]
+        ratio = [x / y for x, y in zip(s["plain"], s["step"])]
+        cells.append((arch, f"{ms:.1f}", rates[0], f"{middle(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})",
+                      *(f"{1000 * counter.get_total_flops() / ms / p:.2f}" for p in peak.values()), *rates[1:]))
     growth = [("time grows with", "sizes", *units)]          # the exponent: slope of log seconds over log size
     for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("edits", 500):
         sizes = [start // 2, start, 2 * start]
-        tasks = [bench_tasks(make(), size) if axis == "edits" else bench_tasks(make(**{axis: size})) for size in sizes]
-        s = in_turns({(u, size): some[u] for (some, _), size in zip(tasks, sizes) for u in units}, 3)
-        fit = lambda y: statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, y))).slope
-        growth.append((axis, " ".join(map(str, sizes)), *(f"{fit([middle(s[u, size]) for size in sizes]):.2f}" for u in units)))
+        tasks = [bench_tasks(make(), x)[0] if axis == "edits" else bench_tasks(make(**{axis: x}))[0] for x in sizes]
+        s = in_turns({(u, x): some[u] for some, x in zip(tasks, sizes) for u in units}, 3)
+        logs = lambda values: [math.log(x) for x in values]
+        slopes = [statistics.linear_regression(logs(sizes), logs(middle(s[u, x]) for x in sizes))[0] for u in units]
+        growth.append((axis, " ".join(map(str, sizes)), *(f"{slope:.2f}" for slope in slopes)))
     step, n_threads = bench_tasks(make())[0]["step"], torch.get_num_threads()
     s = in_turns({n: lambda n=n: (torch.set_num_threads(n), step()) for n in {1, n_threads}})
     torch.set_num_threads(n_threads)
@@ -1498,11 +1460,13 @@ def bench(args, out: Path):
         step()
     cost = lambda e: e.self_device_time_total or e.self_cpu_time_total
     top = sorted(profiler.key_averages(), key=cost, reverse=True)
-    profile = [("operator", "share", "calls"), *((e.key[:50], f"{cost(e) / sum(map(cost, top)):.3f}", e.count) for e in top[:10])]
+    profile = [("operator", "share", "calls")]
+    profile += [(e.key[:50], f"{cost(e) / sum(map(cost, top)):.3f}", e.count) for e in top[:10]]
+    memory = peak_memory_mib(X.device)
     results = {"cells": cells, "growth": growth, "threads": threads, "profile": profile, "peak_flops": peak,
-               "peak_memory_mib": peak_memory_mib(X.device), "device": device_name(X.device), "torch": torch.__version__}
+               "peak_memory_mib": memory, "device": device_name(X.device), "torch": torch.__version__}
     print("\n\n".join([f"{table(cells)}\n{SPEED}", *map(table, (growth, threads, profile))]))
-    print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s at most; {results['peak_memory_mib']} MiB at most")
+    print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s at most; {memory} MiB at most")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "bench.json", json.dumps(results, indent=1).encode())
 
