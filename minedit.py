@@ -368,14 +368,8 @@ class Run:
     def checkpoint(self, parts: dict):
         state = {"identity": self.identity, "step": self.step, "history": self.history, "device": self.device.type}
         state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
-        average = {"identity": self.identity, "average": state["average"]}
-        if self.recipe.branches:                             # for the stages that compare moments of a training
-            write_atomically(self.folder / f"average-{self.step}.pt", lambda file: torch.save(average, file))
         write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
         (self.folder / "results.json").unlink(missing_ok=True)                   # of a run that this one replaces
-        for file in self.folder.glob("average-*.pt"):
-            if file.name not in {f"average-{record['step']}.pt" for record in self.history}:
-                file.unlink()
         self.write_config()
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history).encode())
 
@@ -568,15 +562,13 @@ def edit_fact_stage(run: Run, model: Model):
 
 # --- Stages: where a fact is, and when it is written ------------------------------------------------------------------
 
-def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator, clean_in=None):
-    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m], the
-    first of each pair where clean_in [m] is True (None: anywhere)."""
+def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
+    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]."""
     rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
     clean, other = order[:-1], order[1:]
-    fits = (rest[clean] == rest[other]) & (answers[clean] != answers[other])
-    pairs = (fits if clean_in is None else fits & clean_in[clean]).nonzero().flatten()
+    pairs = ((rest[clean] == rest[other]) & (answers[clean] != answers[other])).nonzero().flatten()
     pairs = pairs[torch.randperm(len(pairs), generator=generator)[:n].to(pairs.device)]
     return clean[pairs], other[pairs]
 
@@ -1030,297 +1022,6 @@ def vision(run: Run) -> list[dict]:
     return entries
 
 
-# --- Stages: inference paths, and transfer ----------------------------------------------------------------------------
-
-BRIDGE_USED = 0.5                                            # fewer answers redirected at OOD >= 0.9: fake grokking
-
-
-def moments(history: list[dict]) -> dict[str, dict]:
-    """The evaluations compared: the last before train reaches 0.9 (or the first), the first with train >= 0.99 (and OOD
-    < 0.9 where there is one), if any, and the last."""
-    before = [*itertools.takewhile(lambda r: r["train"] < 0.9, history)] or history[:1]
-    memorized = sorted((r for r in history if r["train"] >= 0.99), key=lambda r: (r["ood"] or 0) >= 0.9)
-    return {"before": before[-1]} | {"memorized": r for r in memorized[:1]} | {"end": history[-1]}
-
-
-def snapshot(run: Run, step: int) -> Model:
-    """The averaged model at an evaluation; UserError where the folder does not hold it."""
-    file, model = run.folder / f"average-{step}.pt", Model(run.config).requires_grad_(False)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["average"])
-        assert not differences(state["identity"], run.identity)
-    except Exception:                                        # unpickling can raise anything
-        raise UserError(f"{file}: no weights of this run at step {step}; use --retrain, which keeps them") from None
-    return model.to(run.device).eval()
-
-
-def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
-    """Lens, tracing and swaps for at most 300 queries of a set; and for each place of the token replaced hits [site,
-    token, n] of the prompts whose own answer, right or wrong, is another then, and whether a prompt is one [n]."""
-    generator, paths, E, n = run.stream(), run.paths, model.embedding.weight, run.graph.n_entities
-    states, rows, asked = traced_states(run.config), paths.masks[queries].nonzero().flatten(), paths.second >= 0
-    sites, streams = [state[2:] for state in states], [i for i, state in enumerate(states) if state[1] == "stream"][:-1]
-    rows = rows[torch.randperm(len(rows), generator=generator).to(run.device)[:300]]
-    path, hits = {"n": len(rows), "lens": {}, "trace": [], "swap": {}}, {}
-    if not len(rows):
-        return path, hits
-    tokens, bridge, answer = paths.tokens[rows], paths.one_hop[rows], paths.two_hop[rows]
-    path["accuracy"] = share_of(last_answers(model, tokens) == answer)
-    for name, wanted, words in ("bridge", bridge, E[:n]), ("answer", answer, E[:n]), \
-                               ("relation", tokens[:, 2] - n, E[n:n + run.graph.n_relations]):
-        rank, p = editing.lens(model, tokens, wanted, sites, lambda x: F.linear(model.norm(x), words))
-        means = {"first": rank == 0, "rank": rank + 1, "p": p}
-        path["lens"][name] = {key: x.float().mean(-1).tolist() for key, x in means.items()}
-    everything = [x[asked] for x in (paths.tokens, paths.two_hop, paths.masks[queries])]
-    for place in range(3):
-        pairs = corruptions(*everything[:2], place, 200, generator, everything[2])
-        clean, corrupted = (everything[0][i] for i in pairs)
-        own = last_answers(model, clean)
-        counts = (own != last_answers(model, corrupted)).cpu()
-        if counts.any():
-            hits[place] = editing.trace(model, clean, corrupted, own, sites, each=True)[0], counts
-            shares = hits[place][0][:, :, counts].mean(-1).tolist()
-            path["trace"].append({"place": place, "n": int(counts.sum()), "first": shares})
-    one, other = corruptions(tokens[:, 1:], answer, 0, 200, generator)           # pairs that share r2 alone
-    for i in streams if len(one) else []:
-        seen = editing.span(E[bridge[one]], E[bridge[other]])
-        chance = editing.span(*torch.randn(2, len(one), E.shape[1], generator=generator).to(E))
-        bases = {"whole": None, "visible": seen, "rest": editing.complement(seen), "random": chance}
-        path["swap"][str(i)] = {part: share_of(answer[other] == editing.swapped(
-            model, tokens[one], tokens[other], *sites[i], 1, basis)) for part, basis in bases.items()}
-    best = {part: [swap[part] for swap in path["swap"].values()] for part in ("whole", "visible")}
-    best |= {key: [path["lens"][key]["first"][i][at] for i in streams] for key, at in (("bridge", 1), ("relation", 2))}
-    return path | {key: max(some, default=None) for key, some in best.items()} | {"n_swap": len(one)}, hits
-
-
-def same_paths(run: Run, one: dict, other: dict) -> dict | None:
-    """Pearson correlation of two tracing maps over the prompts that count in both, with a 95 % bootstrap interval over
-    prompts. Left out are states that cannot matter, before the token replaced and, in the last block, before r2."""
-    generator, n_blocks, pairs, r = run.stream(), run.config.depth * run.config.blocks, [], []
-    for place in one.keys() & other.keys():
-        free, rows = torch.ones_like(one[place][0][:, :, 0], dtype=torch.bool), one[place][1] & other[place][1]
-        free[:, :place] = free[-(len(free) // n_blocks):, :2] = free[-1] = False
-        pairs += [[hits[free][:, rows] for hits, _ in (one[place], other[place])]] * bool(rows.any())
-    for k in range(1001 if pairs else 0):
-        drawn = [torch.randint(len(x.T), (len(x.T),), generator=generator) if k else slice(None) for x, _ in pairs]
-        maps = [torch.cat([pair[side][:, i].mean(1) for pair, i in zip(pairs, drawn)]) for side in (0, 1)]
-        r.append(F.cosine_similarity(*(x - x.mean() for x in maps), dim=0).item())
-    ends = dict(zip(("low", "high"), sorted(r[1:])[24::950]))                     # the 25th and 975th of 1000
-    return {"n": sum(len(x.T) for x, _ in pairs), "r": r[0]} | ends if r else None
-
-
-def edit_propagation(run: Run, model: Model) -> dict:
-    """ROME with prototypes at the a-priori site, for --n-edits facts, scored as by --edit."""
-    (_, _, *seen), requests = run.known(model), draw_requests(run, run.args.n_edits, run.stream())[0]
-    name, call, _ = a_priori_site(run, model, requests, seen[0])
-    at = editing.site(model, name, call, editing.queries(run.paths), run.ordinary())
-    u, r = editing.direction("rome", at, requests), residual(run, model, at, requests, "prototype", seen[0])[0]
-    return editing.score(model, at, requests, u, r, editing.propagation_probes(requests, run.paths, *seen)[0])
-
-
-PATH_KEYS = ("n", "accuracy", "bridge", "relation", "n_swap", "whole", "visible")
-PATHS = """shares of the queries, after the pass (but the last) where they are largest. b@r1: the lens on the
-state at r1 has the bridge first of all entities, r2@r2: at r2 the second relation of all relations.
-swap: the state at r1 is that of another query with the same r2, whole or in the plane of the two
-bridges' embeddings (vis), and so is the answer. r of the tracing maps, memorized and end: 95 % interval
-(prompts). Each pass, part and token: results.json."""
-
-
-def circuits_stage(run: Run, model: Model):
-    """Inference paths before memorization, after it and at the end, ID and OOD queries apart; edits; the verdicts."""
-    at, history = moments(run.history), run.history
-    first = lambda name, level: next((r["step"] for r in history if (r[name] or 0) >= level), None)
-    found = run.results["circuits"] = {
-        "phi": run.n_paths["train"] / int((~run.paths.ood_fact).sum()), "moments": at, "paths": {}, "same": {},
-        "states": [dict(zip(("pass", "part", "module", "call"), state)) for state in traced_states(run.config)],
-        "steps": {"train": first("train", 0.99), "id": first("id", 0.99), "ood": first("ood", 0.9)}}
-    models = {moment: snapshot(run, record["step"]) for moment, record in at.items()}
-    rows = [("queries", "at", "step", "n", "right", "b@r1", "r2@r2", "swaps", "swap", "vis", "r of maps")]
-    for queries in "id", "ood":
-        both = {moment: inference_path(run, models[moment], queries) for moment in at}
-        found["paths"][queries] = {moment: path for moment, (path, _) in both.items()}
-        same = found["same"][queries] = same_paths(run, both.get("memorized", ({}, {}))[1], both["end"][1])
-        alike = {"end": "{r:.2f} {low:.2f}..{high:.2f} ({n})".format(**same)} if same else {}
-        rows += [(queries.upper(), moment, at[moment]["step"], *(
-            cell(path.get(key), "d" if key[0] == "n" else ".3f") for key in PATH_KEYS), alike.get(moment, ""))
-                 for moment, (path, _) in both.items()]
-    found["edits"] = {moment: edit_propagation(run, models[moment]) for moment in at}
-    used = found["paths"]["ood"]["end"].get("visible")
-    found["fake"] = None if used is None else history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
-    print(f"\n{table(rows)}\n{PATHS}" + "\nnever memorized: train < 0.99 at every evaluation" * ("memorized" not in at))
-    circuits_report([[run.results]])
-
-
-def grown(run: Run) -> tuple[kg.KnowledgeGraph, kg.Paths]:
-    """The graph with 2/5 more entities and 1/5 more relations. New facts fill empty places of its table as densely as
-    the old ones filled theirs, tails uniform: about new entities, and about old ones, without which no old fact could
-    lead on to a new one. The old sets are kept; three are added, by the age of the two *facts*; in new->new the second
-    is about a new entity, under an old relation."""
-    old, generator, (E, R) = run.graph.facts, run.stream(), run.graph.facts.shape
-    N, M = E + max(2, 2 * E // 5), R + max(1, R // 5)
-    tails = torch.randint(N - 1, (N, M), generator=generator)
-    tails += tails >= torch.arange(N)[:, None]                                   # no tail is its own head
-    kept = F.pad(old, (0, M - R, 0, N - E), value=-1)
-    new = (kept < 0) & (torch.rand(kept.shape, generator=generator) < (old >= 0).double().mean())
-    graph = kg.from_table(torch.where(new, tails, kept))
-    paths = kg.split(graph, 0, 1, 0)
-    key = lambda tokens, n: (tokens - torch.tensor([0, n, n])) @ torch.tensor([M**2, M, 1])
-    keys, composed, is_new = key(paths.tokens, N), paths.second >= 0, new[tuple(paths.facts[:, :2].T)]
-    first, second = is_new[paths.first], is_new[paths.second]
-    masks = {name: torch.isin(keys, key(run.paths.tokens[mask].cpu(), E)) for name, mask in run.paths.masks.items()}
-    masks |= {"new->old": composed & first & ~second, "old->new": composed & ~first & second,
-              "new->new": composed & first & second & (paths.one_hop >= E) & (paths.tokens[:, 2] < N + R)}
-    return graph, replace(paths, masks=masks)
-
-
-TRANSFER = """share of the compositions first fact -> second, none of them trained, 95 % interval, step at which
-it is 0.9. Trained are all facts, old and new, and the old training compositions. from: the weights
-at the start, and their steps before. facts: step at which all facts are at 0.99. OOD: the old set."""
-
-
-def transfer_stage(run: Run, model: Model):
-    """New facts, trained from the last weights, the memorized ones and from scratch; compositions with them."""
-    (graph, paths), (E, R), steps = grown(run), run.graph.facts.shape, run.args.transfer_steps
-    n = {kind: int(mask.sum()) for kind, mask in paths.masks.items() if "->" in kind}
-    print(f"\n{len(paths.facts) - len(run.paths.facts)} new facts, {steps} steps; compositions with them: {listed(n)}")
-    found, rows = [], [("from", "facts", "OOD", *n)]
-    for name, record in (moments(run.history) | {"before": {"step": 0}}).items():
-        name, step = name.replace("before", "scratch"), record["step"]
-        print(f"\nfrom {name}, step {step}")
-        child = copy.copy(run)                               # a run that writes nothing
-        child.paths, child.step, child.history, child.checkpoint = paths.to(run.device), 0, [], lambda *_: None
-        child.config = replace(run.config, n_entities=graph.n_entities, n_relations=graph.n_relations)
-        child.recipe = replace(run.recipe, steps=steps, eval_every=max(1, steps // 12))
-        child.parts = child.fresh()
-        if step:
-            weights, fresh = snapshot(run, step).state_dict(), child.parts["model"].embedding.weight.detach().clone()
-            old, weights["embedding.weight"] = weights["embedding.weight"], fresh
-            fresh[:E] = old[:E]                              # what is new keeps its fresh rows
-            for i in range(1 + run.config.aliases):
-                fresh[graph.n_entities + i * graph.n_relations:][:R] = old[E + i * R:][:R]
-            for part in "model", "average":
-                child.parts[part].load_state_dict(weights)
-        child.train()
-        reached = lambda key, level: next((r["step"] for r in child.history if (r[key] or 0) >= level), None)
-        at, last = {kind: reached(kind, 0.9) for kind in n} | {"facts": reached("one_hop", 0.99)}, child.history[-1]
-        found.append({"from": name, "step": step, "steps": steps, "n": n, "at": at, "accuracy": last})
-        texts = [f"{x[0]:.2f} {x[2]:.2f}..{x[3]:.2f} {at[kind] or 'never'}" if x else "-"
-                 for kind, x in ((kind, shared(last[kind], n[kind])) for kind in n)]
-        rows.append((f"{name} {step}", at["facts"] or "never", cell(last["ood"]), *texts))
-    run.results["transfer"] = found
-    print(f"\n{table(rows)}\n{TRANSFER}")
-
-
-def shared(share: float | None, n: int | None, z: float = 1.96) -> tuple[float, int, float, float] | None:
-    """(share, n, low, high) with the 95 % interval of Wilson 1927; None where there is nothing."""
-    if share is None or not n:
-        return None
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return share, n, max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-
-def regime_of(r: dict) -> str:
-    return r["config"]["data"].get("regime", "natural")
-
-
-def claims(r: dict, peers: list[dict]) -> list[tuple]:
-    """(claim, published, lowest and highest value that agree, ours) of one run. ours: (value, n) of a share, (value, n,
-    low, high) of another figure, None where there is none. `peers`: the runs of its cell and seed. The claims are from
-    Wang et al. 2024, arXiv 2405.15071, and (*) He et al. 2026, arXiv 2601.09049."""
-    c, arch, grokked, inf = r["circuits"], r["arch"], r["grokked_at"], math.inf
-    same, looped = c["same"]["id"] or {}, grokked and arch in ("loop", "lmc")
-    at = lambda queries, moment, key, n="n": [c["paths"][queries].get(moment, {}).get(k) for k in (key, n)]
-    ratio = lambda one, other: one and other and [one / other, 1, one / other, one / other]
-    by_phi = sorted((p["circuits"]["phi"], p["circuits"]["steps"]["ood"] or p["steps"])
-                    for p in peers if regime_of(p) == "natural") or [(0, 0)]
-    grew = lambda key, n="n": (lambda x, y: x and y and [y[0] - x[0], y[1], y[2] - x[3], y[3] - x[2]])(
-        *(shared(*at("id", moment, key, n)) for moment in ("before", "end")))
-    end = {e["from"]: e for e in r.get("transfer", []) if grokked}.get("end", {"accuracy": {}, "n": {}})
-    moved = lambda kind: [end[key].get(kind) for key in ("accuracy", "n")]
-    steps, ood, found = c["steps"], [r["accuracy"]["ood"], r["n_paths"]["ood"]], at("ood", "end", "bridge")
-    rows = (
-        ("", "ID long after train: steps, ratio", "about 50", 25, 100, ratio(steps["id"], steps["train"])),
-        ("", "OOD later with less phi: steps, ratio", "> 1", 1.01, inf,
-         by_phi[0][0] < by_phi[-1][0] and ratio(by_phi[0][1], by_phi[-1][1])),
-        ("", "OOD never in stacked blocks (dense)", "never", 0, 0.1, arch == "dense" and ood),
-        ("", "OOD comes in a loop", "comes", 0.9, 1, arch == "loop" and ood),
-        ("", "far later than ID: steps, ratio", "> 2", 2, inf, arch == "loop" and ratio(steps["ood"], steps["id"])),
-        ("", "b read at r1 always: ID, least", "> 0.5", 0.5, 1, min(at("id", m, "bridge") for m in c["moments"])),
-        ("", "r1 -> t grows: ID, whole swap", "> 0", 0, 1, grew("whole", "n_swap")),
-        ("", "r2 at r2 grows: ID, lens", "> 0", 0, 1, grew("relation")),
-        ("", "not grokked: OOD, visible swap", "0..0.01", 0, 0.01, at("ood", "memorized", "visible", "n_swap")),
-        ("", "grokked loop: OOD, visible swap", "0.98..1", 0.98, 1, looped and at("ood", "end", "visible", "n_swap")),
-        ("", "* ID paths stay: r of the maps", "> 0.9", 0.9, 1, [same.get(k) for k in ("r", "n", "low", "high")]),
-        ("", "* after grokking: new->old", "1.00 of 16", 0.81, 1, moved("new->old")),
-        ("", "* after grokking: old->new", "0.00 of 16", 0, 0.19, moved("old->new")),
-        ("", "* after grokking: new->new", "0.00 of 16", 0, 0.19, moved("new->new")),
-        ("second-hop", "* second-hop regime: OOD", "0.96", 0.91, 1, ood),
-        ("second-hop", "* second-hop regime: b read, OOD", "0.57", 0.52, 0.62, found),
-        ("both-hops", "* both-hops regime: OOD", "0.99", 0.94, 1, ood),
-        ("both-hops", "* both-hops regime: b read, OOD", "found", 0.9, 1, found),
-        ("both-hops", "* both-hops: steps / natural's", "0.1", 0.05, 0.2, ratio(steps["ood"], by_phi[-1][1])))
-    regime = r["config"]["data"].get("regime", "")
-    return [(*row, ours if wanted == regime and ours and None not in ours else None) for wanted, *row, ours in rows]
-
-
-REGIMES = """phi: trained compositions per ID fact. train, ID, OOD at: steps to 0.99, 0.99, 0.9, mean of the runs
-that get there (number). found: the lens reads the bridge first at r1; used: the swap of its visible
-part redirects the answer; OOD queries, end, best pass but the last. fake: OOD >= 0.9 and used < 0.5."""
-WORTH = """gain: end - memorized, per 1000 steps. direct, hop 1, hop 2: ROME, prototype target, a-priori site.
-n->o, o->n, n->n: --transfer. abl.: ID answers after --ablate."""
-VERDICTS = """Ratios of the steps to 0.99 (OOD: 0.9; never: all steps). Shares: of all runs, with Wilson's 95 %
-interval; other figures: mean of the runs and the range of their intervals (steps have none). agrees:
-ours is in the range accepted (-+ 0.05, or the interval of its n); differs: it is not; ?: the interval
-crosses a border. not testable here: no such cell, regime, stage or outcome among these runs."""
-
-
-def circuits_report(groups: list[list[dict]]):
-    """Tables out of the groups of runs that have circuits: regimes, whether grokking is worthwhile, the claims."""
-    groups = [some for runs in groups if (some := [r for r in runs if "circuits" in r])]
-    if not groups:
-        return
-    rows = [("arch", "regime", "share", "phi", "runs", "train at", "ID at", "OOD at", "OOD", "found", "used", "fake")]
-    columns = ("step", "id", "ood", *HOPS, "new->old", "old->new", "new->new", "ablated")
-    worth = [("arch", "", "step", "ID", "OOD", "direct", "hop 1", "hop 2", "n->o", "o->n", "n->n", "abl.")]
-    for runs in groups:
-        c, arch, data, values = [r["circuits"] for r in runs], runs[0]["arch"], runs[0]["config"]["data"], {}
-        at = [[x["steps"][key] for x in c if x["steps"][key]] for key in ("train", "id", "ood")]
-        ends = [[x["paths"]["ood"]["end"].get(key) for x in c] for key in ("bridge", "visible")]
-        rows.append((arch, regime_of(runs[0]), data.get("augment", "-"), f"{c[0]['phi']:.1f}", len(runs),
-                     *(f"{mean(some, '.0f')} ({len(some)})" for some in at),
-                     *map(mean, ([r["accuracy"]["ood"] for r in runs], *ends)), sum(x["fake"] is True for x in c)))
-        for moment in "memorized", "end":
-            found = [{e["from"]: e["accuracy"] for e in r.get("transfer", [])}.get(moment, {}) | x["moments"][moment]
-                     | x["edits"][moment]
-                     | ({"ablated": r["ablate"]["chosen"]["id"]} if moment == "end" and "ablate" in r else {})
-                     for r, x in zip(runs, c) if moment in x["moments"]]
-            some = [[e[key] for e in found if e.get(key) is not None] for key in columns]
-            values[moment] = [statistics.fmean(x) if x else None for x in some]
-            worth.append((arch, moment, cell(values[moment][0], ".0f"), *map(cell, values[moment][1:])))
-        steps, *gains = [None if None in pair else pair[1] - pair[0] for pair in zip(*values.values())]
-        gains = [None if not steps or gain is None else 1000 * gain / steps for gain in gains]
-        worth.append((arch, "gain", "", *(cell(gain, "+.3f") for gain in gains)))
-    print(f"\n{table(rows)}\n{REGIMES}\n\n{table(worth)}\n{WORTH}")
-    results, rows = [r for runs in groups for r in runs], [("claim", "published", "cell", "ours", "interval", "n", "")]
-    usual = statistics.mode(r["config"]["data"]["train_fraction"] for r in results)        # others serve as peers alone
-    said = [(r["arch"], claims(r, [p for p in results if (p["arch"], p["seed"]) == (r["arch"], r["seed"])]))
-            for r in results if r["config"]["data"]["train_fraction"] == usual]
-    for same in zip(*(found for _, found in said)):
-        claim, published, low, high, _ = same[0]
-        for arch in ARCHS:
-            if ours := [row[-1] for row, (cell_of, _) in zip(same, said) if cell_of == arch and row[-1]]:
-                n = sum(x[1] for x in ours)
-                value = sum(x[0] * x[1] for x in ours) / n
-                lows, highs = zip(*(x[2:] for x in ([shared(value, n)] if len(ours[0]) == 2 else ours)))
-                sure = low <= min(lows) and max(highs) <= high or max(highs) < low or min(lows) > high
-                verdict = ("agrees" if low <= value <= high else "differs") + " ?" * (not sure)
-                rows.append((claim, published, arch, f"{value:.2f}", f"{min(lows):.2f}..{max(highs):.2f}", n, verdict))
-        if rows[-1][0] != claim:
-            rows.append((claim, published, "-", "-", "-", "-", "not testable here"))
-    print(f"\n{table(rows)}\n{VERDICTS}")
-
-
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 ANSWERS, HOPS = ("one_hop", "train", "id", "ood"), ("direct", "hop1", "hop2")
@@ -1582,7 +1283,6 @@ def report(folders: list[Path]):
     runs = [r for runs in groups for r in runs]
     absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate")}
     print(f"\nnot run: {', '.join(f'{key} in {n} of {len(runs)} runs' for key, n in absent.items() if n)}")
-    circuits_report(groups)
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -1673,10 +1373,10 @@ def choose_device(name: str) -> torch.device:
 
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
-          "mass_edit": mass_edit_stage, "ablate": ablate_stage, "transfer": transfer_stage, "circuits": circuits_stage}
+          "mass_edit": mass_edit_stage, "ablate": ablate_stage}
 QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | {
     "arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8,
-    "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8, "transfer_steps": 24,
+    "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8,
     "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 20, "images": 50}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
@@ -1708,7 +1408,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--edit-batch", type=int, default=1024,
         help="requests whose targets --mass-edit seeks at a time; its default model has 20 000 facts under two names each")
     add("--images", type=int, default=3000, help="training images of the vision transformer of --ablate, 0: none")
-    add("--transfer-steps", type=int, default=600, help="steps of the training of --transfer")
     add("--quick", action="store_true", help="all cells and stages at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
     add("--plot", action="store_true", help="draw the runs, or those of --report, as SVG files in --out or beside them")
@@ -1734,7 +1433,7 @@ def prepare(args) -> list[Run]:
     args.device = choose_device(args.device)
     if not 0 <= args.seed < 2**60:
         raise UserError(f"--seed must be in 0..2^60, got {args.seed}")
-    for name in ("seeds", "n_edits", "edit_batch", "transfer_steps"):
+    for name in ("seeds", "n_edits", "edit_batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.resume and args.retrain:
@@ -1760,11 +1459,6 @@ def prepare(args) -> list[Run]:
             for arch, seed in names]
     for run in runs:
         named_requests(run, args.edit_fact or [])            # unknown names are refused now
-        if (args.circuits or args.transfer) and not args.branches:
-            raise UserError("--circuits and --transfer follow compositions, and --branches 0 trains none; leave it out")
-        if (args.circuits or args.transfer) and run.finished:
-            for record in moments(run.history).values():
-                snapshot(run, record["step"])                # runs that do not hold them too
     return runs
 
 

@@ -1012,7 +1012,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert [r["step"] for r in log] == [10, 20]
     config = json.loads((finished / "config.json").read_text())
     assert config["environment"]["device"] == "cpu" and config["stages"]["edit"] and config["stages"]["n_edits"] == 4
-    assert sorted(f.name for f in finished.iterdir()) == ["average-10.pt", "average-20.pt", "ckpt.pt", "config.json",
+    assert sorted(f.name for f in finished.iterdir()) == ["ckpt.pt", "config.json",
                                                           "log.jsonl", "results.json"]
 
 
@@ -2253,7 +2253,7 @@ def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path
     assert rows[0][:2] == ["loop", "2"], "one row for both runs"
     assert ["loop", "0", "only", "call", "1"] in [row[:5] for row in rows], "the table of --when"
     assert "not run: edits in 2 of 2 runs, locate in 2 of 2 runs, when in 1 of 2 runs" in out
-# --- circuits, regimes, transfer --------------------------------------------------------------------------------------
+# --- edit.py: lens and swaps; kg.py: regimes --------------------------------------------------------------------------------------
 
 class Known(nn.Module):
     """Its states are known: the part is called twice and returns c (one-hot of token + call) with c = call + 1."""
@@ -2345,175 +2345,6 @@ def test_a_regime_is_part_of_a_run(finished, tmp_path, capsys):
     assert "data.regime" in refused(capsys, *TINY, "--regime", "both-hops", "--augment", "0.5", "--out", finished)
 
 
-def test_moments_of_a_training():
-    record = lambda step, train, ood: {"step": step, "train": train, "ood": ood}
-    history = [record(1, 0.2, 0.0), record(2, 0.8, 0.0), record(3, 0.95, 0.1), record(4, 0.99, 0.95), record(5, 0.99, 0.5),
-               record(6, 0.8, 0.9), record(7, 1.0, 0.99)]
-    steps = lambda history: {name: r["step"] for name, r in minedit.moments(history).items()}
-    assert steps(history) == {"before": 2, "memorized": 5, "end": 7}
-    assert steps(history[3:4]) == {"before": 4, "memorized": 4, "end": 4}, "OOD came first, and at the first evaluation"
-    assert steps(history[:2]) == {"before": 2, "end": 2}, "never memorized"
-    assert steps([record(1, 1.0, None)]) == {"before": 1, "memorized": 1, "end": 1}
-
-
-def test_intervals():
-    assert minedit.shared(0.0, 16)[2:] == pytest.approx((0, 0.194), abs=1e-3)    # published tables of Wilson's interval
-    assert minedit.shared(1.0, 16)[2:] == pytest.approx((0.806, 1), abs=1e-3)
-    assert minedit.shared(0.5, 100)[2:] == pytest.approx((0.404, 0.596), abs=1e-3)
-    assert minedit.shared(None, 3) is None and minedit.shared(0.5, 0) is None
-
-
-def run_of(*options):
-    args = minedit.build_parser().parse_args([*TINY, *map(str, options)])
-    return minedit.prepare(args)[0]
-
-
-def test_paths_that_are_the_same_and_not(tmp_path):
-    run, rate = run_of("--arch", "lmc", "--out", tmp_path / "r"), torch.rand(6, 3, 1, generator=generator())
-    hits = lambda seed, rate: {place: ((torch.rand(6, 3, 80, generator=generator(seed)) < rate).double(), torch.arange(80) < 60)
-                               for place in range(3)}
-    one, two = hits(1, rate), hits(2, rate)
-    same = minedit.same_paths(run, one, one)
-    assert same["n"] == 180 and same["r"] == pytest.approx(1) and same["low"] == pytest.approx(1)
-    other, opposite = minedit.same_paths(run, one, two), minedit.same_paths(run, one, hits(3, 1 - rate))
-    assert 0.8 < other["low"] < other["r"] < 1 and opposite["high"] < -0.5
-    x, y = ([], [])                                          # by hand; depth 2: sites 0 to 2, 3 to 5 with the stream last
-    for place in range(3):
-        for site in range(5):
-            for token in range(place, 3):
-                if site < 3 or token == 2:
-                    x.append(one[place][0][site, token, :60].mean())
-                    y.append(two[place][0][site, token, :60].mean())
-    assert other["r"] == pytest.approx(torch.corrcoef(torch.stack([torch.stack(x), torch.stack(y)]))[0, 1].item(), abs=1e-9)
-    spoilt = {place: (torch.where(torch.arange(3)[:, None] < place, 1 - h, h), n) for place, (h, n) in two.items()}
-    assert minedit.same_paths(run, one, spoilt)["r"] == other["r"], "states before the replaced token do not count"
-    assert minedit.same_paths(run, {}, one) is None
-
-
-@pytest.mark.parametrize("more", [[], ["--out-degree", "2"]], ids=["full", "sparse"])
-def test_new_facts_and_what_is_asked_of_them(tmp_path, more):
-    run = run_of(*more, "--out", tmp_path / "r")
-    graph, paths = minedit.grown(run)
-    E, R, N = 10, 4, graph.n_entities
-    assert torch.equal(torch.where(run.graph.facts >= 0, graph.facts[:E, :R], -1), run.graph.facts), "old facts are kept"
-    assert graph.n_entities == 14 and graph.n_relations == 5
-    old = {(h, r) for h, r in (run.graph.facts >= 0).nonzero().tolist()}
-    triples = lambda paths, name, n: {(h, r1 - n, r2 - n) for h, r1, r2 in paths.tokens[paths.masks[name]].tolist()}
-    for name in run.paths.masks:
-        assert triples(paths, name, N) == triples(run.paths, name, E), "the old sets are the old sets"
-    sets = {"new->old": set(), "old->new": set(), "new->new": set()}
-    for h, row in enumerate(graph.facts.tolist()):
-        for r1, b in enumerate(row):
-            for r2, t in enumerate(graph.facts[b].tolist() if b >= 0 else []):
-                ages = ["old" if fact in old else "new" for fact in ((h, r1), (b, r2))]
-                if t >= 0 and "new" in ages and ("old" in ages or b >= E and r2 < R):
-                    sets["->".join(ages)].add((h, r1, r2))
-    for name in sets:
-        assert sets[name] and triples(paths, name, N) == sets[name]
-
-
-def test_the_default_graph_has_a_thousand_new_questions_of_each_kind(tmp_path):
-    run = minedit.prepare(minedit.build_parser().parse_args(["--out", str(tmp_path / "r")]))[0]
-    masks = minedit.grown(run)[1].masks
-    assert all(int(masks[kind].sum()) >= 1000 for kind in ("new->old", "old->new", "new->new"))
-
-
-def test_snapshots(finished, tmp_path, capsys):
-    import shutil
-    run = run_of("--out", finished)
-    equal = lambda step: all(torch.equal(w, run.state["average"][name]) for name, w in minedit.snapshot(run, step).state_dict().items())
-    assert equal(20) and not equal(10)
-    shutil.copytree(finished, tmp_path / "a")
-    (tmp_path / "a" / "average-20.pt").unlink()
-    assert "--retrain" in refused(capsys, *TINY, "--circuits", "--out", tmp_path / "a"), "a run of an older version"
-    state = torch.load(finished / "average-20.pt", weights_only=True)
-    for damage in (state | {"identity": state["identity"] | {"seed": 5}}, {"average": state["average"]}, [1]):
-        torch.save(damage, tmp_path / "a" / "average-20.pt")
-        assert "average-20.pt" in refused(capsys, *TINY, "--transfer", "--out", tmp_path / "a")
-    assert run_main(*TINY, "--steps", "15", "--out", tmp_path / "a", "--retrain") == 0
-    assert sorted(file.name for file in (tmp_path / "a").glob("average*")) == ["average-10.pt", "average-15.pt"]
-
-
-def test_transfer_starts_from_the_old_weights(finished, tmp_path, monkeypatch):
-    run, starts = run_of("--transfer-steps", 2, "--out", finished), []
-    monkeypatch.setattr(minedit, "moments", lambda history: {"before": history[0], "end": history[-1]})
-    monkeypatch.setattr(run, "save_results", lambda: None)
-    train = minedit.Run.train
-    def noted(child):
-        starts.append(copy.deepcopy({name: part.state_dict() for name, part in child.fresh().items() if name in ("model", "average")}))
-        return train(child)
-    monkeypatch.setattr(minedit.Run, "train", noted)
-    run.history, before = run.state["history"], {file.name: file.read_bytes() for file in finished.iterdir()}
-    minedit.transfer_stage(run, None)
-    assert before == {file.name: file.read_bytes() for file in finished.iterdir()}, "the run is as it was"
-    scratch, end = starts
-    old, new, fresh = run.state["average"]["embedding.weight"], end["model"]["embedding.weight"], scratch["model"]["embedding.weight"]
-    assert torch.equal(new[:10], old[:10]) and torch.equal(new[14:18], old[10:14]), "relation r is token E + r"
-    assert torch.equal(new[10:14], fresh[10:14]) and torch.equal(new[18:], fresh[18:])
-    for name, weight in end["model"].items():
-        assert torch.equal(weight, end["average"][name]) and (name == "embedding.weight" or torch.equal(weight, run.state["average"][name]))
-    assert [(e["from"], e["step"]) for e in run.results["transfer"]] == [("scratch", 0), ("end", 20)]
-
-
-def test_circuits_and_transfer_of_every_cell(tmp_path, capsys):
-    size = [*TINY, "--n-edits", "2", "--lr", "0.02", "--muon-lr", "0.02", "--warmup", "1", "--steps", "40", "--eval-every", "20"]
-    more = ["--circuits", "--transfer", "--transfer-steps", "2", "--ood-fraction", "0.3", "--train-fraction", "0.3"]
-    assert run_main(*size, *more, "--arch", "all", "--out", tmp_path / "all") == 0
-    out = capsys.readouterr().out
-    for arch in ARCHS:
-        text = (tmp_path / "all" / f"{arch}-seed0" / "results.json").read_text()
-        assert not any(word in text for word in ("NaN", "Infinity"))
-        found = json.loads(text)
-        states, path = len(found["circuits"]["states"]), found["circuits"]["paths"]["id"]["end"]
-        assert len(path["lens"]["bridge"]["rank"]) == states and len(path["lens"]["relation"]["p"][0]) == 3
-        assert all(1 <= rank <= 10 for row in path["lens"]["bridge"]["rank"] for rank in row)
-        assert path["swap"].keys() == {str(states // 2 - 1)} and found["circuits"]["fake"] in (True, False, None)
-        assert [e["from"] for e in found["transfer"]][-1] == "end" and found["transfer"][0]["n"]["new->old"] > 0
-        assert f"\n{arch} " in out
-    others = ("paths:", "loss", "memorized (train", *minedit.ACCURACY.splitlines())
-    wide = [line for line in out.splitlines() if len(line) > 100 and not any(text in line for text in others)]
-    assert not wide, wide
-    assert run_main("--report", tmp_path / "all") == 0
-    assert "not testable here" in capsys.readouterr().out
-
-
-def test_circuits_where_there_is_nothing_to_ask(tmp_path, capsys):
-    few = [*TINY[4:], "--entities", "4", "--relations", "2", "--steps", "1", "--n-edits", "2"]
-    assert run_main(*few, "--circuits", "--transfer", "--transfer-steps", "1", "--ood-fraction", "0", "--train-fraction", "1",
-                    "--out", tmp_path / "n") == 0
-    capsys.readouterr()
-    assert "--branches" in refused(capsys, *TINY, "--branches", "0", "--circuits", "--out", tmp_path / "b")
-
-
-def test_fake_grokking_and_verdicts_follow_from_the_figures(tmp_path, capsys):
-    """A made-up grokked loop: what is said of it is decided by its figures."""
-    path = lambda **more: {"n": 100, "n_swap": 100, "bridge": 0.9, "relation": 0.5, "whole": 0.5, "visible": 0.0} | more
-    moments = {m: {"step": s, "train": 1.0, "id": 1.0, "ood": o} for m, s, o in (("before", 1, 0.0), ("memorized", 10, 0.0), ("end", 100, 1.0))}
-    edits = dict.fromkeys(moments, {"direct": 1.0, "hop1": 1.0, "hop2": None})
-    circuits = {"phi": 5.0, "moments": moments, "steps": {"train": 10, "id": 20, "ood": 80}, "edits": edits, "fake": False,
-                "same": {"id": {"r": 0.95, "low": 0.85, "high": 0.99, "n": 50}, "ood": None},
-                "paths": {"id": {"before": path(whole=0.1), "memorized": path(), "end": path()},
-                          "ood": {"before": path(), "memorized": path(), "end": path(visible=0.2)}}}
-    r = {"arch": "loop", "seed": 0, "steps": 100, "accuracy": {"ood": 0.99}, "n_paths": {"ood": 1000}, "grokked_at": 80,
-         "config": {"data": {"train_fraction": 0.8}}, "circuits": circuits}
-    new = {"from": "end", "step": 100, "accuracy": {"new->old": 1.0, "old->new": 0.5, "new->new": 0.15}, "n": dict.fromkeys(("new->old", "old->new", "new->new"), 1000)}
-
-    minedit.circuits_report([[r | {"transfer": [new]}]])
-    said = {line[:36].strip(): line[36:] for line in capsys.readouterr().out.splitlines()}
-    def says(start, verdict):
-        line, = (rest for claim, rest in said.items() if claim.startswith(start))
-        assert line.rstrip().endswith(verdict), (start, line)
-    says("ID long after", "differs")                         # 2 is not 50
-    says("OOD comes", "agrees")
-    says("OOD never", "not testable here")                   # no dense cell
-    says("r1 -> t", "agrees")
-    says("r2 at r2", "agrees ?")                             # no growth: the interval crosses 0
-    says("grokked loop", "differs")
-    says("* ID paths", "agrees ?")
-    says("* after grokking: new->old", "agrees")
-    says("* after grokking: old->new", "differs")
-    says("* after grokking: new->new", "agrees")
-    says("* second-hop regime: OOD", "not testable here")
 # --- ablation: exceptions, the mixture, the study -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(3))
