@@ -135,9 +135,8 @@ def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
 
 def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | None = None) -> Tensor:
     """dW = (v - W k) (C^-1 k)^T / (k^T C^-1 k), so that (W + dW) k = v: ROME [2], equation 2, with one key [3].
-
     W [d_out, d_in], C [d_in, d_in], k [d_in], v [d_out] -> dW [d_out, d_in]: of all with v at k the one that changes
-    ordinary values least. `diagnostics`: see `inverse_factor`, `finish`. ValueError for a bad request: `check_batch`."""
+    ordinary values least. `diagnostics`: `inverse_factor`, `finish`. ValueError for a bad request: `check_batch`."""
     check_batch(k[None], v[None], C, W)
     r = double(v) - double(W) @ double(k)
     dW = torch.outer(r, rome_direction(C, k[None], diagnostics)[0])
@@ -170,7 +169,6 @@ def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, dia
 def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
                  diagnostics: dict | None = None) -> Tensor:
     """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n facts at once.
-
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request, for keys that
     coincide and for more requests than the keys have rank. `diagnostics` and W: see `solve`."""
     check_batch(K, R, C, W)
@@ -182,7 +180,6 @@ def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
 def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | None = None, carried: Tensor | None = None,
                  W: Tensor | None = None, diagnostics: dict | None = None) -> Tensor:
     """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], eq. 14.
-
     K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean, so all ordinary keys together
     weigh as much as lam requests. Keys may coincide. `form`, `diagnostics` and W: see `solve`. One batch after another:
     with `carried` = K_p^T K_p [d_in, d_in] of all earlier keys, added to lam C, and each residual taken on the edited W
@@ -195,7 +192,6 @@ def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | Non
 def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: float = 1e-2, W: Tensor | None = None,
                      diagnostics: dict | None = None) -> Tensor:
     """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit [6], for one batch.
-
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in squared lengths of a key (the paper: 1).
     The null space is that of eigenvalues of C below bound = threshold * trace(C) / d_in (the paper: 1e-2), so that over
     ordinary keys E |dW k|^2 <= bound * |dW|^2; diagnostics["null_space"] is its dimension. The paper's term for earlier

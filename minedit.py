@@ -406,17 +406,14 @@ class Run:
 # --- Stage: edits -----------------------------------------------------------------------------------------------------
 
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
-    """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order. In a loop
-    every pass calls the same block; the one memory is called in every block."""
-    found = []
+    """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order."""
+    absent, found = ["memory", "feed-forward"][config.memory] * (not (config.memory and config.feed_forward)), []
     for i in range(config.depth * config.blocks):
-        at_pass = i // config.blocks
-        block, call = (i % config.blocks, at_pass) if config.loop else (i, 0)
-        found.append((at_pass, "attention", f"blocks.{block}.attention", call))
-        found += [(at_pass, "memory", "memory", i)] * config.memory
-        if config.feed_forward or not config.memory:
-            found.append((at_pass, "feed-forward", f"blocks.{block}.feed_forward", call))
-        found.append((at_pass, "stream", f"blocks.{block}", call))
+        at_pass, block = i // config.blocks, f"blocks.{i % config.blocks if config.loop else i}"
+        call = at_pass * config.loop
+        found += [(at_pass, part, *state) for part, *state in (
+            ("attention", f"{block}.attention", call), ("memory", "memory", i),
+            ("feed-forward", f"{block}.feed_forward", call), ("stream", block, call)) if part != absent]
     return found
 
 
@@ -428,17 +425,13 @@ def edit_sites(config: Config) -> list[tuple[str, int, int]]:
 
 
 def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing.Requests, int]:
-    """n random ID facts and for each a new tail, drawn from the other tails of its relation. Also returns how many ID
-    facts could not be drawn because their relation has one tail only."""
-    facts = run.paths.facts.cpu()
-    id_facts = (~run.paths.ood_fact.cpu()).nonzero().flatten()
+    """n random ID facts, for each a new tail out of the other tails of its relation; how many have no other tail."""
+    facts, id_facts = run.paths.facts.cpu(), (~run.paths.ood_fact.cpu()).nonzero().flatten()
     tails = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
     editable = torch.tensor([f for f in id_facts.tolist() if len(tails[int(facts[f, 1])]) > 1], dtype=torch.long)
     fact = editable[torch.randperm(len(editable), generator=generator)[:n]]
-    new = []
-    for _, relation, old in facts[fact].tolist():
-        others = tails[relation][tails[relation] != old]
-        new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
+    others = (tails[relation][tails[relation] != old] for _, relation, old in facts[fact].tolist())
+    new = [rest[torch.randint(len(rest), (1,), generator=generator)].item() for rest in others]
     return make_requests(run, fact, new), len(id_facts) - len(editable)
 
 
@@ -462,9 +455,8 @@ def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
 
 def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
              u: Tensor | None = None, **options) -> tuple[Tensor, int]:
-    """r of each request for the target "prototype", "gradient" or "near" (the gradient's, pulled towards the values of
-    `known` facts). A prototype that has no other known fact falls back on the gradient, counted.
-    u: directions of the edits through which the gradient looks, those of ROME if not given; options: for it."""
+    """r of each request for the target "prototype", "gradient" or "near" (pulled towards the values of `known` facts);
+    how many have no prototype and fall back on the gradient, through edits in the directions u (None: of ROME)."""
     r, has_one = editing.prototype_residual(at, requests, run.paths.facts[:, 2], known & (target == "prototype"))
     if not has_one.all():
         u = editing.direction("rome", at, requests) if u is None else u
@@ -473,88 +465,82 @@ def residual(run: Run, model: Model, at: editing.Site, requests: editing.Request
     return r, int((~has_one).sum()) * (target == "prototype")
 
 
-COLUMNS = """direct: share of the edits whose own question has the new answer. hop 1, hop 2: share of the
-compositions with the edited fact first, second, whose answer is what now follows, among edits with
-direct success (number of probes). facts, comps., row: share of answers that moved though they
-should not: of other facts, of compositions without the edited fact, of facts on the same row of the
-store (by their largest key entry). near: the gradient's target, pulled towards stored values."""
+def rome_edits(run: Run, model: Model, name: str, call: int, requests: editing.Requests, known: Tensor) -> tuple:
+    """ROME with prototype targets: the site, u and r of the edits W + r u^T, and fallbacks as in `residual`."""
+    at = editing.site(model, name, call, editing.queries(run.paths), run.ordinary())
+    u = editing.direction("rome", at, requests)
+    return at, u, *residual(run, model, at, requests, "prototype", known, u)
+
+
+COLUMNS = """direct: edits whose own question has the new answer. hop 1, hop 2: compositions with the edited fact
+first, second, whose answer is what now follows, among edits with direct success (number of probes).
+facts, comps., row: answers that moved though they should not, of other facts, of compositions of
+them, of facts with the same largest key entry. near: gradient, pulled towards stored values."""
 FAR = "far: distance of the value written from the nearest of a known fact, in units of their mean length"
 
 
 def edit_stage(run: Run, model: Model):
     """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
     What all four cells answer right (`run.shared`) is scored beside what the model itself does."""
-    generator, paths = run.stream(), run.paths
-    one_hop, two_hop, known, right, asked = run.known(model)
+    generator, paths, (one_hop, two_hop, known, right, asked) = run.stream(), run.paths, run.known(model)
     requests, n_fixed = draw_requests(run, run.args.n_edits, generator)
-    n = len(requests.fact)
-    entries = run.results["edits"] = []
+    n, entries = len(requests.fact), []
+    run.results["edits"] = entries
     print(f"\nedits of {n} ID facts, one at a time; {int(known[requests.fact].sum())} of them known before"
           + f"; {n_fixed} ID facts cannot be edited (their relation has one tail only)" * (n_fixed > 0))
     if not n:
         return
     probes, left_out = editing.propagation_probes(requests, paths, known, right, asked)
     probes |= editing.unrelated_probes(requests, paths, one_hop, two_hop, asked, 100, generator)
-    if run.shared:
-        common = editing.propagation_probes(requests, paths, *run.shared, asked)[0]
-        probes |= {f"{name}_shared": probe for name, probe in common.items()}
-    print(f"compositions to ask: {len(probes['hop1'].edit)} with the edited fact first, "
-          f"{len(probes['hop2'].edit)} with it second; left out: {listed(left_out)}")
+    common = editing.propagation_probes(requests, paths, *run.shared, asked)[0] if run.shared else {}
+    probes |= {f"{name}_shared": probe for name, probe in common.items()}
     chosen = a_priori_site(run, model, requests, known)
     for site in edit_sites(run.config):
-        name, call, at_pass = site
-        at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
+        at = editing.site(model, *site[:2], editing.queries(paths), run.ordinary())
         near = editing.neighbour_probes(requests, at, paths, one_hop)
         stored = at.values[known] if known.any() else at.values
         store = {"facts_per_row": 1 + len(near["same_row"].edit) / n,
                  "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])}
-        targets = {"rome": ["prototype", "gradient"] + ["near"] * (site == chosen and bool(known.any())),
-                   "memit": ["prototype"], "row": ["prototype", "gradient"]}     # one MEMIT edit is nearly ROME's
-        for method in targets:
-            diagnostics = {}
-            u = editing.direction(method, at, requests, diagnostics)
-            for target in targets[method]:
+        both, near_too = ["prototype", "gradient"], ["near"] * (site == chosen and bool(known.any()))
+        for method, targets in ("rome", both + near_too), ("memit", both[:1]), ("row", both):
+            u = editing.direction(method, at, requests, diagnostics := {})
+            for target in targets:
                 r, fallbacks = residual(run, model, at, requests, target, known, u)
                 distance = editing.distance_to_values(stored, at.values[requests.fact] + r)
                 entries.append({
                     "method": method, "target": target.replace("near", "gradient"), "near": target == "near",
-                    "site": name, "pass": at_pass, "a_priori": site == chosen,
+                    "site": at.name, "pass": site[2], "a_priori": site == chosen, **diagnostics, **store,
                     **editing.score(model, at, requests, u, r, probes | near),
                     "gradient_for_want_of_a_prototype": fallbacks,
-                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean()), **diagnostics, **store})
+                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean())})
     run.results["edit_left_out"] = left_out
     rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row", "far")]
     for e in entries:
-        target = target_of(e) + "*" * (e["gradient_for_want_of_a_prototype"] > 0)
         shares = [cell(e[key]) + (f" ({e[f'probes_{key}']})" if key.startswith("hop") else "") for key in SHARES]
-        rows.append((e["site"].replace("feed_forward", "ff"), e["pass"], e["method"], target, *shares,
-                     cell(e["distance"], ".2f")))
-    print(f"{table(rows)}\n{COLUMNS}\n{FAR}")
-    if starred := max(e["gradient_for_want_of_a_prototype"] for e in entries):
-        print(f"* {starred} of the {n} wanted tails belong to no other known fact: there the gradient was used.")
+        site = e["site"].replace("feed_forward", "ff")
+        rows.append((site, e["pass"], e["method"], target_of(e), *shares, cell(e["distance"], ".2f")))
+    print(f"compositions left out: {listed(left_out)}\nwanted tails of no other known fact, reached by gradient: "
+          f"{entries[0]['gradient_for_want_of_a_prototype']} of {n}\n{table(rows)}\n{COLUMNS}\n{FAR}")
 
 
 def edit_fact_stage(run: Run, model: Model):
     """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model answers then."""
-    paths, requests = run.paths, named_requests(run, run.args.edit_fact)
-    one_hop, _, _, right, _ = run.known(model)
+    paths, requests, (one_hop, _, _, right, _) = run.paths, named_requests(run, run.args.edit_fact), run.known(model)
     known = one_hop == paths.facts[:, 2]                     # here OOD facts count too, and every path is asked
     probes, left_out = editing.propagation_probes(requests, paths, known, right, paths.second >= 0)
     name, call, at_pass = a_priori_site(run, model, requests, known & ~paths.ood_fact)
-    at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
-    u = editing.direction("rome", at, requests)
-    r, fallbacks = residual(run, model, at, requests, "prototype", known, u)
-    gradient = " (gradient where no other known fact has the wanted tail)" * (fallbacks > 0)
-    print(f"\nROME at {name}, pass {at_pass}, prototype target{gradient}; left out: {listed(left_out)}")
+    at, u, r, fallbacks = rome_edits(run, model, name, call, requests, known)
+    print(f"\nROME at {name}, pass {at_pass}, prototype target; left out: {listed(left_out)}"
+          + f"; {fallbacks} by gradient, as no other known fact has the wanted tail" * (fallbacks > 0))
     words = lambda *tokens: " ".join((run.graph.entities + run.graph.relations)[token] for token in tokens)
-    asked = {"fact": requests.questions(), "first hop": probes["hop1"], "second hop": probes["hop2"]}
+    asked = zip(("fact", "first hop", "second hop"), (requests.questions(), probes["hop1"], probes["hop2"]))
     asked = {kind: (probe.edit, probe.tokens, last_answers(model, probe.tokens),
-                    editing.answers(model, at, u, r, probe), probe.answer) for kind, probe in asked.items()}
+                    editing.answers(model, at, u, r, probe), probe.answer) for kind, probe in asked}
     for i in range(len(requests.fact)):
         rows = [("question", "before", "after", "right now", "")]
         for kind, (edit, *columns) in asked.items():
-            found = [(words(*tokens), words(before), words(now), words(answer), "ok" if now == answer else "NO")
-                     for tokens, before, now, answer in zip(*(x[edit == i].tolist() for x in columns))]
+            found = [(words(*tokens), *map(words, answers), "ok" if answers[1] == answers[2] else "NO")
+                     for tokens, *answers in zip(*(x[edit == i].tolist() for x in columns))]
             n_right = sum(row[-1] == "ok" for row in found)
             rows += found[:10] + [(f"-- {kind}: {n_right} of {len(found)} right", "", "", "", "")]
         print("\n" + table(rows))
@@ -574,11 +560,9 @@ def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: 
 
 
 def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
-    """(layer, call, pass) to edit, fixed before any edit is scored; recorded as results["a_priori"].
-
-    The first store that is read, which in a loop or with a memory every pass shares. Dense has one in every block:
-    there the one whose output at the last token, restored after the head of a known fact was corrupted, raises the
-    probability of the answer most; over the `known` facts [n_facts] that are not requested (none: the first store)."""
+    """(layer, call, pass) to edit, fixed before any edit is scored; recorded in results: the first store that is read.
+    Dense has a store in every block: there the one whose output at the last token, restored after the head was
+    corrupted, raises the probability of the answer most, over `known` facts that are not requested."""
     sites, paths, effects, clean = edit_sites(run.config), run.paths, None, []
     if not run.config.loop and not run.config.memory:
         apart = known.index_fill(0, requests.fact, False)
@@ -592,105 +576,84 @@ def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Ten
     return chosen
 
 
-TRACED = """percent of the prompts that get their answer back (dot: none). One token is replaced by another that
-changes the answer (corrupted); then one state, at the token of the column, is what it was
-(restored): the output of attention or of a store in that pass, or the stream after the block."""
+TRACED = """percent of the prompts that get their answer back (dot: none): one token is replaced (corrupted),
+then one state put back (restored), of attention, a store or the stream, at the token of the column."""
 
 
 def locate_stage(run: Run, model: Model):
     """Causal tracing of known ID facts and of known compositions of them: which state carries the answer."""
-    generator, paths = run.stream(), run.paths
-    _, _, known, right, asked = run.known(model)
+    generator, paths, (*_, known, right, asked) = run.stream(), run.paths, run.known(model)
     right = right & asked
     name, call, at_pass = a_priori_site(run, model, draw_requests(run, run.args.n_edits, generator)[0], known)
     states, words, effects = traced_states(run.config), ("h", "r1", "r2"), []
-    columns = [["pass", ""] + [state[0] for state in states] + [""],
-               ["corrupted", "restored"] + [state[1] for state in states] + ["prompts"]]
+    at_passes, parts, *_ = zip(*states)
+    columns = [["pass", "", *at_passes, ""], ["corrupted", "restored", *parts, "prompts"]]
     for query, tokens, answers in ("fact", editing.queries(paths)[known], paths.facts[known, 2]), \
                                   ("composition", paths.tokens[right], paths.two_hop[right]):
         for place in range(tokens.shape[1]):
             clean, other = corruptions(tokens, answers, place, 200, generator)
-            top1, rise, cells = None, None, ["-"] * len(states)
-            if len(clean):
-                top1, rise = (effect.tolist() for effect in editing.trace(
-                    model, tokens[clean], tokens[other], answers[clean], [state[2:] for state in states]))
-                cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in top1]
+            top1, rise = (effect.tolist() for effect in editing.trace(
+                model, tokens[clean], tokens[other], answers[clean], [state[2:] for state in states])) \
+                if len(clean) else (None, None)
+            cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in top1 or []]
             effects.append({"query": query, "corrupted": words[place], "n": len(clean), "top1": top1, "rise": rise})
-            columns.append([f"{query}: {words[place]}" if place == 0 else words[place],
-                            "".join(f"{word:>4}" for word in words[:tokens.shape[1]]), *cells, f"{len(clean):4}"])
-    states = [dict(zip(("pass", "part", "module", "call"), state)) for state in states]
-    run.results["locate"] = {"states": states, "effects": effects}
+            columns.append([f"{query}: " * (place == 0) + words[place], "".join(
+                f"{word:>4}" for word in words[:tokens.shape[1]]), *(cells or ["-"] * len(states)), f"{len(clean):4}"])
+    run.results["locate"] = {"effects": effects, "states": [
+        dict(zip(("pass", "part", "module", "call"), state)) for state in states]}
     print(f"\ncausal tracing\n{table(list(zip(*columns)))}\n{TRACED}")
     print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
-    if rise := run.results["a_priori"]["effects"]:
-        print("the head corrupted and the feed-forward of one block restored at the last token, the probability of\n"
-              "the answer rises by, block by block: " + ", ".join(map(cell, rise)))
 
 
 WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME), that of --locate first. acts:
-always, as an edit of the weights, or at some calls of the layer alone (with one block per pass,
-call t is in pass t). direct: share of the edits whose own question has the new answer. hop 1, hop
-2: share of the compositions with the edited fact first, second, whose answer is what now follows,
-among edits that have direct success when they always act, whatever the row."""
-HELD = """share of the answers right in the first row above that stay right when one state keeps a part of
-what it is without the edit: the stream after the pass, in the plane of the embeddings of the old
-and new answer, or a random one; at r1 for the fact and hop 1, at the last token for hop 2."""
+always, or at some calls of the layer alone (with one block per pass, call t is in pass t). direct,
+hop 1, hop 2: as for --edit, among edits that have direct success when they always act."""
+HELD = """share of the answers right in the first row above that stay right when the stream after the pass is
+as without the edit in the plane of the embeddings of the old and new answer, or a random one; at r1
+for the fact and hop 1, at the last token for hop 2."""
 
 
 def when_stage(run: Run, model: Model):
     """Edits that act at some calls of their layer alone; then the first of them with its answer held as it was."""
-    generator, paths, config = run.stream(), run.paths, run.config
-    _, _, known, right, asked = run.known(model)
+    generator, paths, config, (*_, known, right, asked) = run.stream(), run.paths, run.config, run.known(model)
     requests, _ = draw_requests(run, run.args.n_edits, generator)
     probes = {"direct": requests.questions()} | editing.propagation_probes(requests, paths, known, right, asked)[0]
     counts = {key: len(probe.edit) for key, probe in probes.items()}
     when = run.results["when"] = {"probes": counts, "written": []}
     chosen = a_priori_site(run, model, requests, known)
     shared = config.loop or config.memory                    # one layer, called in every pass; else one in every block
-    sites = [site for site in edit_sites(config) if site[0] == chosen[0] or not shared]
-    for site in sorted(sites, key=lambda site: site != chosen):                  # the chosen one first
-        name, call, at_pass = site
-        at = editing.site(model, name, call, editing.queries(paths), run.ordinary())
-        u = editing.direction("rome", at, requests)
-        r, _ = residual(run, model, at, requests, "prototype", known, u)
-        acts = {"always": None}
-        if site == chosen and shared:
-            calls = range(len(sites))
-            acts |= {f"from call {t}": calls[t:] for t in calls[1:]} | {f"only call {t}": [t] for t in calls}
+    sites = sorted((s for s in edit_sites(config) if s[0] == chosen[0] or not shared), key=lambda s: s != chosen)
+    for name, call, at_pass in sites:                        # the chosen one first
+        at, u, r, _ = rome_edits(run, model, name, call, requests, known)
+        calls, acts = range(len(sites) if shared and "held" not in when else 0), {"always": None}
+        acts |= {f"from call {t}": calls[t:] for t in calls[1:]} | {f"only call {t}": [t] for t in calls}
         hits = {label: {key: editing.answers(model, at, u, r, probe, calls=acting) == probe.answer
                         for key, probe in probes.items()} for label, acting in acts.items()}
         success = hits["always"]["direct"]
         for label, hit in hits.items():
             shares = {key: share_of(hit[key][success[probes[key].edit] | (key == "direct")]) for key in probes}
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
-        if site == chosen:
-            when["held"] = hold(run, model, at, u, r, requests, probes, hits["always"], generator)
+        when["held"] = when.get("held") or hold(run, model, at, u, r, requests, probes, hits["always"], generator)
     written = [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
                for e in when["written"]]
-    print(f"\nwhen it is written: {counts['direct']} ID facts, one at a time; compositions to ask: {counts['hop1']} "
-          f"with\nthe edited fact first, {counts['hop2']} with it second\n"
+    print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}\n"
           f"{table([('edit for', 'pass', 'acts', 'direct', 'hop 1', 'hop 2'), *written])}\n{WRITTEN}")
-    if not shared:
-        print("In Dense each block owns its layer, which is called once: to act later is to write in another block.")
-    held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")]
-    held += [(e["after"], *(text for key in probes for text in (bar(e[key]), cell(e[key + "_random"]))))
-             for e in when["held"]]
+    held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")] + [
+        (e["after"], *(x for key in probes for x in (bar(e[key]), cell(e[key + "_random"])))) for e in when["held"]]
     print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
 
 
 def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
          probes: dict[str, editing.Probes], right: dict[str, Tensor], generator: torch.Generator) -> list[dict]:
     """For the stream after each pass: the share of the probes `right` under the edit that stay so when it is held."""
-    E, blocks, entries = model.embedding.weight, run.config.blocks, []
-    streams = [state for state in traced_states(run.config) if state[1] == "stream"]
-    for at_pass, _, module, call in streams[blocks - 1::blocks]:
+    E, entries, streams = model.embedding.weight, [], [s for s in traced_states(run.config) if s[1] == "stream"]
+    for at_pass, _, module, call in streams[run.config.blocks - 1::run.config.blocks]:
         entries.append({"after": at_pass, "module": module, "call": call})
         for key, probe in probes.items():
             old, new = E[requests.old[probe.edit]], E[requests.new[probe.edit]]
             random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
             for name, plane in (key, editing.span(old, new)), (f"{key}_random", editing.span(*random)):
-                held = module, call, 2 if key == "hop2" else 1, plane
-                now = editing.answers(model, at, u, r, probe, held=held)
+                now = editing.answers(model, at, u, r, probe, held=(module, call, 1 + (key == "hop2"), plane))
                 entries[-1][name] = share_of((now == probe.answer)[right[key] & right["direct"][probe.edit]])
     return entries
 
@@ -698,63 +661,56 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
 # --- Stage: many edits at once ----------------------------------------------------------------------------------------
 
 MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
-eff: share of the facts that get the new answer. para: the same, asked through the relation's other
-token. spec: share of other facts, never edited, that keep their answer. score: harmonic mean of the
-three, in percent (none: there is no solution). cond: condition number of the system solved. left:
-|r - dW k| over |r|, mean over the facts; pred: what the identity predicts for it. cos: largest cosine
-between the directions of two facts. norm: |dW| / |W|. s: seconds, targets and C included,
-diagnostics not; ms: per edit."""
+eff: facts with the new answer; para: asked through the relation's other token. spec: other facts
+that keep their answer. score: harmonic mean of the three in percent (none: no solution). cond: of
+the system solved. left: mean |r - dW k| / |r|; pred: as the identity predicts. cos: largest between
+two directions. norm: |dW| / |W|. s: seconds, targets and C included; ms: per edit."""
 CLOSED_FORMS = {
-    "memit": lambda at, W, K, r, lam, notes: editing.memit_update(K, r, at.C, lam, W=W, diagnostics=notes),
-    "emmet": lambda at, W, K, r, _, notes: editing.emmet_update(K, r, at.C, W=W, diagnostics=notes),
-    "alphaedit": lambda at, W, K, r, threshold, notes: editing.alphaedit_update(
-        K, r, at.C, 1.0, threshold=threshold, W=W, diagnostics=notes),               # lam as published
-    "rome": lambda at, W, K, r, _, notes: editing.rome_sequence(W, at.C, K, K @ W.T + r, notes)}
+    "memit": lambda C, K, r, lam, **more: editing.memit_update(K, r, C, lam, **more),
+    "emmet": lambda C, K, r, _, **more: editing.emmet_update(K, r, C, **more),
+    "alphaedit": lambda C, K, r, bound, **more: editing.alphaedit_update(K, r, C, 1.0, threshold=bound, **more),
+    "rome": lambda C, K, r, _, W, diagnostics: editing.rome_sequence(W, C, K, K @ W.T + r, diagnostics)}
 
 
 class MassEdit:
     """Many facts of a model in one update, at its first store and pass, and what becomes of these and other facts."""
 
     def __init__(self, run: Run, model: Model):
-        self.run, self.model, self.tokens = run, model, editing.queries(run.paths)
-        self.site, self.tails = edit_sites(run.config)[0], run.paths.facts[:, 2]
+        self.run, self.model, self.tokens, self.tails = run, model, editing.queries(run.paths), run.paths.facts[:, 2]
+        self.site = edit_sites(run.config)[0]
         began = time.perf_counter()
         self.at = editing.site(model, *self.site[:2], self.tokens)               # keys, values and C
         self.gathered = time.perf_counter() - began
         self.before = last_answers(model, self.tokens)
         self.known = self.before == self.tails
         wanted, _ = draw_requests(run, len(self.tokens), run.stream())
-        n_tuning, largest = min(1000, len(wanted.fact) // 5), min(10_000, len(wanted.fact) // 2)
-        self.requests, self.tuning = wanted[:largest], wanted[len(wanted.fact) - n_tuning:]
-        self.spared = wanted.fact[largest:len(wanted.fact) - n_tuning][:2000]    # never edited
+        largest, rest = min(10_000, len(wanted.fact) // 2), len(wanted.fact) - min(1000, len(wanted.fact) // 5)
+        self.requests, self.tuning, self.spared = wanted[:largest], wanted[rest:], wanted.fact[largest:rest][:2000]
 
     def each(self, requests: editing.Requests, target: str, asked: list[tuple[str, float]]) -> list[dict]:
-        """One edit of all requests by each (method, strength): the residuals are sought once, and their time counts
-        for every method. The gradient's settings are those published for MEMIT."""
+        """One edit of all requests by each (method, strength); the residuals, as published, are sought once."""
         requests.check_distinct()
-        began, others = time.perf_counter(), self.known.index_fill(0, requests.fact, False)  # these are the prototypes
-        if any(method in CLOSED_FORMS for method, _ in asked):
-            r, fallbacks = residual(self.run, self.model, self.at, requests, target, others,
-                                    batch=self.run.args.edit_batch, steps=25, decay=0.5, clamp=0.75)
+        began, batch = time.perf_counter(), self.run.args.edit_batch
+        others = self.known.index_fill(0, requests.fact, False)                  # these are the prototypes
+        r, fallbacks = residual(self.run, self.model, self.at, requests, target, others,
+                                batch=batch, steps=25, decay=0.5, clamp=0.75)
         sought = self.gathered + time.perf_counter() - began
         K, W, entries = self.at.keys[requests.fact], self.at.layer.weight.detach(), []
         for method, strength in asked:
-            entry = {"method": method, "target": target if method in CLOSED_FORMS else "gradient",
-                     "site": self.site[0], "pass": self.site[2], "n": len(requests.fact), "strength": strength}
-            entries.append(entry)
-            began = time.perf_counter()
+            closed, began = CLOSED_FORMS.get(method), time.perf_counter()
+            entries.append(entry := {
+                "method": method, "target": target if closed else "gradient", "site": self.site[0],
+                "pass": self.site[2], "n": len(requests.fact), "strength": strength})
+            solve = lambda notes: closed(self.at.C, K, r, strength, W=W, diagnostics=notes)
             try:
-                if method == "finetune":
-                    dW = editing.finetune_update(self.model, self.at.layer, requests, strength,
-                                                 batch=self.run.args.edit_batch)
-                else:
-                    dW = CLOSED_FORMS[method](self.at, W, K, r, strength, None)
+                dW = solve(None) if closed else editing.finetune_update(
+                    self.model, self.at.layer, requests, strength, batch=batch)
             except ValueError as error:                      # more facts than rank, an empty null space
                 entry["infeasible"] = str(error)
                 continue
-            entry["seconds"] = round(time.perf_counter() - began + sought * (method != "finetune"), 3)
-            if method != "finetune":
-                CLOSED_FORMS[method](self.at, W, K, r, strength, entry)          # once more, for the diagnostics
+            entry["seconds"] = round(time.perf_counter() - began + (sought if closed else 0), 3)
+            if closed:
+                solve(entry)                                 # once more, for the diagnostics
                 size = r.double().norm(dim=-1).clamp(min=1e-12)
                 entry |= {key: float((entry[key] / size).mean()) for key in entry if key.startswith("residual")}
                 entry["fallbacks"] = fallbacks
@@ -764,10 +720,9 @@ class MassEdit:
     def over_blocks(self, first: int, last: int, requests: editing.Requests, lam: float) -> dict:
         """MEMIT over the blocks first..last of Dense, the residual asked of the stream after them."""
         model, began = self.model, time.perf_counter()
-        stream = (f"blocks.{last + 1}.attention", 0) if last + 1 < len(model.blocks) else ("norm", 0)
+        stream = (f"blocks.{last + 1}.attention" if last + 1 < len(model.blocks) else "norm", 0)
         after = editing.Site("stream", 0, None, None, None, editing.last_token(model, *stream, self.tokens)[0])
-        others = self.known.index_fill(0, requests.fact, False)
-        r, _ = editing.prototype_residual(after, requests, self.tails, others)
+        r, _ = editing.prototype_residual(after, requests, self.tails, self.known.index_fill(0, requests.fact, False))
         sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
         updates = editing.memit_layers(model, sites, requests, r, lam, self.tokens, stream)
         return {"method": "memit", "target": "prototype", "blocks": f"{first}-{last}", "n": len(requests.fact),
@@ -787,12 +742,11 @@ class MassEdit:
 
 def mass_edit_stage(run: Run, model: Model):
     """1 to 10 000 facts (at most half of those there are) in one update, by every method, at the first store and pass.
-    Every strength is chosen on facts that are not scored afterwards, and so is the target of the peers of MEMIT."""
+    Strengths, and the target of the peers of MEMIT, are chosen on facts that are not scored afterwards."""
     mass = MassEdit(run, model)
-    if len(mass.requests.fact) < 5:
-        n_editable = 2 * len(mass.requests.fact)
-        return print(f"\n{n_editable} facts that can be edited are too few for mass edits: 10 at least")
     largest, (name, _, at_pass) = len(mass.requests.fact), mass.site
+    if largest < 5:
+        return print(f"\n{2 * largest} facts that can be edited are too few for mass edits: 10 at least")
     print(f"\nediting up to {largest} of {len(mass.tokens)} facts at once, {int(mass.known.sum())} of them known, at "
           f"{name}, pass {at_pass}; strengths chosen on {len(mass.tuning.fact)} other facts")
     grid = [("memit", lam) for lam in (1, 3, 10, 30, 100, 300, 1000, 3000)]
@@ -812,23 +766,20 @@ def mass_edit_stage(run: Run, model: Model):
     layers = [mass.over_blocks(first, last, mass.requests[:1000], best("memit", "prototype")["strength"])
               for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
     run.results["mass"] = {"facts": len(mass.tokens), "sweep": sweep, "edits": edits, "layers": layers}
-    run.save_results()
-    over_blocks = f"\n\nover several blocks\n{mass_table(layers, 'blocks')}" * dense
     edits.sort(key=lambda e: (e["method"] != "memit", e["method"], e["target"]))
-    print(f"{mass_table(edits, 'n')}{over_blocks}\n{MASS_COLUMNS}")
+    blocks = f"\n\nover several blocks\n{mass_table(layers, 'blocks')}" * dense
+    print(f"{mass_table(edits, 'n')}{blocks}\n{MASS_COLUMNS}")
 
 
 def mass_table(entries: list[dict], varied: str) -> str:
-    rows = [("method", "target", varied, "eff", "para", "spec", "score", "cond", "left", "pred", "cos", "norm", "s",
-             "ms")]
+    columns = {varied: "" if varied == "blocks" else "g", "efficacy": ".3f", "paraphrase": ".3f", "specificity": ".3f",
+               "score": ".1f", "condition": ".1e", "residual_left": ".3f", "residual_predicted": ".3f",
+               "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f", "ms": ".0f"}
+    rows = [("method", "target", varied, *"eff para spec score cond left pred cos norm s ms".split())]
     for e in entries:
-        cells = lambda form, *keys: [cell(e.get(key), form) for key in keys]
-        each = None if "seconds" not in e else 1000 * e["seconds"] / e["n"]
-        rows.append((e["method"], e["target"][:5].strip("i"), *cells("" if varied == "blocks" else "g", varied),
-                     *cells(".3f", "efficacy", "paraphrase", "specificity"),
-                     *(["none"] if "infeasible" in e else cells(".1f", "score")), *cells(".1e", "condition"),
-                     *cells(".3f", "residual_left", "residual_predicted", "largest_cosine"),
-                     *cells(".2f", "relative_norm"), *cells(".1f", "seconds"), cell(each, ".0f")))
+        more = {"score": "none"} if "infeasible" in e else {"ms": f"{1000 * e['seconds'] / e['n']:.0f}"}
+        rows.append((e["method"], e["target"][:5].strip("i"), *(
+            more.get(key) or cell(e.get(key), form) for key, form in columns.items())))
     return table(rows)
 
 
