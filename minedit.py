@@ -895,13 +895,13 @@ def ablate_stage(run: Run, model: Model):
     run.results["ablate"] = {"before": before, "chosen": best, "entries": entries, "sweep": sweep, "bands": bands,
                              "relearning": {"ablated": ablated, "fresh": fresh}}
     print(f"\n{int(exceptions.sum())} exceptions")
-    print(outcomes([before, *entries, *sweep], "removed", "recited", "true", "train", "id", "ood", "one_hop"), ABLATED, sep="\n")
-    print("", table([("", "before", "after", "kept", "paper"), *(
+    print(outcomes([before, *entries, *sweep], "removed", "recited", "true", "train", "id", "ood", "one_hop"))
+    print(ABLATED, "", table([("", "before", "after", "kept", "paper"), *(
         (key, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f"), paper)
         for key, paper in TASKS.items() if before[key])]), RETENTION, sep="\n")
     print("", table([("layer", *range(1, 9), "norm"), *(
-        (name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*b.values()))) for name, b in bands.items())]), BANDS, sep="\n")
-    print("\nexceptions recited after further steps of training", table([("steps", "ablated", "fresh", "OOD, ablated"), *(
+        (name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*b.values()))) for name, b in bands.items())]), sep="\n")
+    print(BANDS, "", "exceptions recited after further steps of training", table([("steps", "ablated", "fresh", "OOD"), *(
         (x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh))]), sep="\n")
     if run.args.images and (run.args.arch != "all" or run.arch == "dense"):      # the same beside all four cells
         run.results["ablate"]["vision"] = vision(run)
@@ -1203,12 +1203,12 @@ def report(folders: list[Path]):
 
     for entries, legend, header, words, shares in (
             (lambda r: r.get("edits", []), COLUMNS,
-             ("site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.", "row"),
-             lambda e: ("memory" if "memory" in e["site"] else "ff", e["pass"], e["method"], target_of(e)), SHARES),
+             ("site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.",
+              "row"), lambda e: ("memory" if "memory" in e["site"] else "ff", e["pass"], e["method"], target_of(e)), SHARES),
             (lambda r: r.get("when", {}).get("written", []), WRITTEN,
              ("pass", "acts", "direct", "hop 1 (lowest)", "hop 2 (lowest)"), lambda e: (e["pass"], e["acts"]), HOPS),
-            (lambda r: r.get("mass", {}).get("edits", []), MASS_COLUMNS, ("method", "target", "n", "eff", "para", "spec"),
-             lambda e: (e["method"], e["target"], e["n"]), WRITTEN_AT_ONCE)):
+            (lambda r: r.get("mass", {}).get("edits", []), MASS_COLUMNS,
+             ("method", "target", "n", "eff", "para", "spec"), lambda e: (e["method"], e["target"], e["n"]), WRITTEN_AT_ONCE)):
         rows = [("arch", *header)]
         for runs in groups:
             found = {}                                       # {words: one entry of each run}
@@ -1357,7 +1357,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
     add("--edit-batch", type=int, default=1024,
-        help="requests whose targets --mass-edit seeks at a time; its default model has 20 000 facts under two names each")
+        help="requests whose targets --mass-edit seeks at a time; its model has 20 000 facts under two names each")
     add("--images", type=int, default=3000, help="training images of the vision transformer of --ablate, 0: none")
     add("--quick", action="store_true", help="all cells and stages at toy size; without --out in runs/quick, anew")
     add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
