@@ -900,8 +900,9 @@ def ablate_stage(run: Run, model: Model):
         (key, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f"), paper)
         for key, paper in TASKS.items() if before[key])]), RETENTION, sep="\n")
     print("", table([("layer", *range(1, 9), "norm"), *(
-        (name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*b.values()))) for name, b in bands.items())]), sep="\n")
-    print(BANDS, "", "exceptions recited after further steps of training", table([("steps", "ablated", "fresh", "OOD"), *(
+        (name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*band.values())))
+        for name, band in bands.items())]), BANDS, sep="\n")
+    print("", "exceptions recited after further training", table([("steps", "ablated", "fresh", "OOD, ablated"), *(
         (x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh))]), sep="\n")
     if run.args.images and (run.args.arch != "all" or run.arch == "dense"):      # the same beside all four cells
         run.results["ablate"]["vision"] = vision(run)
@@ -976,7 +977,7 @@ def vision(run: Run) -> list[dict]:
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 ANSWERS, HOPS = ("one_hop", "train", "id", "ood"), ("direct", "hop1", "hop2")
-WRITTEN_AT_ONCE, RETAINED = ("efficacy", "paraphrase", "specificity"), ("recited", "true", *ANSWERS)
+RATES, RETAINED = ("efficacy", "paraphrase", "specificity"), ("recited", "true", *ANSWERS)
 FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
            "mass": "facts edited at once", "locate": "question: token replaced, token restored",
            "retention": "share of the curvature mass kept"}
@@ -998,7 +999,7 @@ def points(groups: list[list[dict]]) -> dict:
                 ("propagation", "edits: ROME, prototype", "{key}", name, filter(is_main, r.get("edits", [])), HOPS),
                 ("when", name, "{key}", "{pass}, {acts}", sorted(of("when", "written"), key=lambda e: e["pass"]), HOPS),
                 ("locate", f"tracing, {name}", "{pass} {part}", "{query:.4}: {corrupted}, {word}", traced, ["share"]),
-                ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass", "edits"), WRITTEN_AT_ONCE),
+                ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass", "edits"), RATES),
                 ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate", "sweep"), RETAINED)):
             for e, key in itertools.product(entries, keys):
                 if e.get(key) is not None:
@@ -1203,12 +1204,12 @@ def report(folders: list[Path]):
 
     for entries, legend, header, words, shares in (
             (lambda r: r.get("edits", []), COLUMNS,
-             ("site", "pass", "method", "target", "direct", "hop 1 (lowest)", "hop 2 (lowest)", "facts", "comps.",
-              "row"), lambda e: ("memory" if "memory" in e["site"] else "ff", e["pass"], e["method"], target_of(e)), SHARES),
+             ("site", "pass", "method", "target", "direct", "hop 1 (min)", "hop 2 (min)", "facts", "comps.", "row"),
+             lambda e: ("memory" if "memory" in e["site"] else "ff", e["pass"], e["method"], target_of(e)), SHARES),
             (lambda r: r.get("when", {}).get("written", []), WRITTEN,
              ("pass", "acts", "direct", "hop 1 (lowest)", "hop 2 (lowest)"), lambda e: (e["pass"], e["acts"]), HOPS),
             (lambda r: r.get("mass", {}).get("edits", []), MASS_COLUMNS,
-             ("method", "target", "n", "eff", "para", "spec"), lambda e: (e["method"], e["target"], e["n"]), WRITTEN_AT_ONCE)):
+             ("method", "target", "n", "eff", "para", "spec"), lambda e: (e["method"], e["target"], e["n"]), RATES)):
         rows = [("arch", *header)]
         for runs in groups:
             found = {}                                       # {words: one entry of each run}
