@@ -1,13 +1,9 @@
 """minedit.py: the story, in the order in which it is told.
 
 Train a small transformer on a knowledge graph until it composes facts it never composed in training (grokking), edit
-facts in it in closed form, and see whether what follows from them changes too.
-
-The recipe [README, "What made it grok"]: Muon [1] on the hidden matrices and AdamW on the embedding, both at a constant
-rate after a warm-up; strong weight decay, label smoothing, a loss that weighs the facts above the compositions, and a
-moving average of the weights, which is what is evaluated and edited. The commands stand in the README.
-
-[1] Jordan et al. 2024, Muon: an optimizer for hidden layers; torch.optim.Muon.
+facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon on the hidden matrices
+and AdamW on the embedding, at constant rates after a warm-up; strong weight decay, label smoothing, a loss that weighs
+facts above compositions, and a moving average of the weights, which is what is evaluated and edited.
 """
 
 import argparse
@@ -24,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -42,13 +38,11 @@ from models import ARCHS, Config, Model, count_parameters, flops_per_path, optio
 
 SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
 LABELS = dict(zip(("one_hop", *SPLITS), ("1-hop", "train", "ID", "OOD", "first", "second")))
+LATE = {"lr": 5e-4, "muon_lr": 1e-3, "weight_decay": 0.0, "one_hop_weight": 1.0}
 
 
 class UserError(Exception):
-    """One line that names the value and the remedy, and the status with which the process exits: 2 for bad input."""
-    def __init__(self, message, status: int = 2):
-        super().__init__(message)
-        self.status = status
+    """One line that names the value and the remedy; a second argument is the exit status, 2 (bad input) without it."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +66,19 @@ class Recipe:
     open_book: int = option(0, "prompts (h, r, t', h, r) -> t' per step, t' any entity")
     memorize: int = option(0, "last steps, under LATE, in which exceptions are memorized")
 
-
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name in ("steps", "batch", "eval_every") and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if name in ("momentum", "label_smoothing", "ema", "label_noise") and not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must not be negative, got {value}")
-
-LATE = {"lr": 5e-4, "muon_lr": 1e-3, "weight_decay": 0.0, "one_hop_weight": 1.0}
+            low = int(name in ("steps", "batch", "eval_every"))
+            high = 1 if name in ("momentum", "label_smoothing", "ema", "label_noise") else math.inf
+            if not low <= value < high:
+                raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with every singular value of the update made about 1: all directions move at the same rate [1].
-    torch.optim.Muon does it in bfloat16, which on many CPUs takes 30 times as long, more than the rest of a step."""
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
+    """Momentum with every singular value of the update made about 1: all directions move at the same rate (Jordan et
+    al. 2024). torch.optim.Muon uses bfloat16, which on many CPUs takes 30 times as long: more than all the rest."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -104,30 +90,28 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """U V^T, nearly, for G = U S V^T: five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X [1]."""
+def orthogonalize(G: Tensor) -> Tensor:
+    """U V^T, nearly, for G = U S V^T: five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X."""
     if G.shape[0] > G.shape[1]:
-        return orthogonalize(G.T, steps).T
+        return orthogonalize(G.T).T
     X = G / (G.norm() + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.T
-        B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.addmm(X, B, X, beta=3.4445)
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X
 
 
 class Batches:
-    """Batches of facts with their trained continuations, drawn on the device without waiting for it. With `alias`, half
-    of the relations are asked for by their second token, which stands `alias` after the first."""
+    """Batches of facts with their trained continuations, drawn on the device without waiting for it, all facts alike or
+    in proportion to `frequency`. With `alias`, half of the relations are asked for by their token + `alias`."""
 
     def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0,
                  frequency: Tensor | None = None):
         self.paths, self.recipe, self.generator, self.alias = paths, recipe, generator, alias
-        self.frequency = frequency                           # of each fact, to be drawn in proportion; None: all equal
+        self.frequency, self.queries = frequency, editing.queries(paths)
         self.rows = paths.masks["train"].nonzero().flatten()
         self.count = torch.bincount(paths.first[self.rows], minlength=len(paths.facts))
         self.start = self.count.cumsum(0) - self.count
-        self.queries = editing.queries(paths)
         self.positions = torch.tensor([0, 1] + [2] * recipe.branches, device=paths.facts.device)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,14 +123,14 @@ class Batches:
         else:
             fact = torch.multinomial(self.frequency, min(b, len(self.count)), generator=self.generator)
         count = self.count[fact][:, None]                                        # [batch, 1]
-        u = torch.rand(len(fact), m, generator=self.generator, device=device)
-        place = ((torch.arange(m, device=device) + u) / m * count).long().minimum(count - 1)
+        u = torch.arange(m, device=device) + torch.rand(len(fact), m, generator=self.generator, device=device)
+        place = (u / m * count).long().minimum(count - 1)
         row = self.rows[(self.start[fact][:, None] + place).clamp(0, len(self.rows) - 1)]    # [batch, branches]
         tokens = torch.cat([self.queries[fact], self.paths.tokens[row, 2]], 1)
         if self.alias:
             tokens[:, 1:] += self.alias * torch.randint(2, tokens[:, 1:].shape, generator=self.generator, device=device)
-        two_hop = torch.where(count > 0, self.paths.two_hop[row], -100)
-        return tokens, self.positions, torch.cat([self.paths.facts[fact, 2:], two_hop], 1)
+        answers = [self.paths.facts[fact, 2:], torch.where(count > 0, self.paths.two_hop[row], -100)]
+        return tokens, self.positions, torch.cat(answers, 1)
 
     def open_book(self, n: int, n_entities: int) -> tuple[Tensor, Tensor]:
         """Prompts (h, r, t', h, r) [n, 5] and their answers t' [n], any entity: only the prompt says which."""
@@ -166,20 +150,17 @@ def loss_of(logits: Tensor, answers: Tensor, recipe: Recipe) -> Tensor:
 @torch.no_grad()
 def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, Tensor]:
     """The model's answers to every fact [n_facts] and every path [n_paths], `width` paths to one prefix."""
-    device, n_paths = paths.facts.device, len(paths.first)
-    n_rows = torch.bincount(paths.first)
-    width = min(int(n_rows.max()), 32)
-    place = torch.arange(n_paths, device=device) - (n_rows.cumsum(0) - n_rows)[paths.first]
-    n_bundles = (n_rows + width - 1) // width
-    first_bundle = n_bundles.cumsum(0) - n_bundles                               # of each fact
-    rows = torch.full((int(n_bundles.sum()), width), -1, device=device)          # path, -1: filler
-    rows[first_bundle[paths.first] + place // width, place % width] = torch.arange(n_paths, device=device)
+    index = torch.arange(len(paths.first), device=paths.first.device)
+    start = paths.first.diff(prepend=paths.first[:1] - 1).nonzero().flatten()    # the first path of each fact
+    place = index - start[paths.first]
+    width = min(int(place.max()) + 1, 32)
+    bundle = (place % width == 0).cumsum(0) - 1                                  # of each path
+    rows = torch.full((int(bundle[-1]) + 1, width), -1, device=index.device)     # path, -1: filler
+    rows[bundle, place % width] = index
     tokens = torch.cat([paths.tokens[rows[:, 0], :2], paths.tokens[rows, 2]], 1)
-    positions = torch.tensor([0, 1] + [2] * width, device=device)
+    positions = torch.tensor([0, 1] + [2] * width, device=index.device)
     out = torch.cat([model(part, positions).argmax(-1) for part in tokens.split(max(1, chunk // (2 + width)))])
-    two_hop = torch.empty(n_paths, dtype=torch.long, device=device)
-    two_hop[rows[rows >= 0]] = out[:, 2:][rows >= 0]
-    return out[first_bundle, 1], two_hop
+    return out[bundle[start], 1], out[bundle, 2 + place % width]
 
 
 @torch.no_grad()
@@ -190,20 +171,17 @@ def last_answers(model: Model, tokens: Tensor) -> Tensor:
 
 def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, float | None]:
     """Share of right answers over all facts and, with `compose`, over each split; None for an empty split."""
-    if not compose:
-        right = last_answers(model, editing.queries(paths)) == paths.facts[:, 2]
-        return {"one_hop": share_of(right)} | dict.fromkeys(SPLITS)
-    one_hop, two_hop = predict(model, paths)
-    return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | \
-        {name: share_of((two_hop == paths.two_hop)[mask]) for name, mask in paths.masks.items() if name != "validation"}
+    one_hop, two_hop = predict(model, paths) if compose else (last_answers(model, editing.queries(paths)), None)
+    return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | {
+        name: share_of((two_hop == paths.two_hop)[mask]) if compose else None
+        for name, mask in paths.masks.items() if name != "validation"}
 
 
 class Run:
     """One model in its folder: config.json, log.jsonl, ckpt.pt, results.json."""
 
     def __init__(self, args, arch: str, seed: int, folder: Path, graph: kg.KnowledgeGraph | None, data: dict):
-        self.args, self.arch, self.seed, self.folder = args, arch, seed, folder
-        self.device = args.device
+        self.args, self.arch, self.seed, self.folder, self.device = args, arch, seed, folder, args.device
         self.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         self.graph = graph or kg.synthetic(data["entities"], data["relations"], seed, data["out_degree"],
                                            self.recipe.arithmetic)
@@ -217,75 +195,64 @@ class Run:
         self.config = Config(**{f.name: sizes.get(f.name, getattr(args, f.name, None)) for f in fields(Config)})
         self.n_paths = {name: int(mask.sum()) for name, mask in paths.masks.items()}
         self.paths = paths.to(self.device)
-        self.identity = {"arch": arch, "seed": seed, "data": data, "model": asdict(self.config),
-                         "recipe": asdict(self.recipe)}
-        with torch.device("meta"):                           # names and shapes, no memory
-            self.blank = Model(self.config)
+        self.identity = {"arch": arch, "seed": seed, "data": data} | {
+            "model": vars(self.config), "recipe": vars(self.recipe)}
         self.step, self.history, self.parts = 0, [], None    # of the training; of the checkpoint, where there is one
         self.results, self.environment, self.shared = {}, None, None
         self.check_folder()
+
+    finished = property(lambda self: self.step == self.recipe.steps)
 
     def check_folder(self):
         """Refuse, before any training, a folder that cannot be used or that holds something else; load a checkpoint."""
         out = self.folder
         config, checkpoint, results = (out / name for name in ("config.json", "ckpt.pt", "results.json"))
         refuse = lambda why, remedy="use --retrain or another --out": UserError(f"--out {out}: {why}; {remedy}")
+        problem = refuse("cannot be written", "choose another folder")
         try:
             out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()
-        except OSError as error:
-            raise refuse(f"cannot be written ({error.strerror})", "choose another folder") from None
-        if not config.exists():
-            if any(file.suffix != ".part" for file in out.iterdir()):
-                raise refuse("not empty and not a run folder (no config.json)", "choose another folder")
-            return
-        try:
+            if not config.exists():
+                if any(file.suffix != ".part" for file in out.iterdir()):
+                    raise refuse("not empty and not a run folder (no config.json)", "choose another folder")
+                return
+            problem = UserError(f"{config}: not the configuration of a run; choose another --out")
             found = json.loads(config.read_text())
             differs = differences({key: found[key] for key in self.identity}, self.identity)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{config}: not the configuration of a run; choose another --out") from None
-        if self.args.retrain:
-            return
-        if differs:
-            raise refuse(f"holds another run, which differs in {', '.join(differs)}")
-        if checkpoint.exists():
-            self.load_checkpoint(checkpoint)
-        elif results.exists():
-            raise refuse("holds results, but no ckpt.pt to go on from")
-        if not self.finished and not self.args.resume:
-            at = f"step {self.step}" if self.parts else "its start"
-            raise refuse(f"an unfinished run, at {at} of {self.recipe.steps}", "use --resume or --retrain")
-        if self.finished and results.exists():
-            try:
+            if self.args.retrain:
+                return
+            if differs:
+                raise refuse(f"holds another run, which differs in {', '.join(differs)}")
+            if checkpoint.exists():
+                self.load_checkpoint(checkpoint)
+            elif results.exists():
+                raise refuse("holds results, but no ckpt.pt to go on from")
+            if not self.finished and not self.args.resume:
+                raise refuse(f"unfinished, at step {self.step} of {self.recipe.steps}", "use --resume or --retrain")
+            if self.finished and results.exists():
+                problem = UserError(f"{results}: not readable; remove it and run the stages again")
                 self.results = json.loads(results.read_text())
                 self.environment = self.results["config"]["environment"]         # that of the training
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{results}: not readable; remove it and run the stages again") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise problem from None
 
     def load_checkpoint(self, path: Path):
         """Go on from a checkpoint; UserError unless it is whole and of this run."""
         try:
             state, self.parts = torch.load(path, map_location="cpu", weights_only=True), self.fresh()
-            if differences(state["identity"], self.identity):
+            if differences(state["identity"], self.identity) or state["history"][-1]["step"] != state["step"]:
                 raise ValueError("it belongs to a run with other settings")
             load_parts(self.parts, state)
-            last = state["history"][-1]
-            if last["step"] != state["step"] or not {"loss", *LABELS} <= last.keys() or last["seconds"] < 0:
-                raise ValueError("its history does not end where it does")
             self.step, self.history = state["step"], state["history"]
         except Exception as error:                           # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
             raise UserError(f"{path}: not a checkpoint of this run ({why}); use --retrain or another --out") from None
 
-    @property
-    def finished(self) -> bool:
-        return self.step == self.recipe.steps
-
     def known(self, model: Model) -> tuple[Tensor, ...]:
         """The model's answers to facts and paths; the ID facts and the paths that it answers right; the ID paths."""
         paths, (one_hop, two_hop) = self.paths, predict(model, self.paths)
-        known, right = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact, two_hop == paths.two_hop
-        return one_hop, two_hop, known, right, paths.masks["train"] | paths.masks["id"]
+        known, asked = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact, paths.masks["train"] | paths.masks["id"]
+        return one_hop, two_hop, known, two_hop == paths.two_hop, asked
 
     def stream(self, device="cpu") -> torch.Generator:
         """Random numbers for the stages, the same for each of them and in all four cells, other than in training."""
@@ -301,48 +268,45 @@ class Run:
 
     def fresh(self) -> dict:
         """Everything that training changes, at step 0."""
-        recipe, seed = self.recipe, torch.Generator().manual_seed(4 * self.seed + 2)
-        model = Model(self.config, seed).to(self.device)
-        embedding, decay = model.embedding.weight, recipe.weight_decay
-        hidden = [p for p in model.parameters() if p is not embedding]
+        model = Model(self.config, torch.Generator().manual_seed(4 * self.seed + 2)).to(self.device)
+        embedding, *hidden = model.parameters()              # rates and decay of the optimizers are set in each step
         return {"model": model, "average": copy.deepcopy(model).requires_grad_(False),
-                "adam": torch.optim.AdamW([embedding], recipe.lr, (0.9, 0.98), weight_decay=decay),
-                "muon": Muon(hidden, recipe.muon_lr, decay, recipe.momentum),
+                "adam": torch.optim.AdamW([embedding], betas=(0.9, 0.98)),
+                "muon": Muon(hidden, {"momentum": self.recipe.momentum}),
                 "generator": torch.Generator(self.device).manual_seed(4 * self.seed + 3)}
+
+    def batches(self, generator: torch.Generator) -> Batches:
+        return Batches(self.paths, self.recipe, generator, self.config.aliases * self.config.n_relations,
+                       self.frequency if self.recipe.zipf else None)
 
     def train(self) -> Model:
         """Train to the end of the budget, from the checkpoint where there is one; returns the averaged model."""
         if not (self.folder / "config.json").exists():       # else not before there is something to replace it
             self.write_config()
         parts, recipe, self.parts = self.parts or self.fresh(), self.recipe, None
-        model, average = parts["model"], parts["average"]
-        step, seconds = self.step, self.history[-1]["seconds"] if self.history else 0.0
-        forward = torch.compile(model) if self.args.compile else model
-        batches = self.batches(parts["generator"])
+        model, seconds = parts["model"], self.history[-1]["seconds"] if self.history else 0.0
+        forward, batches = torch.compile(model) if self.args.compile else model, self.batches(parts["generator"])
         total, began = torch.zeros((), device=self.device), time.perf_counter() - seconds
-        while step < recipe.steps:
-            total += self.advance(parts, batches, forward, step)
-            step += 1
-            if step % recipe.eval_every == 0 or step == recipe.steps:
-                mean_loss = total.item() / ((step - 1) % recipe.eval_every + 1)
-                if not math.isfinite(mean_loss) or not all(p.isfinite().all() for p in model.parameters()):
-                    held = [f"{self.folder / 'ckpt.pt'} holds step {r['step']}; " for r in self.history[-1:]]
-                    raise UserError(f"{self.folder}: the loss or a weight is not finite at step {step}; "
-                                    f"{''.join(held)}lower --lr or --muon-lr and --retrain", status=1)
-                total.zero_()
-                record = {"step": step, "loss": mean_loss} | accuracy(parts["average"], self.paths, recipe.branches > 0)
-                record["seconds"] = round(time.perf_counter() - began, 2)
-                self.step = step
-                self.history.append(record)
-                print(progress(record, recipe.steps), flush=True)
-                self.checkpoint(parts)
-        return average.eval()
+        for step in range(self.step + 1, recipe.steps + 1):
+            total += self.advance(parts, batches, forward, step - 1)
+            if step % recipe.eval_every and step < recipe.steps:
+                continue
+            loss = total.item() / ((step - 1) % recipe.eval_every + 1)
+            if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
+                held = f"{self.folder / 'ckpt.pt'} holds step {self.step}; " if self.history else ""
+                raise UserError(f"{self.folder}: the loss or a weight is not finite at step {step}; "
+                                f"{held}lower --lr or --muon-lr and --retrain", 1)
+            total.zero_()
+            record = {"step": step, "loss": loss} | accuracy(parts["average"], self.paths, recipe.branches > 0)
+            self.step, record["seconds"] = step, round(time.perf_counter() - began, 2)
+            self.history.append(record)
+            print(progress(record, recipe.steps), flush=True)
+            self.checkpoint(parts)
+        return parts["average"].eval()
 
     def advance(self, parts: dict, batches: Batches, forward, step: int) -> Tensor:
         """One step of training; returns the loss."""
-        recipe, model = self.recipe, parts["model"]
-        if step >= recipe.steps - recipe.memorize:
-            recipe = replace(recipe, **LATE)
+        recipe = self.recipe if step < self.recipe.steps - self.recipe.memorize else replace(self.recipe, **LATE)
         tokens, positions, answers = batches.draw()
         loss = loss_of(forward(tokens, positions), answers, recipe)
         if recipe.open_book:                                 # weighs as much as the compositions do
@@ -357,13 +321,9 @@ class Run:
             optimizer.zero_grad()
         keep = min(recipe.ema, (step + 1) / (step + 10))                         # the average starts short
         with torch.no_grad():
-            for mean, p in zip(parts["average"].parameters(), model.parameters()):
+            for mean, p in zip(parts["average"].parameters(), parts["model"].parameters()):
                 mean.lerp_(p, 1 - keep)
         return loss.detach()
-
-    def batches(self, generator: torch.Generator) -> Batches:
-        return Batches(self.paths, self.recipe, generator, self.config.aliases * self.config.n_relations,
-                       self.frequency if self.recipe.zipf else None)
 
     def checkpoint(self, parts: dict):
         state = {"identity": self.identity, "step": self.step, "history": self.history, "device": self.device.type}
@@ -374,12 +334,12 @@ class Run:
         write_atomically(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.history).encode())
 
     def write_config(self) -> dict:
-        """What determines the training (compared when a folder is met again), and what is only recorded."""
+        """What determines the training, compared when a folder is met again, and what is only recorded."""
         self.environment = self.environment or {
             "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
             "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
-        stages = {name: getattr(self.args, name) for name in ("compile", "n_edits", *STAGES)}
-        config = self.identity | {"stages": stages, "environment": self.environment}
+        config = self.identity | {"environment": self.environment, "stages": {
+            name: getattr(self.args, name) for name in ("compile", "n_edits", *STAGES)}}
         write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
         return config
 
@@ -390,10 +350,10 @@ class Run:
         self.results |= {
             "arch": self.arch, "seed": self.seed, "steps": self.recipe.steps, "seconds": last["seconds"],
             "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
-            "parameters": count_parameters(self.blank), "flops_per_path": flops_per_path(self.config),
+            "parameters": count_parameters(self.config), "flops_per_path": flops_per_path(self.config),
             "accuracy": {name: last[name] for name in LABELS},
             "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
-            "memorized_at": first(lambda r: (r["train"] if self.recipe.branches else r["one_hop"]) >= 0.99),
+            "memorized_at": first(lambda r: r["train" if self.recipe.branches else "one_hop"] >= 0.99),
             "grokked_at": first(lambda r: r["ood"] is not None and r["train"] >= 0.99 and r["ood"] >= 0.9),
             "config": self.write_config()}
         self.save_results()
@@ -1155,7 +1115,7 @@ def listed(counts: dict[str, int]) -> str:
 
 
 def target_of(entry: dict) -> str:
-    return "near" if entry["near"] else entry["target"]
+    return "near" if entry.get("near") else entry.get("target")
 
 
 def is_main(entry: dict) -> bool:
@@ -1178,7 +1138,7 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             result = json.loads(file.read_text())
             config = {k: value for k, value in result["config"].items() if k not in ("seed", "environment", "stages")}
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
-            assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", [])), "made by an older version"
+            assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
             log = file.with_name("log.jsonl")                # the evaluations during the training
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
@@ -1201,49 +1161,45 @@ def report(folders: list[Path]):
                      f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never",
                      mean([r["seconds"] for r in runs], ".0f")))
     print(f"{table(rows)}\n{ACCURACY}")
-
-    for entries, legend, header, words, shares in (
-            (lambda r: r.get("edits", []), COLUMNS,
-             ("site", "pass", "method", "target", "direct", "hop 1 (min)", "hop 2 (min)", "facts", "comps.", "row"),
-             lambda e: ("memory" if "memory" in e["site"] else "ff", e["pass"], e["method"], target_of(e)), SHARES),
-            (lambda r: r.get("when", {}).get("written", []), WRITTEN,
-             ("pass", "acts", "direct", "hop 1 (lowest)", "hop 2 (lowest)"), lambda e: (e["pass"], e["acts"]), HOPS),
-            (lambda r: r.get("mass", {}).get("edits", []), MASS_COLUMNS,
-             ("method", "target", "n", "eff", "para", "spec"), lambda e: (e["method"], e["target"], e["n"]), RATES)):
-        rows = [("arch", *header)]
-        for runs in groups:
-            found = {}                                       # {words: one entry of each run}
-            for e in (e for r in runs for e in entries(r)):
-                found.setdefault(words(e), []).append(e)
-            rows += [(runs[0]["arch"], *key, *(mean([e.get(share) for e in some], lowest=share.startswith("hop"))
-                                               for share in shares)) for key, some in found.items()]
+    hops, runs = ("direct", "hop 1 (lowest)", "hop 2 (lowest)"), [r for runs in groups for r in runs]
+    entries = {"edits": lambda r: r.get("edits", []), "when": lambda r: r.get("when", {}).get("written", []),
+               "mass": lambda r: r.get("mass", {}).get("edits", [])}
+    for stage, words, shares, header, legend in (
+            ("edits", ("site", "pass", "method", "target"), SHARES, (*hops, "facts", "comps.", "row"), COLUMNS),
+            ("when", ("pass", "acts"), HOPS, hops, WRITTEN),
+            ("mass", ("method", "target", "n"), RATES, ("eff", "para", "spec"), MASS_COLUMNS)):
+        rows = [("arch", *words, *header)]
+        for group in groups:
+            found = defaultdict(list)                        # {words: one entry of each run}
+            for e in (e for r in group for e in entries[stage](r)):
+                short = e | {"site": "memory" if "memory" in e.get("site", "") else "ff", "target": target_of(e)}
+                found[tuple(short[word] for word in words)].append(e)
+            rows += [(group[0]["arch"], *key, *(mean([e.get(share) for e in some], lowest=share.startswith("hop"))
+                                                for share in shares)) for key, some in found.items()]
         if len(rows) > 1:
             print(f"\n{table(rows)}\n{legend}")
-
-    shared = {}                                              # {arch: hop 1 and hop 2 of each seed}
-    for r in (r for runs in groups for r in sorted(runs, key=lambda r: r["seed"])):
-        for e in r.get("edits", []):
-            if is_main(e) and e.get("hop2_shared") is not None:
-                for hop, values in zip(("hop1_shared", "hop2_shared"), shared.setdefault(r["arch"], ([], []))):
-                    values.append(e[hop])
+    shared = defaultdict(list)                               # {arch: (hop 1, hop 2) of each seed}
+    for r in (r for group in groups for r in sorted(group, key=lambda r: r["seed"])):
+        shared[r["arch"]] += [(e["hop1_shared"], e["hop2_shared"]) for e in filter(is_main, r.get("edits", []))
+                              if e.get("hop2_shared") is not None]
+    shared = {arch: list(zip(*pairs)) for arch, pairs in shared.items() if pairs}
     if len(shared) > 1:
+        p = lambda x, y: "" if x is y else cell(mann_whitney(x, y))
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
-        for arch, hops in shared.items():
-            p = (cell(mann_whitney(hops[1], others[1])) if others is not hops else "" for others in shared.values())
-            rows.append((arch, *(" ".join(map(cell, hop)) for hop in hops), *p))
+        for arch, both in shared.items():
+            rows.append((arch, *(" ".join(map(cell, hop)) for hop in both), *(p(both[1], y) for _, y in shared.values())))
         print(f"\n{table(rows)}\n{SHARED}")
-    runs = [r for runs in groups for r in runs]
     absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate")}
     print(f"\nnot run: {', '.join(f'{key} in {n} of {len(runs)} runs' for key, n in absent.items() if n)}")
 
 
-def mann_whitney(x: list[float], y: list[float]) -> float:
+def mann_whitney(x, y) -> float:
     """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions enumerated."""
-    values = sorted(x + y)
-    ranks = [values.index(v) + (values.count(v) + 1) / 2 for v in x + y]
+    values = sorted([*x, *y])
+    ranks = [values.index(v) + (values.count(v) + 1) / 2 for v in (*x, *y)]
     expected = len(x) * (len(values) + 1) / 2
-    distance = [abs(sum(some) - expected) for some in itertools.combinations(ranks, len(x))]
-    return sum(d >= abs(sum(ranks[:len(x)]) - expected) - 1e-9 for d in distance) / len(distance)
+    distance = [abs(sum(some) - expected) for some in itertools.combinations(ranks, len(x))]     # the first one: x
+    return sum(d >= distance[0] - 1e-9 for d in distance) / len(distance)
 
 
 def progress(record: dict, steps: int) -> str:
@@ -1254,10 +1210,9 @@ def progress(record: dict, steps: int) -> str:
             f"{record['seconds']:4.0f} s, {left:3.0f} s to go")
 
 
-def curve(history: list[dict], width: int = 60) -> str:
-    """Accuracy against steps, one character per evaluation: tenths (9: 0.90 to 0.99), # is 0.99 and above."""
-    if len(history) > width:
-        history = [history[round(i * (len(history) - 1) / (width - 1))] for i in range(width)]
+def curve(history: list[dict]) -> str:
+    """Accuracy against steps, one character for each of at most 60 evaluations: tenths, # is 0.99 and above."""
+    history = history[::-1][::(len(history) + 59) // 60][::-1]
     mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
     lines = [f"{LABELS[name]:>5} |{''.join(mark(r[name]) for r in history)}|"
              for name in ("one_hop", "train", "id", "ood") if history[-1][name] is not None]
@@ -1278,8 +1233,7 @@ def write_atomically(path: Path, content):
 
 
 def load_parts(parts: dict, state: dict):
-    """Put a checkpoint into the parts of a training. Random states differ between kinds of device: a run that goes on
-    on another kind draws its batches from a stream of its own."""
+    """Put a checkpoint into the parts of a training; on another kind of device its random state does not fit."""
     for name, part in parts.items():
         if name != "generator":
             part.load_state_dict(state[name])
@@ -1303,25 +1257,17 @@ def differences(found: dict, asked: dict, group: str = "") -> list[str]:
 
 
 def peak_memory_mib(device: torch.device) -> int:
-    """Peak of the process, or of the accelerator's allocations where the model lives on one."""
+    """Peak of the process, or of the accelerator's allocations where the model lives on one; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    try:
-        import resource
-    except ImportError:                                      # Windows
+    if sys.platform == "win32":
         return 0
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def choose_device(name: str) -> torch.device:
-    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    if name not in ("auto", *found):
-        raise UserError(f"--device {name}: not available on this machine; use --device auto or cpu")
-    return torch.device(found[0] if name == "auto" else name)
 
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
@@ -1338,74 +1284,74 @@ ABLATE = {"entities": 30, "d_model": 128, "slots": 512, "top_k": 32, "d_ff": 512
           "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1700, "memorize": 500}
 
 
+FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, replacing what the folder holds",
+         "compile": "torch.compile the training step's forward pass", "aliases": "train every relation under two tokens",
+         "quick": "all cells and stages at toy size; without --out in runs/quick, anew",
+         "plot": "draw the runs, or those of --report, as SVG files in --out or beside them",
+         "bench": "time training, edits and factors, as they are and as they grow, and stop",
+         "feed_forward": "keep the private feed-forward beside the memory"}
+VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from it"), "seeds": (1, "number of seeds"),
+          "n_edits": (64, "number of facts for --edit"), "transfer_steps": (600, "steps of the training of --transfer"),
+          "edit_batch": (1024, "requests whose targets --mass-edit seeks at a time"),
+          "images": (3000, "training images of the vision transformer of --ablate, 0: none"),
+          "entities": (50, "entities of the synthetic graph"), "relations": (20, "relations of the synthetic graph"),
+          "ood_fraction": (0.1, "share of the facts that no trained composition uses"),
+          "train_fraction": (0.8, "share of the ID paths that is trained"),
+          "augment": (0.0, "share of the compositions of --regime that is trained")}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minedit.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train a small transformer to grok two-hop composition, edit its facts, see what follows.")
     parser.error = lambda message: parser.exit(2, f"minedit: {message}; see --help\n")
-    add = parser.add_argument
-    add("--arch", choices=[*ARCHS, "all"], default="lmc", help="architecture")
-    add("--seed", type=int, default=0, help="first seed: graph, split, weights and batches follow from it")
-    add("--seeds", type=int, default=1, help="number of seeds")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--out", type=Path, help="run folder, of several runs its parent; None: runs/<arch>-seed<k>")
-    add("--resume", action="store_true", help="go on with an unfinished run")
-    add("--retrain", action="store_true", help="train again, replacing what the folder holds")
-    add("--compile", action="store_true", help="torch.compile the training step's forward pass")
-    for name, stage in STAGES.items():
-        if name != "edit_fact":
-            add("--" + name.replace("_", "-"), action="store_true", help="stage: " + stage.__doc__.split("\n")[0])
-    add("--n-edits", type=int, default=64, help="number of facts for --edit")
-    add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
-    add("--edit-batch", type=int, default=1024,
-        help="requests whose targets --mass-edit seeks at a time; its model has 20 000 facts under two names each")
-    add("--images", type=int, default=3000, help="training images of the vision transformer of --ablate, 0: none")
-    add("--quick", action="store_true", help="all cells and stages at toy size; without --out in runs/quick, anew")
-    add("--report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
-    add("--plot", action="store_true", help="draw the runs, or those of --report, as SVG files in --out or beside them")
-    add("--bench", action="store_true", help="time training, edits and factors, as they are and as they grow, and stop")
-    add("--triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
-    add("--entities", type=int, default=50, help="entities of the synthetic graph")
-    add("--relations", type=int, default=20, help="relations of the synthetic graph")
-    add("--out-degree", type=int, help="facts per entity of the synthetic graph, None: one per relation")
-    add("--aliases", action="store_true", help="train every relation under two tokens")
-    add("--ood-fraction", type=float, default=0.1, help="share of the facts that no trained composition uses")
-    add("--train-fraction", type=float, default=0.8, help="share of the ID paths that is trained")
-    add("--regime", choices=list(kg.REGIMES), default="natural", help="where training composes OOD facts with ID ones")
-    add("--augment", type=float, default=0.0, help="share of these compositions that is trained")
-    add("--feed-forward", action="store_true", help="keep the private feed-forward beside the memory")
+    add = lambda name, **options: parser.add_argument("--" + name.replace("_", "-"), **options)
+    add("arch", choices=[*ARCHS, "all"], default="lmc", help="architecture")
+    add("device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("out", type=Path, help="run folder, of several runs its parent; None: runs/<arch>-seed<k>")
+    add("report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
+    add("triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
+    add("edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
+    add("out-degree", type=int, help="facts per entity of the synthetic graph, None: one per relation")
+    add("regime", choices=list(kg.REGIMES), default="natural", help="where training composes OOD facts with ID ones")
+    stages = {name: "stage: " + stage.__doc__.split("\n")[0] for name, stage in STAGES.items() if name != "edit_fact"}
+    for name, text in (stages | FLAGS).items():
+        add(name, action="store_true", help=text)
+    for name, (default, text) in VALUES.items():
+        add(name, type=type(default), default=default, help=text)
     for field in (*fields(Config), *fields(Recipe)):
         if field.metadata:
-            add("--" + field.name.replace("_", "-"), type=field.type, default=field.default, **field.metadata)
+            add(field.name, type=field.type, default=field.default, **field.metadata)
     return parser
 
 
 def prepare(args) -> list[Run]:
     """All runs that were asked for, each checked against its folder; UserError before anything is trained."""
-    args.device = choose_device(args.device)
-    if not 0 <= args.seed < 2**60:
-        raise UserError(f"--seed must be in 0..2^60, got {args.seed}")
-    for name in ("seeds", "n_edits", "edit_batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.resume and args.retrain:
-        raise UserError("--resume goes on with a run and --retrain replaces it; give one of them")
+    devices = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    small = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+             for name in ("seeds", "n_edits", "edit_batch") if getattr(args, name) < 1]
+    for wrong, message in (
+            (args.device not in ("auto", *devices), f"--device {args.device}: none here; use --device auto or cpu"),
+            (not 0 <= args.seed < 2**60, f"--seed must be in 0..2^60, got {args.seed}"),
+            (small, "; ".join(small)),
+            (args.resume and args.retrain, "--resume goes on with a run and --retrain replaces it; give one of them"),
+            (args.triples and (args.entities or args.relations or args.out_degree or args.arithmetic), "--entities, "
+             "--relations, --out-degree and --arithmetic describe a synthetic graph; leave them out with --triples"),
+            ((args.regime == "natural") != (args.augment == 0), f"--augment {args.augment:g} with --regime "
+             f"{args.regime}: a share above 0 is for the regimes other than natural, which need one")):
+        if wrong:
+            raise UserError(message)
+    args.device = torch.device(devices[0] if args.device == "auto" else args.device)
     graph, data = None, {name: getattr(args, name) for name in ("entities", "relations", "out_degree")}
     if args.triples:
-        if any(data.values()) or args.arithmetic:
-            raise UserError("--entities, --relations, --out-degree and --arithmetic describe a synthetic graph; "
-                            "leave them out with --triples")
         graph = kg.from_triples(args.triples)
         data = {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
         print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
               f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
     data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
-    if (args.regime == "natural") != (args.augment == 0):
-        raise UserError(f"--augment {args.augment:g} with --regime {args.regime}: a share above 0 is for the regimes "
-                        f"other than natural, which need one")
     data |= {"regime": args.regime, "augment": args.augment} if args.augment else {}
-    names = [(arch, seed) for arch in (ARCHS if args.arch == "all" else [args.arch])
-             for seed in range(args.seed, args.seed + args.seeds)]
+    names = list(itertools.product(ARCHS if args.arch == "all" else [args.arch],
+                                   range(args.seed, args.seed + args.seeds)))
     parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(names) == 1
     runs = [Run(args, arch, seed, args.out if alone else parent / f"{arch}-seed{seed}", graph, data)
             for arch, seed in names]
@@ -1427,9 +1373,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             raise UserError("--plot: matplotlib is not installed; pip install matplotlib, or leave --plot out")
-        if args.report:
-            report([args.report])
         try:
+            if args.report:
+                report([args.report])
             if args.report and args.plot:
                 plot([args.report], args.out or args.report)
             if args.bench:
@@ -1441,27 +1387,23 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(str(error).split("\n")[0] or "not enough memory for these sizes") from None
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}" if error.filename else error) from None
-        stages = [name for name in STAGES if getattr(args, name)]
         for seed in dict.fromkeys(run.seed for run in runs):
             models, shared = {}, None
             for run in (run for run in runs if run.seed == seed):
                 print(f"\n{run.arch}, seed {run.seed}, on {device_name(run.device)}, in {run.folder}: "
-                      f"{count_parameters(run.blank):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
-                      f"{len(run.paths.facts)} facts, paths: {listed(run.n_paths)}")
-                if run.finished:
-                    print(f"loaded: trained for {run.recipe.steps} steps before (--retrain trains again)")
+                      f"{count_parameters(run.config):,} parameters, {flops_per_path(run.config):,} FLOPs per path; "
+                      f"{len(run.paths.facts)} facts, paths: {listed(run.n_paths)}"
+                      + f"\nloaded: trained for {run.step} steps before (--retrain trains again)" * run.finished)
                 models[run] = run.train()
                 run.summarize()
                 if args.edit and args.arch == "all":
                     right = run.known(models[run])[2:4]
                     shared = [mine & others for mine, others in zip(right, shared or right)]
-            for run, model in models.items():
-                run.shared = shared
-                for name in stages:
-                    if len(models) > 1:
-                        print(f"\n{run.arch}, seed {run.seed}:", end="")
-                    began = time.perf_counter()
-                    STAGES[name](run, model)
+            for (run, model), (name, stage) in itertools.product(models.items(), STAGES.items()):
+                if getattr(args, name):
+                    print(f"\n{run.arch}, seed {run.seed}:" * (len(models) > 1), end="")
+                    run.shared, began = shared, time.perf_counter()
+                    stage(run, model)
                     seconds = run.results[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
                     run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
                     run.save_results()
@@ -1471,14 +1413,15 @@ def main(argv: list[str] | None = None) -> int:
             report([run.folder for run in runs])
         if args.plot:
             plot([run.folder for run in runs], args.out or runs[0].folder.parent)
+        return 0
     except KeyboardInterrupt:
         print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
               file=sys.stderr)
         return 130
     except UserError as error:
-        print(f"minedit: {error}", file=sys.stderr)
-        return error.status
-    return 0
+        message, status = (*error.args, 2)[:2]
+        print(f"minedit: {message}", file=sys.stderr)
+        return status
 
 
 if __name__ == "__main__":

@@ -205,8 +205,9 @@ class Model(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight[:config.n_entities])
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def count_parameters(config: Config) -> int:
+    with torch.device("meta"):                               # shapes, no memory
+        return sum(p.numel() for p in Model(config).parameters())
 
 
 def flops_per_path(config: Config, n_tokens: int = 3) -> int:

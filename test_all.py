@@ -898,7 +898,7 @@ def test_muon_makes_singular_values_equal(shape):
 def test_muon_is_that_of_torch_but_for_bfloat16(shape):
     start, grads = torch.randn(shape, generator=generator()), torch.randn(5, *shape, generator=generator(1))
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    a, b = minedit.Muon([ours], 0.02, 0.5, 0.9), torch.optim.Muon([theirs], 0.02, 0.5, momentum=0.9)
+    a, b = minedit.Muon([ours], {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.9}), torch.optim.Muon([theirs], 0.02, 0.5, momentum=0.9)
     for g in grads:
         ours.grad, theirs.grad = g.clone(), g.clone()
         a.step(), b.step()
@@ -964,7 +964,7 @@ def test_a_step_does_not_wait_for_the_gpu():
     paths = kg.split(kg.synthetic(10, 4, seed=5), 0.1, 0.8, seed=5).to("cuda")
     recipe, model = minedit.Recipe(batch=16), Model(Config(10, 4), generator()).to("cuda")
     batches = minedit.Batches(paths, recipe, torch.Generator("cuda").manual_seed(0))
-    optimizer = minedit.Muon([p for p in model.parameters()], 0.01, 1.0, 0.9)
+    optimizer = minedit.Muon(model.parameters(), {"lr": 0.01, "weight_decay": 1.0, "momentum": 0.9})
     for mode in ("default", "error"):                        # the first round may allocate and compile
         torch.cuda.set_sync_debug_mode(mode)
         try:
