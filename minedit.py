@@ -756,10 +756,12 @@ in q+k / v+out / address / store the share kept of the curvature mass (learned: 
 removed of the norm, chosen on other paths for true - recited, held-out accuracy kept up to 0.02.
 matched: own choice; in the layers of the better of kfac and ekfac its number of components (parts), its
 |W - W'| (norm); one strength for all of them (alike). removed: |W - W'| / |W|."""
-RETENTION = """kept: after / before in percent; rare, frequent: the fifth of the facts drawn least, most often; paper:
-the same in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
+RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts drawn least, most often.
+paper: the same in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
 BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth
 of A's eigenvectors, largest eigenvalues first, in units of the whole length; norm: that length."""
+RELEARNED = "exceptions recited after further steps of training"
+VISION = "memorized, true: images with a wrong label, answered so, and right; validation: others."
 
 
 class Ablation:
@@ -831,15 +833,16 @@ def ablate_stage(run: Run, model: Model):
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     groups = {kind: [name for name in names if name.endswith(ends)] for kind, ends in GROUPS.items()}
     every = 3 if run.args.quick else 1                       # of the strengths that are tried
-    mixture = study.mixture(25)
+    mixture, began = study.mixture(25), time.perf_counter()
     factors, masses = spectrum(run, model, mixture, names)
+    seconds = round(time.perf_counter() - began, 2)
     best, after, (before, *entries) = curvature.compare(model, study.measure, study.value, factors, masses, groups,
                                                         KEEPS[::every], REMOVED[::every], run.stream())
-    rows = exceptions & ~study.scored
+    rows, masked = exceptions & ~study.scored, {}
     forget = [(paths.tokens[rows], F.pad(paths.two_hop[rows][:, None], (2, 0), value=-100))]
-    learned = {share: curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
-               for share in (0.99, 0.95, 0.85)}
-    chosen, learned = curvature.search(model, study.value, {"all": learned}, 1)
+    for share in (0.99, 0.95, 0.85):
+        masked[share] = curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
+    chosen, learned = curvature.search(model, study.value, {"all": masked}, 1)
     entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="own", strengths=chosen))
     sweep = [{"method": best["method"], "matched": "alike", "strengths": {"all": keep}, "keep": keep} for keep in KEEPS]
     sweep = [curvature.outcome(model, study.measure, curvature.edited(model, x["method"], factors, after, x["keep"],
@@ -852,18 +855,17 @@ def ablate_stage(run: Run, model: Model):
     with curvature.ablated(model, after):
         ablated = relearn(run, model.state_dict(), study, before["recited"])
     fresh = relearn(run, Model(run.config, run.stream()).state_dict(), study, 2, len(ablated))
-    run.results["ablate"] = {"before": before, "chosen": best, "entries": entries, "sweep": sweep, "bands": bands,
-                             "relearning": {"ablated": ablated, "fresh": fresh}}
-    print(f"\n{int(exceptions.sum())} exceptions")
-    print(outcomes([before, *entries, *sweep], "removed", "recited", "true", "train", "id", "ood", "one_hop"))
-    print(ABLATED, "", table([("", "before", "after", "kept", "paper"), *(
-        (key, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f"), paper)
-        for key, paper in TASKS.items() if before[key])]), RETENTION, sep="\n")
-    print("", table([("layer", *range(1, 9), "norm"), *(
-        (name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*band.values())))
-        for name, band in bands.items())]), BANDS, sep="\n")
-    print("", "exceptions recited after further training", table([("steps", "ablated", "fresh", "OOD, ablated"), *(
-        (x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh))]), sep="\n")
+    run.results["ablate"] = {"spectrum_seconds": seconds, "before": before, "chosen": best, "entries": entries,
+                             "sweep": sweep, "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
+    kept = [(key, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f"), paper)
+            for key, paper in TASKS.items() if before[key]]
+    ratios = [(name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*b.values()))) for name, b in bands.items()]
+    curves = [(x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh)]
+    print(f"\n{int(exceptions.sum())} exceptions; {seconds:.1f} s for factors, bases and the masses of EK-FAC")
+    print(outcomes([before, *entries, *sweep], "removed", "recited", "true", *ANSWERS), ABLATED, sep="\n")
+    print("", table([("", "before", "after", "kept", "paper"), *kept]), RETENTION, sep="\n")
+    print("", table([("layer", *range(1, 9), "norm"), *ratios]), BANDS, sep="\n")
+    print("", table([("steps", "ablated", "fresh", "OOD, ablated"), *curves]), RELEARNED, sep="\n")
     if run.args.images and (run.args.arch != "all" or run.arch == "dense"):      # the same beside all four cells
         run.results["ablate"]["vision"] = vision(run)
     run.save_results()
@@ -904,9 +906,11 @@ def vision(run: Run) -> list[dict]:
     n, generator = run.args.images, run.stream()
     blocks = (nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2))
     model = nn.Sequential(nn.Linear(32, 64), *blocks, nn.AvgPool2d((16, 1)), nn.Flatten(), nn.Linear(64, 8))
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.dim() > 1:
             nn.init.xavier_uniform_(p, generator=generator)
+        elif name.endswith("bias"):                          # PyTorch draws them from a stream that has no seed here
+            nn.init.zeros_(p)
     (images, true), row = shapes(2 * n, generator), torch.arange(2 * n)          # the second half is not trained
     wrong, chooses = row < n // 10, row % 5 == 0
     labels = torch.where(wrong, (true + torch.randint(1, 8, (2 * n,), generator=generator)) % 8, true)
@@ -929,8 +933,7 @@ def vision(run: Run) -> list[dict]:
     every, batches = 3 if run.args.quick else 1, list(zip(images[:n].split(250), labels[:n].split(250)))
     entries = curvature.compare(model, measure, value, *spectrum(run, model, batches, sum(groups.values(), [])), groups,
                                 KEEPS[::every], REMOVED[::every], run.stream(), ("svd", "random"))[2]
-    print(f"\na vision transformer, {n} images\n{outcomes(entries, 'removed', *sets)}\nmemorized, true: images trained "
-          "with a wrong label, answered so, and right; validation: others")
+    print(f"\na vision transformer, {n} images\n{outcomes(entries, 'removed', *sets)}\n{VISION}")
     return entries
 
 
@@ -1291,7 +1294,7 @@ FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, repl
          "bench": "time training, edits and factors, as they are and as they grow, and stop",
          "feed_forward": "keep the private feed-forward beside the memory"}
 VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from it"), "seeds": (1, "number of seeds"),
-          "n_edits": (64, "number of facts for --edit"), "transfer_steps": (600, "steps of the training of --transfer"),
+          "n_edits": (64, "number of facts for --edit"),
           "edit_batch": (1024, "requests whose targets --mass-edit seeks at a time"),
           "images": (3000, "training images of the vision transformer of --ablate, 0: none"),
           "entities": (50, "entities of the synthetic graph"), "relations": (20, "relations of the synthetic graph"),
