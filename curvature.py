@@ -42,7 +42,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-
 # --- Factors ----------------------------------------------------------------------------------------------------------
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -52,7 +51,6 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
         names = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
         raise [ValueError, TypeError][name in modules](f"{name!r} is no nn.Linear of the model; such are {names[:8]}")
     return modules[name]
-
 
 @contextmanager
 def evaluation_mode(model: nn.Module):
@@ -65,14 +63,12 @@ def evaluation_mode(model: nn.Module):
         for module, mode in modes:
             module.training = mode
 
-
 def counted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [N, classes] and targets [N], both flattened, without those whose target is -100."""
     if logits.shape[:-1].numel() != targets.numel():
         raise ValueError(f"logits {list(logits.shape)} must have one row for each of the targets {list(targets.shape)}")
     counts = targets.flatten() != -100
     return logits.reshape(len(counts), -1)[counts], targets.flatten()[counts]
-
 
 def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list[str], labels: str,
                    generator: torch.Generator | None, positions: str) -> list[tuple[str, Tensor, Tensor]]:
@@ -100,7 +96,6 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
         gradients = torch.autograd.grad(value, [zero for _, _, zero in calls], materialize_grads=True)
     counts = (targets != -100).view(output.shape[:-1]) if positions == "counted" else slice(None)
     return [(name, a[counts].flatten(0, -2), g[counts].flatten(0, -2)) for (name, a, _), g in zip(calls, gradients)]
-
 
 def kronecker_factors(model: nn.Module, batches, loss, layers, labels: str = "sampled",
                       generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
@@ -140,7 +135,6 @@ def kronecker_factors(model: nn.Module, batches, loss, layers, labels: str = "sa
             raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {total[name][0].dtype}")
     return {name: tuple(x / n[name] for x in total[name]) for name in n}
 
-
 def corrected_masses(model: nn.Module, batches, loss, factors: dict, **options) -> dict[str, Tensor]:
     """{name: masses [d_out, d_in]}: means over positions of (U_G^T g)^2 (x) (U_A^T a)^2, for lambda_i mu_j: EK-FAC [3].
     A second pass, with the `factors` {name: (A, G)} of the first; the options are those of `kronecker_factors`."""
@@ -152,18 +146,15 @@ def corrected_masses(model: nn.Module, batches, loss, factors: dict, **options) 
     found = kronecker_factors(model, batches, loss, factors, statistics=squares, **options)
     return {name: masses for name, (masses,) in found.items()}
 
-
 # --- The edit: float64 inside, the result in the dtype of the weights -------------------------------------------------
 
 class Eigen(NamedTuple):
     values: Tensor                      # [d] ascending, none negative
     vectors: Tensor                     # [d, d] in columns
 
-
 def double(x: Tensor) -> Tensor:
     """x in float64, on the CPU where its device has none (MPS)."""
     return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)
-
 
 def eigen(factor: Tensor | Eigen) -> Eigen:
     """The eigendecomposition of A or G, in float64. ValueError where it is no second moment or all zeros."""
@@ -179,11 +170,9 @@ def eigen(factor: Tensor | Eigen) -> Eigen:
                          f"{values[0]:.3g}..{values[-1]:.3g}: leave out a layer that is dead or has no gradient")
     return Eigen(values.clamp(min=0), vectors)
 
-
 def mask_of(chosen: Tensor, like: Tensor) -> Tensor:
     """bool, in the shape of `like`: True at the flat indices `chosen`."""
     return torch.zeros_like(like, dtype=torch.bool).flatten().index_fill_(0, chosen, True).view(like.shape)
-
 
 def keep_mask(A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor | None = None) -> Tensor:
     """M, bool [d_out, d_in]: the pairs of most mass, lambda_i mu_j [1] or `masses`, as many as it takes to reach the
@@ -199,7 +188,6 @@ def keep_mask(A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor 
     enough = keep * reached[-1] * (1 - 1e-12)                # not for rounding to decide: 3 of 10 equal masses are 0.3
     return mask_of(order[:len(order) if keep == 1 else int((reached < enough).sum()) + 1], masses)
 
-
 def project(W: Tensor, A: Eigen, G: Eigen, mask: Tensor) -> Tensor:
     """U_G ((U_G^T W U_A) * M) U_A^T, in the dtype and on the device of W."""
     if W.shape != (shape := (len(G.vectors), len(A.vectors))) or not W.isfinite().all():
@@ -207,13 +195,11 @@ def project(W: Tensor, A: Eigen, G: Eigen, mask: Tensor) -> Tensor:
     C = G.vectors.T @ double(W) @ A.vectors
     return (G.vectors @ (C * mask) @ A.vectors.T).to(W)
 
-
 def ablate(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor | None = None) -> Tensor:
     """W' = U_G (C * M) U_A^T [d_out, d_in], C = U_G^T W U_A, M = keep_mask(A, G, keep, masses): the edit of [1]; keep 1
     returns W up to rounding. ValueError on what does not fit, is not finite or all zero, and on keep outside (0, 1]."""
     A, G = eigen(A), eigen(G)
     return project(W, A, G, keep_mask(A, G, keep, masses))
-
 
 @contextmanager
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
@@ -231,14 +217,12 @@ def ablated(model: nn.Module, weights: dict[str, Tensor]):
         for name, W in old.items():
             layers[name].weight.data.copy_(W)
 
-
 def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
     """|U_band^T x| / |x| for inputs X [..., d_in] -> [..., n_bands]: how much of x, whatever its length, lies in each
     band of A's eigenvectors, those of the largest eigenvalues first. The squares add up to 1 (to 0 for x = 0)."""
     U = eigen(A).vectors.flip(1)
     bands = torch.stack([part.norm(dim=-1) for part in (double(X) @ U).tensor_split(n_bands, -1)], -1)
     return bands / double(X).norm(dim=-1, keepdim=True).clamp(min=1e-300)
-
 
 # --- Controls: as many components, or as large a change, chosen in another way ----------------------------------------
 
@@ -247,7 +231,6 @@ def random_orthogonal(d: int, generator: torch.Generator | None = None) -> Tenso
     options = {"generator": generator, "device": generator.device} if generator else {}
     Q, R = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, **options))
     return Q * R.diagonal().sign()
-
 
 def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: int | None = None,
             generator: torch.Generator | None = None, removed: float | None = None) -> Tensor:
@@ -282,7 +265,6 @@ def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: in
         kept = len(order) - int((lost <= (removed + 1e-12) ** 2 * lost[-1]).sum())
     return project(W, A, G, mask_of(order[:kept], scores))
 
-
 def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, steps: int = 200, lr: float = 0.02,
                  weight: float = 1.0) -> dict[str, Tensor]:
     """{name: W' [d_out, d_in]} with the share in (0, 1] of each layer's weights of highest learned scores s, top(s).
@@ -310,12 +292,10 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
             optimizer.step()
     return {name: weights[name] * top(s) for name, s in scores.items()}
 
-
 # --- The study: what is lost when components are; `measure(model)` returns {name: share of right answers} -------------
 
 KEEPING = ("kfac", "ekfac")             # have a share to keep; the others, controls, a share of the norm to remove
 CONTROLS = ("svd", "random", "activations", "gradients", "magnitude")
-
 
 def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> dict:
     """The label, `measure` of the model with these weights, and `removed`: |W - W'| / |W| over all of them."""
@@ -325,7 +305,6 @@ def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> d
     with ablated(model, weights):
         return label | measure(model)
 
-
 def edited(model: nn.Module, method: str, factors: dict, layers, strength: float, masses: dict,
            generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """{name: W'}: `ablate` with keep = strength (by `masses` "ekfac"), or a `control` with |W - W'| = strength |W|."""
@@ -334,7 +313,6 @@ def edited(model: nn.Module, method: str, factors: dict, layers, strength: float
         by = masses if method == "ekfac" else dict.fromkeys(W)
         return {name: ablate(W[name], *factors[name], strength, by[name]) for name in W}
     return {n: control(method, W[n], *factors[n], removed=strength, generator=generator) for n in W}
-
 
 def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -> tuple[dict, dict[str, Tensor]]:
     """({group: strength}, {name: W'}) by coordinate ascent on value(model): each group of layers in turn takes the
@@ -349,7 +327,6 @@ def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -
     for group in [*options] * rounds:
         chosen = max([chosen | {group: strength} for strength in (None, *options[group])], key=worth)
     return chosen, together(chosen)
-
 
 def compare(model: nn.Module, measure, value, factors: dict, masses: dict, groups: dict[str, list[str]], keeps, removed,
             generator: torch.Generator, controls=CONTROLS) -> tuple[dict, dict[str, Tensor], list[dict]]:

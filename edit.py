@@ -50,13 +50,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # --- The closed forms: float64 inside, the result in the dtype of the weights -----------------------------------------
 
 def double(x: Tensor) -> Tensor:
     """x in float64, on the CPU where its device has none (MPS)."""
     return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)
-
 
 def cast(update: Tensor, like: Tensor) -> Tensor:
     """A float64 matrix in the dtype and on the device of `like`; ValueError where rounding loses it."""
@@ -67,14 +65,12 @@ def cast(update: Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"a matrix with entries up to {size:.3g} does not fit {like.dtype}: off by {error:.3g}")
     return result
 
-
 def second_moment(K: Tensor) -> Tensor:
     """C = mean over the rows of k k^T, uncentred: [..., d_in] -> [d_in, d_in], float64 ([2], below equation 2)."""
     if K.dim() < 2 or K.shape[:-1].numel() == 0 or not K.isfinite().all():
         raise ValueError(f"keys must be finite and [n, d_in] with n >= 1, got shape {list(K.shape)}")
     K = double(K.flatten(0, -2))
     return K.T @ K / len(K)
-
 
 def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None = None, lam=1.0, carried=None):
     """ValueError that names the shapes that clash, or the first request whose key or residual cannot be used."""
@@ -94,20 +90,17 @@ def check_batch(K: Tensor, R: Tensor, C: Tensor | None = None, W: Tensor | None 
         if bad.any():
             raise ValueError(f"request {int(bad.nonzero()[0])}: {why}")
 
-
 def row_direction(K: Tensor) -> Tensor:
     """u = e_j / k_j with j = argmax |k_j|, for every row of K [n, d_in]; u k = 1."""
     K = double(K)
     j = K.abs().argmax(-1, keepdim=True)
     return torch.zeros_like(K).scatter(-1, j, 1 / K.gather(-1, j))
 
-
 def rome_direction(C: Tensor, K: Tensor, diagnostics: dict | None = None, lam: float = 0.0) -> Tensor:
     """u = C^-1 k / (k^T C^-1 k + lam) for the rows of K [n, d_in]: ROME, u k = 1, and with lam MEMIT of one request."""
     K, B = double(K), inverse_factor(C, diagnostics)
     U = K @ B @ B.T                                                              # C^-1 k as rows
     return U / ((U * K).sum(-1, keepdim=True) + lam)
-
 
 def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
     """B = L^-T where C = L L^T (Cholesky): B B^T = C^-1. Where C is numerically singular (dead, dependent inputs), only
@@ -125,13 +118,11 @@ def inverse_factor(C: Tensor, diagnostics: dict | None = None) -> Tensor:
         diagnostics["ridge"] = ridge
     return torch.linalg.solve_triangular(L.T, identity, upper=True)
 
-
 def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
     """dW [d_out, d_in] that changes one column, at the entry of k [d_in] of largest magnitude, so that dW k = r [d_out]
     [1]. Raises ValueError for a bad request (`check_batch`)."""
     check_batch(k[None], r[None])
     return finish(torch.outer(double(r), row_direction(k[None])[0]), k[None], r[None], r, None, diagnostics)
-
 
 def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | None = None) -> Tensor:
     """dW = (v - W k) (C^-1 k)^T / (k^T C^-1 k), so that (W + dW) k = v: ROME [2], equation 2, with one key [3].
@@ -142,7 +133,6 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
     dW = torch.outer(r, rome_direction(C, k[None], diagnostics)[0])
     return finish(dW, k[None], r[None], W, W, diagnostics)
 
-
 def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None) -> Tensor:
     """ROME for one request after another, each on the weight that the last one left: the sum of the updates. Only the
     last is sure to hold. As `rome_update`, with K [n, d_in], which stay as they are, and V [n, d_out]."""
@@ -151,7 +141,6 @@ def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict 
     for k, v, u in zip(double(K), double(V), U):
         now.addr_(v - now @ k, u)
     return finish(now - double(W), K, double(V) - double(K) @ double(W).T, W, W, diagnostics)
-
 
 def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, diagnostics: dict | None) -> Tensor:
     """dW in the dtype and on the device of `like`. `diagnostics` gets, of what is returned, rounding included,
@@ -162,7 +151,6 @@ def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, dia
         if W is not None:
             diagnostics["relative_norm"] = float(double(dW).norm() / double(W).norm())
     return dW
-
 
 # --- Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P ------------------------------------------------------
 
@@ -176,7 +164,6 @@ def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
         raise ValueError(f"{len(K)} requests exceed the rank of their keys, at most {K.shape[1]}; use memit_update")
     return solve(K, R, inverse_factor(C, diagnostics), 0.0, "dual", W, diagnostics)
 
-
 def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | None = None, carried: Tensor | None = None,
                  W: Tensor | None = None, diagnostics: dict | None = None) -> Tensor:
     """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], eq. 14.
@@ -187,7 +174,6 @@ def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | Non
     check_batch(K, R, C, W, lam, carried)
     C = double(C) + (0 if carried is None else double(carried) / lam)
     return solve(K, R, inverse_factor(C, diagnostics), lam, form, W, diagnostics)
-
 
 def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: float = 1e-2, W: Tensor | None = None,
                      diagnostics: dict | None = None) -> Tensor:
@@ -206,7 +192,6 @@ def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: 
     if diagnostics is not None:
         diagnostics |= {"null_space": U.shape[1], "ridge": 0.0}
     return solve(K, R, U, lam, None, W, diagnostics)
-
 
 def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tensor | None, diagnostics) -> Tensor:
     """dW = R^T (K P K^T + lam I)^-1 K P with P = B B^T, B [d_in, m], for the keys X = K B [n, m]:
@@ -247,7 +232,6 @@ def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tens
                         "residual_predicted": left.norm(dim=-1), "largest_cosine": largest_cosine(X @ B.T)[0]}
     return finish((B @ Y).T, K, R, R, W, diagnostics)
 
-
 def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
     """The largest |cosine| between two rows of U [n, d], and which two: (0.0, 0, 0) where there is one row."""
     U = U / U.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(U.dtype).tiny)
@@ -257,7 +241,6 @@ def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
         i, j = divmod(int(place), len(U) - start)
         best = max(best, (float(value), start + i, start + j))
     return best
-
 
 # --- Putting an edit into a model -------------------------------------------------------------------------------------
 
@@ -278,13 +261,11 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor
         raise
     return old
 
-
 @torch.no_grad()
 def restore(model: nn.Module, old: dict[str, Tensor]):
     """Put back the weights that `apply_edit` returned, bit for bit."""
     for name, weight in reversed(old.items()):                                   # two names may mean one layer
         model.get_submodule(name).weight.copy_(weight)
-
 
 @contextmanager
 def edit(model: nn.Module, updates: dict[str, Tensor]):
@@ -294,7 +275,6 @@ def edit(model: nn.Module, updates: dict[str, Tensor]):
         yield model
     finally:
         restore(model, old)
-
 
 @contextmanager
 def intervene(module: nn.Module, change, calls=None):
@@ -308,12 +288,10 @@ def intervene(module: nn.Module, change, calls=None):
     finally:
         handle.remove()
 
-
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
     """Inside, example b of a batch sees its own edit, W + r_b u_b^T, at every call of the layer or at the `calls` given
     (see `intervene`), and W is untouched: u [batch, d_in], r [batch, d_out]."""
     return intervene(layer, lambda k, value: value + torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None], calls)
-
 
 @torch.no_grad()
 def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,7 +304,6 @@ def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor,
         raise ValueError("the layer is not called when the model reads these tokens, so it holds nothing of them")
     return tuple(map(torch.stack, zip(*calls)))
 
-
 def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output, each [batch, token, d], of the module `name` at one of its calls."""
     inputs, outputs = record(model, model.get_submodule(name), tokens)
@@ -334,12 +311,10 @@ def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Ten
         raise ValueError(f"{name} is called {len(inputs)} time(s) in a forward pass, so there is no call {call}")
     return inputs[call], outputs[call]
 
-
 def last_token(model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """As `at_call`, at the last token alone: input [n, d_in] and output [n, d_out]."""
     parts = [[x[:, -1].clone() for x in at_call(model, name, call, part)] for part in tokens.split(chunk)]
     return tuple(map(torch.cat, zip(*parts)))
-
 
 def key_second_moment(model: nn.Module, layer: nn.Linear, *inputs: tuple, chunk: int = 1024) -> Tensor:
     """C of a layer over the keys of each (tokens [n, token], call), None: every call; every token counts the same."""
@@ -348,7 +323,6 @@ def key_second_moment(model: nn.Module, layer: nn.Linear, *inputs: tuple, chunk:
         K = record(model, layer, part)[0][slice(None) if call is None else slice(call, call + 1)].flatten(0, -2)
         total, n = total + second_moment(K) * len(K), n + len(K)
     return total / n
-
 
 # --- Requests and their target values ---------------------------------------------------------------------------------
 
@@ -374,7 +348,6 @@ class Requests:
             if first.setdefault(fact, j) != j:
                 raise ValueError(f"requests {first[fact]} and {j} change the same fact, {fact}; leave one out")
 
-
 @dataclass
 class Site:
     """What an edit needs to know of one layer at one call: gathered once, used by every method and target."""
@@ -385,14 +358,12 @@ class Site:
     keys: Tensor                        # [n_facts, d_in] at the last token of each fact's query
     values: Tensor                      # [n_facts, d_out]
 
-
 def site(model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None) -> Site:
     """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more inputs, with values
     to keep. C pools the keys of these at this call and of the queries at every call, at all of which an edit acts."""
     layer, more = model.get_submodule(name), [] if ordinary is None else [(ordinary, call)]
     keys, values = last_token(model, name, call, queries)
     return Site(name, call, layer, key_second_moment(model, layer, (queries, None), *more), keys, values)
-
 
 def direction(method: str, at: Site, requests: Requests, diagnostics: dict | None = None, lam: float = 1.0) -> Tensor:
     """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one request, lam as in
@@ -406,7 +377,6 @@ def direction(method: str, at: Site, requests: Requests, diagnostics: dict | Non
         u[alive] = U.to(keys)
     return u
 
-
 def prototype_residual(at: Site, requests: Requests, tails: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """r = v* - W k [n, d_out], v* the mean value over the other known facts (`known` [n_facts], bool) with the wanted
     answer in `tails` [n_facts]; and which requests have such a fact [n]: r is 0 for the others."""
@@ -418,13 +388,11 @@ def prototype_residual(at: Site, requests: Requests, tails: Tensor, known: Tenso
     has_one, mean = others[:, -1] > 0, others[:, :-1] / others[:, -1:].clamp(min=1)
     return (mean - at.values[fact]) * has_one[:, None], has_one
 
-
 def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
     """[n]: how far each row of v [n, d_out] is from the nearest row of `values` [m, d_out], such as a store's own."""
     with torch.no_grad():
         nearest = torch.cat([torch.cdist(part, values).argmin(1) for part in v.split(chunk)])
     return (v - values[nearest]).norm(dim=-1)
-
 
 def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor, steps: int = 40, lr=0.1, decay=1e-3,
                       clamp=4.0, batch: int | None = None, near: Tensor | None = None, pull=1.0) -> Tensor:
@@ -451,7 +419,6 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
         parts.append((scaled * size).detach())
     return torch.cat(parts)
 
-
 def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, steps: int = 25,
                     batch: int | None = None) -> Tensor:
     """dW by Adam on -log p(wanted answer), no entry above bound * rms(W): the constrained fine-tuning that [2] compares
@@ -469,7 +436,6 @@ def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, boun
             optimizer.zero_grad()
             dW.data.clamp_(-limit, limit)
     return dW.detach()
-
 
 def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Requests, r: Tensor, lam: float,
                  ordinary: Tensor, stream: tuple[str, int], diagnostics: dict | None = None) -> dict[str, Tensor]:
@@ -498,7 +464,6 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
                 carried[name] = carried.get(name, 0) + double(keys).T @ double(keys)
     return updates
 
-
 # --- What an edit did: the fact, what follows from it, and everything else --------------------------------------------
 
 @dataclass
@@ -507,7 +472,6 @@ class Probes:
     edit: Tensor                        # [m] row in the requests
     tokens: Tensor                      # [m, token]
     answer: Tensor                      # [m]
-
 
 def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, asked: Tensor) -> tuple[dict, dict]:
     """Probes whose answer an edit must change: compositions with the edited fact first ("hop1"), or second ("hop2").
@@ -533,12 +497,10 @@ def propagation_probes(requests: Requests, paths, known: Tensor, right: Tensor, 
         probes[name] = Probes(i[keep], paths.tokens[path[keep]], answer[keep])
     return probes, left_out
 
-
 def queries(paths) -> Tensor:
     """[n_facts, 2]: head and relation token of each fact, in the order of `paths.facts`."""
     n_rows = torch.bincount(paths.first)
     return paths.tokens[n_rows.cumsum(0) - n_rows, :2]
-
 
 def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor, asked: Tensor, n: int,
                      generator: torch.Generator) -> dict[str, Probes]:
@@ -555,7 +517,6 @@ def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor
         probes[name] = Probes(keep.nonzero()[:, 0], tokens[drawn[keep]], answer[drawn[keep]])
     return probes
 
-
 def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> dict[str, Probes]:
     """Other facts near an edited one: with its head ("same_subject"), its relation ("same_relation"), or the place of
     its largest key entry, on the row that the row edit changes ("same_row")."""
@@ -567,7 +528,6 @@ def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> di
         probes[name] = Probes(i[keep], queries(paths)[row[keep]], one_hop[row[keep]])
     return probes
 
-
 @torch.no_grad()
 def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probes, chunk: int = 512) -> float | None:
     """How nearly a composition reads the store at the edited address: the cosine between the fact's key and that at its
@@ -577,7 +537,6 @@ def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probe
         keys = record(model, at.layer, tokens)[0][:, :, -1]                      # [call, m, d_in]
         cosines.append(F.cosine_similarity(keys, at.keys[requests.fact[i]], dim=-1).amax(0))
     return float(torch.cat(cosines).mean()) if len(probe.edit) else None
-
 
 @torch.no_grad()
 def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512, calls=None,
@@ -597,11 +556,9 @@ def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, ch
             parts.append(model(tokens)[:, -1].argmax(-1))
     return torch.cat(parts)
 
-
 def share_of(hit: Tensor) -> float | None:
     """Share of True in hit [n]; None where there is nothing to count."""
     return int(hit.sum()) / len(hit) if len(hit) else None
-
 
 def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, probes: dict[str, Probes]) -> dict:
     """Shares in 0..1 over all edits; None where there was nothing to ask. direct: edits whose own query now has the new
@@ -618,7 +575,6 @@ def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, 
             result[f"{name}_moved"] = share_of(~hit)
     return result
 
-
 # --- Locate: which state carries an answer ----------------------------------------------------------------------------
 # A state is what a module, by name, returns at one of its calls, at one token. What it carries shows when it is
 # interchanged between two runs [2]; that the other run differs in one token is after Wang et al. 2024, 2405.15071.
@@ -631,7 +587,6 @@ def interchange(model: nn.Module, name: str, call: int, token: int, other: Tenso
         new = other if basis is None else mine + (basis @ (basis.mT @ (other - mine)[..., None]))[..., 0]
         return torch.cat([x[:, :token], new[:, None], x[:, token + 1:]], 1)
     return intervene(model.get_submodule(name), change, calls=[call])
-
 
 @torch.no_grad()
 def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list, each: bool = False):
@@ -652,7 +607,6 @@ def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, si
             rise[i, token] = probability(logits) - before
     return (back, rise) if each else (back.mean(-1), rise.mean(-1))
 
-
 @torch.no_grad()
 def lens(model: nn.Module, tokens: Tensor, wanted: Tensor, sites: list, unembed) -> tuple[Tensor, Tensor]:
     """Logit lens: rank (0: the first; ties count against it) and probability, each [site, token, n], of wanted [n] in
@@ -665,7 +619,6 @@ def lens(model: nn.Module, tokens: Tensor, wanted: Tensor, sites: list, unembed)
         probabilities.append((mine[..., 0] - logits.logsumexp(-1)).exp().T)
     return torch.stack(ranks), torch.stack(probabilities)
 
-
 @torch.no_grad()
 def swapped(model: nn.Module, tokens: Tensor, other: Tensor, name: str, call: int, token: int, basis=None) -> Tensor:
     """The answers [n] to `tokens` with the state (name, call, token) of the prompts `other` [n, token], with a basis
@@ -673,11 +626,9 @@ def swapped(model: nn.Module, tokens: Tensor, other: Tensor, name: str, call: in
     with interchange(model, name, call, token, at_call(model, name, call, other)[1][:, token], basis):
         return model(tokens)[:, -1].argmax(-1)
 
-
 def span(*vectors: Tensor) -> Tensor:
     """Orthonormal basis [batch, d, k] of the span of k vectors [batch, d] each."""
     return torch.linalg.qr(torch.stack(vectors, -1)).Q
-
 
 def complement(basis: Tensor) -> Tensor:
     """Orthonormal basis [batch, d, d - k] of what is orthogonal to a basis [batch, d, k]."""

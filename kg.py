@@ -38,7 +38,6 @@ from torch import Tensor
 REGIMES = {"natural": [], "first-hop": ["ood_first"], "second-hop": ["ood_second"],
            "both-hops": ["ood_first", "ood_second"]}
 
-
 # --- Graphs -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -52,14 +51,12 @@ class KnowledgeGraph:
     n_entities = property(lambda self: len(self.entities))
     n_relations = property(lambda self: len(self.relations))
 
-
 def from_table(facts) -> KnowledgeGraph:
     """A graph from its table [n_entities, n_relations] of tails (-1: none), with names e0, e1, ... and r0, r1, ..."""
     facts = torch.as_tensor(facts, dtype=torch.long)
     if facts.dim() != 2 or facts.numel() == 0 or facts.min() < -1 or facts.max() >= len(facts):
         raise ValueError(f"facts must be [n_entities, n_relations], tails -1..n_entities-1, got {list(facts.shape)}")
     return KnowledgeGraph(facts, [f"e{i}" for i in range(len(facts))], [f"r{i}" for i in range(facts.shape[1])])
-
 
 def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None,
               arithmetic: int = 0) -> KnowledgeGraph:
@@ -79,7 +76,6 @@ def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | No
     shift = torch.randint(1, n_entities, (arithmetic,), generator=generator)
     tails[:, :arithmetic] = (torch.arange(n_entities)[:, None] + shift) % n_entities
     return from_table(torch.where(rank < out_degree, tails, -1))
-
 
 def from_triples(path) -> KnowledgeGraph:
     """Read a UTF-8 file of lines `head <tab> relation <tab> tail`; blank lines and lines that begin with # are skipped.
@@ -120,7 +116,6 @@ def from_triples(path) -> KnowledgeGraph:
         raise ValueError(f"{path}:{n_lines}: the end of the file, and no two-hop path in it: no tail is also a head")
     return KnowledgeGraph(facts, entities, relations, notes)
 
-
 # --- Paths and splits -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -143,7 +138,6 @@ class Paths:
     def to(self, device) -> "Paths":
         masks = {name: mask.to(device) for name, mask in self.masks.items()}
         return Paths(**{name: masks if name == "masks" else value.to(device) for name, value in vars(self).items()})
-
 
 def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, seed: int,
           regime: str = "natural", augment: float = 0.0) -> Paths:
@@ -191,11 +185,9 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
         train[rows], masks[name][rows] = True, False
     return Paths(torch.stack([head, relation, tail], 1), tokens, tail[first], two_hop, first, second, ood_fact, masks)
 
-
 def true_two_hop(paths: Paths) -> Tensor:
     """[n_paths]: what follows from the facts, -100 where nothing does; `two_hop` but for exceptions."""
     return torch.where(paths.second >= 0, paths.facts[paths.second, 2], -100)
-
 
 def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
     """A `share` of the trained paths answered wrong in `two_hop`, each by one fixed other entity, uniformly drawn.

@@ -40,10 +40,8 @@ SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
 LABELS = dict(zip(("one_hop", *SPLITS), ("1-hop", "train", "ID", "OOD", "first", "second")))
 LATE = {"lr": 5e-4, "muon_lr": 1e-3, "weight_decay": 0.0, "one_hop_weight": 1.0}
 
-
 class UserError(Exception):
     """One line that names the value and the remedy; a second argument is the exit status, 2 (bad input) without it."""
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -73,7 +71,6 @@ class Recipe:
             if not low <= value < high:
                 raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
-
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
@@ -89,7 +86,6 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
-
 def orthogonalize(G: Tensor) -> Tensor:
     """U V^T, nearly, for G = U S V^T: five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X."""
     if G.shape[0] > G.shape[1]:
@@ -99,7 +95,6 @@ def orthogonalize(G: Tensor) -> Tensor:
         A = X @ X.T
         X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X
-
 
 class Batches:
     """Batches of facts with their trained continuations, drawn on the device without waiting for it, all facts alike or
@@ -138,14 +133,12 @@ class Batches:
         query, told = self.queries[draw(len(self.queries))], draw(n_entities)
         return torch.cat([query, told[:, None], query], 1), told
 
-
 def loss_of(logits: Tensor, answers: Tensor, recipe: Recipe) -> Tensor:
     """Cross entropy of the facts and of the compositions, each a mean over its own answers, weighted w : 1."""
     w = recipe.one_hop_weight
     loss = lambda x, y: F.cross_entropy(x.flatten(0, -2), y.flatten(), reduction="sum", ignore_index=-100,
                                         label_smoothing=recipe.label_smoothing) / (y >= 0).sum().clamp(min=1)
     return (w * loss(logits[:, 1], answers[:, 0]) + loss(logits[:, 2:], answers[:, 1:])) / (w + 1)
-
 
 @torch.no_grad()
 def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, Tensor]:
@@ -162,12 +155,10 @@ def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, T
     out = torch.cat([model(part, positions).argmax(-1) for part in tokens.split(max(1, chunk // (2 + width)))])
     return out[bundle[start], 1], out[bundle, 2 + place % width]
 
-
 @torch.no_grad()
 def last_answers(model: Model, tokens: Tensor) -> Tensor:
     """The model's answers [n] at the last of the tokens [n, token]."""
     return torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(4096)])
-
 
 def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, float | None]:
     """Share of right answers over all facts and, with `compose`, over each split; None for an empty split."""
@@ -175,7 +166,6 @@ def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, f
     return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | {
         name: share_of((two_hop == paths.two_hop)[mask]) if compose else None
         for name, mask in paths.masks.items() if name != "validation"}
-
 
 class Run:
     """One model in its folder: config.json, log.jsonl, ckpt.pt, results.json."""
@@ -362,7 +352,6 @@ class Run:
               f"{self.n_paths['ood']} paths) {step('grokked_at')}; {last['seconds']:.0f} s, "
               f"{self.results['peak_memory_mib']} MiB at most")
 
-
 # --- Stage: edits -----------------------------------------------------------------------------------------------------
 
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
@@ -376,13 +365,11 @@ def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
             ("feed-forward", f"{block}.feed_forward", call), ("stream", block, call)) if part != absent]
     return found
 
-
 def edit_sites(config: Config) -> list[tuple[str, int, int]]:
     """(layer, call, pass) of every store, by the nn.Linear whose columns hold what is stored."""
     layer = {"memory": "values", "feed-forward": "down"}
     return [(f"{module}.{layer[part]}", call, at_pass) for at_pass, part, module, call in traced_states(config)
             if part in layer]
-
 
 def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing.Requests, int]:
     """n random ID facts, for each a new tail out of the other tails of its relation; how many have no other tail."""
@@ -394,11 +381,9 @@ def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing
     new = [rest[torch.randint(len(rest), (1,), generator=generator)].item() for rest in others]
     return make_requests(run, fact, new), len(id_facts) - len(editable)
 
-
 def make_requests(run: Run, fact: Tensor | list[int], new: list[int]) -> editing.Requests:
     fact, new = (torch.as_tensor(x, dtype=torch.long, device=run.device) for x in (fact, new))
     return editing.Requests(fact, editing.queries(run.paths)[fact], run.paths.facts[fact, 2], new)
-
 
 def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
     """Requests from names; UserError for a name or a fact that the graph does not have."""
@@ -412,7 +397,6 @@ def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
             raise UserError(f"--edit-fact: the graph has no fact ({head}, {r}); only existing facts can be changed")
     return make_requests(run, [rows[head, r] for head, r, _ in wanted], [entities.index(tail) for *_, tail in wanted])
 
-
 def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
              u: Tensor | None = None, **options) -> tuple[Tensor, int]:
     """r of each request for the target "prototype", "gradient" or "near" (pulled towards the values of `known` facts);
@@ -424,20 +408,17 @@ def residual(run: Run, model: Model, at: editing.Site, requests: editing.Request
         r = torch.where(has_one[:, None], r, editing.gradient_residual(model, at, requests, u, near=near, **options))
     return r, int((~has_one).sum()) * (target == "prototype")
 
-
 def rome_edits(run: Run, model: Model, name: str, call: int, requests: editing.Requests, known: Tensor) -> tuple:
     """ROME with prototype targets: the site, u and r of the edits W + r u^T, and fallbacks as in `residual`."""
     at = editing.site(model, name, call, editing.queries(run.paths), run.ordinary())
     u = editing.direction("rome", at, requests)
     return at, u, *residual(run, model, at, requests, "prototype", known, u)
 
-
 COLUMNS = """direct: edits whose own question has the new answer. hop 1, hop 2: compositions with the edited fact
 first, second, whose answer is what now follows, among edits with direct success (number of probes).
 facts, comps., row: answers that moved though they should not, of other facts, of compositions of
 them, of facts with the same largest key entry. near: gradient, pulled towards stored values."""
 FAR = "far: distance of the value written from the nearest of a known fact, in units of their mean length"
-
 
 def edit_stage(run: Run, model: Model):
     """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
@@ -482,7 +463,6 @@ def edit_stage(run: Run, model: Model):
     print(f"compositions left out: {listed(left_out)}\nwanted tails of no other known fact, reached by gradient: "
           f"{entries[0]['gradient_for_want_of_a_prototype']} of {n}\n{table(rows)}\n{COLUMNS}\n{FAR}")
 
-
 def edit_fact_stage(run: Run, model: Model):
     """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model answers then."""
     paths, requests, (one_hop, _, _, right, _) = run.paths, named_requests(run, run.args.edit_fact), run.known(model)
@@ -505,7 +485,6 @@ def edit_fact_stage(run: Run, model: Model):
             rows += found[:10] + [(f"-- {kind}: {n_right} of {len(found)} right", "", "", "", "")]
         print("\n" + table(rows))
 
-
 # --- Stages: where a fact is, and when it is written ------------------------------------------------------------------
 
 def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
@@ -517,7 +496,6 @@ def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: 
     pairs = ((rest[clean] == rest[other]) & (answers[clean] != answers[other])).nonzero().flatten()
     pairs = pairs[torch.randperm(len(pairs), generator=generator)[:n].to(pairs.device)]
     return clean[pairs], other[pairs]
-
 
 def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
     """(layer, call, pass) to edit, fixed before any edit is scored; recorded in results: the first store that is read.
@@ -535,10 +513,8 @@ def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Ten
     run.results["a_priori"] = dict(zip(("site", "call", "pass"), chosen)) | {"effects": effects, "n": len(clean)}
     return chosen
 
-
 TRACED = """percent of the prompts that get their answer back (dot: none): one token is replaced (corrupted),
 then one state put back (restored), of attention, a store or the stream, at the token of the column."""
-
 
 def locate_stage(run: Run, model: Model):
     """Causal tracing of known ID facts and of known compositions of them: which state carries the answer."""
@@ -564,14 +540,12 @@ def locate_stage(run: Run, model: Model):
     print(f"\ncausal tracing\n{table(list(zip(*columns)))}\n{TRACED}")
     print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
 
-
 WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME), that of --locate first. acts:
 always, or at some calls of the layer alone (with one block per pass, call t is in pass t). direct,
 hop 1, hop 2: as for --edit, among edits that have direct success when they always act."""
 HELD = """share of the answers right in the first row above that stay right when the stream after the pass is
 as without the edit in the plane of the embeddings of the old and new answer, or a random one; at r1
 for the fact and hop 1, at the last token for hop 2."""
-
 
 def when_stage(run: Run, model: Model):
     """Edits that act at some calls of their layer alone; then the first of them with its answer held as it was."""
@@ -602,7 +576,6 @@ def when_stage(run: Run, model: Model):
         (e["after"], *(x for key in probes for x in (bar(e[key]), cell(e[key + "_random"])))) for e in when["held"]]
     print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
 
-
 def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
          probes: dict[str, editing.Probes], right: dict[str, Tensor], generator: torch.Generator) -> list[dict]:
     """For the stream after each pass: the share of the probes `right` under the edit that stay so when it is held."""
@@ -617,7 +590,6 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
                 entries[-1][name] = share_of((now == probe.answer)[right[key] & right["direct"][probe.edit]])
     return entries
 
-
 # --- Stage: many edits at once ----------------------------------------------------------------------------------------
 
 MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
@@ -630,7 +602,6 @@ CLOSED_FORMS = {
     "emmet": lambda C, K, r, _, **more: editing.emmet_update(K, r, C, **more),
     "alphaedit": lambda C, K, r, bound, **more: editing.alphaedit_update(K, r, C, 1.0, threshold=bound, **more),
     "rome": lambda C, K, r, _, W, diagnostics: editing.rome_sequence(W, C, K, K @ W.T + r, diagnostics)}
-
 
 class MassEdit:
     """Many facts of a model in one update, at its first store and pass, and what becomes of these and other facts."""
@@ -699,7 +670,6 @@ class MassEdit:
         shares = {key: float(hit.double().mean()) for key, hit in hits.items()}
         return shares | {"score": 100 * len(shares) / sum(1 / max(share, 1e-9) for share in shares.values())}
 
-
 def mass_edit_stage(run: Run, model: Model):
     """1 to 10 000 facts (at most half of those there are) in one update, by every method, at the first store and pass.
     Strengths, and the target of the peers of MEMIT, are chosen on facts that are not scored afterwards."""
@@ -730,7 +700,6 @@ def mass_edit_stage(run: Run, model: Model):
     blocks = f"\n\nover several blocks\n{mass_table(layers, 'blocks')}" * dense
     print(f"{mass_table(edits, 'n')}{blocks}\n{MASS_COLUMNS}")
 
-
 def mass_table(entries: list[dict], varied: str) -> str:
     columns = {varied: "" if varied == "blocks" else "g", "efficacy": ".3f", "paraphrase": ".3f", "specificity": ".3f",
                "score": ".1f", "condition": ".1e", "residual_left": ".3f", "residual_predicted": ".3f",
@@ -741,7 +710,6 @@ def mass_table(entries: list[dict], varied: str) -> str:
         rows.append((e["method"], e["target"][:5].strip("i"), *(
             more.get(key) or cell(e.get(key), form) for key, form in columns.items())))
     return table(rows)
-
 
 # --- Stage: exceptions and structure in the spectrum of curvature -----------------------------------------------------
 
@@ -762,7 +730,6 @@ BANDS = """what a layer reads at the last token, exceptions over clean trained p
 of A's eigenvectors, largest eigenvalues first, in units of the whole length; norm: that length."""
 RELEARNED = "exceptions recited after further steps of training"
 VISION = "memorized, true: images with a wrong label, answered so, and right; validation: others."
-
 
 class Ablation:
     """What a model of --ablate is asked, and the batches that its curvature is measured on."""
@@ -810,7 +777,6 @@ class Ablation:
         lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / 4
         return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
 
-
 def spectrum(run: Run, model: nn.Module, batches: list, names: list[str]) -> tuple[dict, dict]:
     """Of layers by name: (eigen A, eigen G), and the masses of EK-FAC; both with the same sampled labels."""
     seeded = lambda: run.stream(next(model.parameters()).device)
@@ -818,12 +784,10 @@ def spectrum(run: Run, model: nn.Module, batches: list, names: list[str]) -> tup
     factors = {name: (curvature.eigen(A), curvature.eigen(G)) for name, (A, G) in factors.items()}
     return factors, curvature.corrected_masses(model, batches, F.cross_entropy, factors, generator=seeded())
 
-
 def outcomes(entries: list[dict], *columns: str) -> str:
     strengths = lambda e: "/".join(cell(s, "g") for s in e.get("strengths", {}).values())
     return table([("", "matched", "strengths", *(LABELS.get(key, key) for key in columns))] + [
         (e["method"], e.get("matched", ""), strengths(e), *(cell(e[key]) for key in columns)) for e in entries])
-
 
 def ablate_stage(run: Run, model: Model):
     """Exceptions out of a model by K-FAC and by every control; what else goes with them; how soon they are back."""
@@ -870,7 +834,6 @@ def ablate_stage(run: Run, model: Model):
         run.results["ablate"]["vision"] = vision(run)
     run.save_results()
 
-
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
     """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights, trained as in the last
     steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
@@ -885,7 +848,6 @@ def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int 
         run.advance(parts, batches, parts["model"], run.recipe.steps + step)
     return curve
 
-
 def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """n noisy images of eight shapes at random places and sizes, as 16 patches of 4 x 4 pixels, each with its place
     [n, 16, 16 + 16]; and which shape it is [n]."""
@@ -899,7 +861,6 @@ def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     kind = torch.randint(8, (n,), generator=generator)
     images = kinds[torch.arange(n), kind] + 0.15 * torch.randn(n, 16, 16, generator=generator)
     return torch.cat([F.unfold(images[:, None], 4, stride=4).mT, torch.eye(16).expand(n, 16, 16)], 2), kind
-
 
 def vision(run: Run) -> list[dict]:
     """A vision transformer with a tenth of its labels wrong, on the CPU, trained to memorize them and ablated."""
@@ -936,7 +897,6 @@ def vision(run: Run) -> list[dict]:
     print(f"\na vision transformer, {n} images\n{outcomes(entries, 'removed', *sets)}\n{VISION}")
     return entries
 
-
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 ANSWERS, HOPS = ("one_hop", "train", "id", "ood"), ("direct", "hop1", "hop2")
@@ -946,7 +906,6 @@ FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made fo
            "retention": "share of the curvature mass kept"}
 STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),     # Okabe, Ito: for all eyes
                   "os^Dv*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)))))                   # and in grey
-
 
 def points(groups: list[list[dict]]) -> dict:
     """{figure: {panel: {line: {x: values}}}} of all that is drawn, a value for each run."""
@@ -969,7 +928,6 @@ def points(groups: list[list[dict]]) -> dict:
                     values = found[file][panel.format(key=key, **e)][line.format(key=key, **e)]
                     values[x.format(**e)].append(e[key])
     return found
-
 
 def plot(folders: list[Path], out: Path):
     """Figures of all runs in or below the folders, as SVG files in `out`: the mean over the runs and their range; for
@@ -1008,14 +966,12 @@ def plot(folders: list[Path], out: Path):
                 figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3 * columns)
                 figure.savefig(out / f"{file}.svg", metadata={"Date": None})
 
-
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
 SPEED = """ms: one step. plain: times as long with exact top-k and unfused attention, medians of turns (lowest-
 highest). shape, square: matrix products over all time of a step, as a share of what torch reaches for
 the keys of a step, for a 1024 square. Per second: paths trained, answers evaluated, edits in one MEMIT
 update of 100, tokens to the K-FAC factors of a store."""
-
 
 def in_turns(tasks: dict, rounds: int = 5) -> dict:
     """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. One trial round."""
@@ -1028,7 +984,6 @@ def in_turns(tasks: dict, rounds: int = 5) -> dict:
         seconds[name] += [time.perf_counter() - began] * (i > 0)
     return seconds
 
-
 def bench_tasks(run: Run, n_edits: int = 100) -> tuple[dict, dict]:
     """What is timed of a run, {name: function}, and {name: units that one call does}."""
     parts, paths, name = run.fresh(), run.paths, edit_sites(run.config)[0][0]
@@ -1040,7 +995,6 @@ def bench_tasks(run: Run, n_edits: int = 100) -> tuple[dict, dict]:
              "factors": lambda: curvature.kronecker_factors(model, [(facts, gold)], F.cross_entropy, [name])}
     units = run.recipe.batch * run.recipe.branches, len(paths.facts) + len(paths.first), n_edits, facts.numel()
     return tasks, dict(zip(tasks, units))
-
 
 def bench(args, out: Path):
     """Time what the project does, at the sizes asked for and as they grow: tables, and bench.json in `out`."""
@@ -1086,7 +1040,6 @@ def bench(args, out: Path):
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "bench.json", json.dumps(results, indent=1).encode())
 
-
 # --- Report -----------------------------------------------------------------------------------------------------------
 
 def table(rows: list[tuple]) -> str:
@@ -1097,10 +1050,8 @@ def table(rows: list[tuple]) -> str:
     line = lambda row: "  ".join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip()
     return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2)] + [line(row) for row in rows[1:]])
 
-
 def cell(value, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
-
 
 def mean(values: list, form: str = ".3f", lowest: bool = False) -> str:
     """Mean of what was measured and, if asked, the lowest of several; '-' where nothing was."""
@@ -1108,22 +1059,17 @@ def mean(values: list, form: str = ".3f", lowest: bool = False) -> str:
     text = cell(sum(values) / len(values) if values else None, form)
     return text + f" ({cell(min(values), form)})" if lowest and len(values) > 1 else text
 
-
 def bar(share: float | None) -> str:
     return "-" if share is None else f"{share:.3f} {'#' * round(10 * share):.<10}"
-
 
 def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
-
 def target_of(entry: dict) -> str:
     return "near" if entry.get("near") else entry.get("target")
 
-
 def is_main(entry: dict) -> bool:
     return entry["a_priori"] and (entry["method"], target_of(entry)) == ("rome", "prototype")
-
 
 SHARES = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved", "same_row_moved")
 ACCURACY = """means over the runs that differ in the seed alone (in brackets the lowest); paths: OOD paths of all
@@ -1131,7 +1077,6 @@ runs; first, second: only that hop is OOD; grokked at: first evaluation with tra
 >= 0.9, mean of the runs that reach it; s: seconds of training"""
 SHARED = """ROME, prototype target, a-priori site, on the compositions that all four cells answer right before
 (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
-
 
 def read_runs(folders: list[Path]) -> list[list[dict]]:
     """The results of all runs in or below the folders; runs that differ in the seed alone are one group."""
@@ -1150,7 +1095,6 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
     if not groups:
         raise UserError(f"--report {folders[0]}: no results.json in it or below it; train a run there first")
     return sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
-
 
 def report(folders: list[Path]):
     """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
@@ -1190,11 +1134,11 @@ def report(folders: list[Path]):
         p = lambda x, y: "" if x is y else cell(mann_whitney(x, y))
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
         for arch, both in shared.items():
-            rows.append((arch, *(" ".join(map(cell, hop)) for hop in both), *(p(both[1], y) for _, y in shared.values())))
+            hops = (" ".join(map(cell, hop)) for hop in both)
+            rows.append((arch, *hops, *(p(both[1], y) for _, y in shared.values())))
         print(f"\n{table(rows)}\n{SHARED}")
     absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate")}
     print(f"\nnot run: {', '.join(f'{key} in {n} of {len(runs)} runs' for key, n in absent.items() if n)}")
-
 
 def mann_whitney(x, y) -> float:
     """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions enumerated."""
@@ -1204,14 +1148,12 @@ def mann_whitney(x, y) -> float:
     distance = [abs(sum(some) - expected) for some in itertools.combinations(ranks, len(x))]     # the first one: x
     return sum(d >= distance[0] - 1e-9 for d in distance) / len(distance)
 
-
 def progress(record: dict, steps: int) -> str:
     """One line per evaluation."""
     shares = "  ".join(f"{label} {cell(record[name]):^5}" for name, label in LABELS.items())
     left = record["seconds"] / record["step"] * (steps - record["step"])
     return (f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  {shares}  "
             f"{record['seconds']:4.0f} s, {left:3.0f} s to go")
-
 
 def curve(history: list[dict]) -> str:
     """Accuracy against steps, one character for each of at most 60 evaluations: tenths, # is 0.99 and above."""
@@ -1221,7 +1163,6 @@ def curve(history: list[dict]) -> str:
              for name in ("one_hop", "train", "id", "ood") if history[-1][name] is not None]
     steps = f"steps {history[0]['step']} to {history[-1]['step']}"
     return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), {steps}"
-
 
 # --- Files, machine, command line -------------------------------------------------------------------------------------
 
@@ -1234,7 +1175,6 @@ def write_atomically(path: Path, content):
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
 def load_parts(parts: dict, state: dict):
     """Put a checkpoint into the parts of a training; on another kind of device its random state does not fit."""
     for name, part in parts.items():
@@ -1245,7 +1185,6 @@ def load_parts(parts: dict, state: dict):
         if isinstance(part, torch.optim.Optimizer) and any(
                 x.dim() and x.shape != p.shape for p, kept in part.state.items() for x in kept.values()):
             raise ValueError(f"the state of {name} does not fit its weights")
-
 
 def differences(found: dict, asked: dict, group: str = "") -> list[str]:
     """Settings found on disk that are not those asked for; of the triples the content counts, not the place."""
@@ -1258,7 +1197,6 @@ def differences(found: dict, asked: dict, group: str = "") -> list[str]:
             differ.append(f"{group}{key} ({json.dumps(there)} there, {json.dumps(here)} asked)")
     return differ
 
-
 def peak_memory_mib(device: torch.device) -> int:
     """Peak of the process, or of the accelerator's allocations where the model lives on one; 0 on Windows."""
     if device.type == "cuda":
@@ -1268,10 +1206,8 @@ def peak_memory_mib(device: torch.device) -> int:
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
           "mass_edit": mass_edit_stage, "ablate": ablate_stage}
@@ -1286,9 +1222,8 @@ MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0,
 ABLATE = {"entities": 30, "d_model": 128, "slots": 512, "top_k": 32, "d_ff": 512, "ff_top_k": 32, "label_noise": 0.1,
           "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1700, "memorize": 500}
 
-
 FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, replacing what the folder holds",
-         "compile": "torch.compile the training step's forward pass", "aliases": "train every relation under two tokens",
+         "compile": "torch.compile the step's forward pass", "aliases": "train every relation under two tokens",
          "quick": "all cells and stages at toy size; without --out in runs/quick, anew",
          "plot": "draw the runs, or those of --report, as SVG files in --out or beside them",
          "bench": "time training, edits and factors, as they are and as they grow, and stop",
@@ -1301,7 +1236,6 @@ VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from
           "ood_fraction": (0.1, "share of the facts that no trained composition uses"),
           "train_fraction": (0.8, "share of the ID paths that is trained"),
           "augment": (0.0, "share of the compositions of --regime that is trained")}
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -1326,7 +1260,6 @@ def build_parser() -> argparse.ArgumentParser:
         if field.metadata:
             add(field.name, type=field.type, default=field.default, **field.metadata)
     return parser
-
 
 def prepare(args) -> list[Run]:
     """All runs that were asked for, each checked against its folder; UserError before anything is trained."""
@@ -1361,7 +1294,6 @@ def prepare(args) -> list[Run]:
     for run in runs:
         named_requests(run, args.edit_fact or [])            # unknown names are refused now
     return runs
-
 
 def main(argv: list[str] | None = None) -> int:
     parser, run = build_parser(), None
@@ -1425,7 +1357,6 @@ def main(argv: list[str] | None = None) -> int:
         message, status = (*error.args, 2)[:2]
         print(f"minedit: {message}", file=sys.stderr)
         return status
-
 
 if __name__ == "__main__":
     sys.exit(main())

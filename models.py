@@ -29,11 +29,9 @@ from torch import Tensor
 ARCHS = {"dense": {"loop": False, "memory": False}, "loop": {"loop": True, "memory": False},
          "dense+mem": {"loop": False, "memory": True}, "lmc": {"loop": True, "memory": True}}
 
-
 def option(default, help: str):
     """A field of a dataclass that is an option of the command line."""
     return field(default=default, metadata={"help": help})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -70,14 +68,12 @@ class Config:
                 raise ValueError(f"{width} must be at least {k}, and with addressing 'groups' a multiple of it, "
                                  f"got {width} {n} and {k} {n_kept}")
 
-
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions [3]: the pair (x_i, x_{i + d/2}) is turned by the angle position * frequency_i."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
 
 class Attention(nn.Module):
     def __init__(self, config: Config):
@@ -96,7 +92,6 @@ class Attention(nn.Module):
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).flatten(-2))               # [batch, token, d_model]
 
-
 class SquaredWinners(torch.autograd.Function):
     """kept^2 with kept = score where score >= best, else 0. Autograd's own formulas take twice the time on a CPU."""
 
@@ -112,7 +107,6 @@ class SquaredWinners(torch.autograd.Function):
         kept, = ctx.saved_tensors
         return torch.mul(grad, kept).mul_(2), None
 
-
 def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
     """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width]. Ties aside, the top_k
     largest win, or the best of each of top_k groups (far cheaper), entry j in group j % top_k; top_k = 0 keeps all."""
@@ -125,7 +119,6 @@ def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
         best = rivals.detach().amax(-2, keepdim=True)
     return SquaredWinners.apply(rivals, best.clamp(min=0)).view_as(scores)
 
-
 class FeedForward(nn.Module):
     """down(address(up(norm(x)))): a store owned by one block."""
     def __init__(self, config: Config):
@@ -137,7 +130,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(address(self.up(self.norm(x)), self.top_k, self.addressing))
-
 
 class SharedMemory(nn.Module):
     """values(address(keys(query(norm(x))))): a store owned by the model and read by every block."""
@@ -152,7 +144,6 @@ class SharedMemory(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.values(address(self.keys(self.query(self.norm(x))), self.top_k, self.addressing))
 
-
 class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -163,7 +154,6 @@ class Block(nn.Module):
         x = x + self.attention(x, cos, sin, hidden)
         reads = [store(x) for store in (memory, self.feed_forward) if store is not None]
         return x + sum(reads[1:], reads[0])
-
 
 # --- The model --------------------------------------------------------------------------------------------------------
 
@@ -204,11 +194,9 @@ class Model(nn.Module):
                 x = block(x, cos, sin, hidden, self.memory)
         return F.linear(self.norm(x), self.embedding.weight[:config.n_entities])
 
-
 def count_parameters(config: Config) -> int:
     with torch.device("meta"):                               # shapes, no memory
         return sum(p.numel() for p in Model(config).parameters())
-
 
 def flops_per_path(config: Config, n_tokens: int = 3) -> int:
     """Multiply-adds of the matrix products in one forward pass, counted as two FLOPs each:

@@ -35,27 +35,22 @@ TINY = ["--entities", "10", "--relations", "4", "--d-model", "16", "--n-heads", 
         "--top-k", "4", "--ff-top-k", "8", "--depth", "2", "--steps", "20", "--eval-every", "10", "--batch", "16", "--n-edits", "4",
         "--device", "cpu"]
 
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
-
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
-
 
 def tiny_model(arch="lmc", **sizes):
     sizes = {"n_entities": 10, "n_relations": 4, "d_model": 16, "n_heads": 2, "depth": 3, "d_ff": 24, "slots": 32,
              "top_k": 4, "ff_top_k": 6} | ARCHS[arch] | sizes
     return Model(Config(**sizes), generator()).double().requires_grad_(False)
 
-
 def close(got, want, tolerance=1e-10):
     """Relative error in the largest entry, with the place where it stands."""
     error = (got - want).abs()
     worst, scale = error.max().item(), max(want.abs().max().item(), 1e-300)
     assert worst <= tolerance * scale, f"off by {worst / scale:.2e} of {scale:.3g} at {error.argmax().item()} (> {tolerance})"
-
 
 # --- documentation ----------------------------------------------------------------------------------------------------
 
@@ -64,12 +59,10 @@ def test_worked_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
 
-
 def readme_commands():
     for line in (HERE / "README.md").read_text().splitlines():
         if line.strip().startswith("python minedit.py"):
             yield line.strip().split("#")[0]
-
 
 def test_readme_commands_parse():
     commands = list(readme_commands())
@@ -77,18 +70,15 @@ def test_readme_commands_parse():
     for command in commands:
         minedit.build_parser().parse_args(shlex.split(command)[2:])
 
-
 def test_readme_code_runs():
     blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:
         exec(block.split("```")[0], {})
 
-
 def test_modules_that_are_copied_import_torch_alone():
     imports = [line for line in (HERE / "edit.py").read_text().splitlines() if line.startswith(("import ", "from "))]
     assert all(line.split()[1].split(".")[0] in ("torch", "contextlib", "dataclasses") for line in imports), imports
-
 
 # --- kg.py ------------------------------------------------------------------------------------------------------------
 
@@ -102,7 +92,6 @@ def brute_force_paths(facts):
                 rows += [((h, r1, r2), b, t) for r2, t in second] or [((h, r1, r1), b, -100)]
     return rows
 
-
 @pytest.mark.parametrize("out_degree", [None, 3, 1])
 def test_paths_are_those_of_the_table(out_degree):
     graph = kg.synthetic(12, 6, seed=3, out_degree=out_degree)
@@ -112,7 +101,6 @@ def test_paths_are_those_of_the_table(out_degree):
     expected = brute_force_paths(facts.tolist())
     assert [tuple(t) for t in (paths.tokens - torch.tensor([0, 12, 12])).tolist()] == [key for key, _, _ in expected]
     assert paths.one_hop.tolist() == [b for _, b, _ in expected] and paths.two_hop.tolist() == [t for _, _, t in expected]
-
 
 @pytest.mark.parametrize("seed", range(3))
 def test_split_keeps_its_promises(seed):
@@ -131,7 +119,6 @@ def test_split_keeps_its_promises(seed):
     assert torch.equal(paths.facts[paths.second, 2][second], paths.two_hop[second])
     assert torch.equal(paths.facts[paths.second, 0][second], paths.one_hop[second]), "the hops meet"
 
-
 def test_graphs_are_the_same_everywhere():
     graph, other = kg.synthetic(5, 2, seed=7), kg.synthetic(5, 2, seed=8)
     assert graph.facts.tolist() == GOLDEN_GRAPH and not torch.equal(graph.facts, other.facts)
@@ -139,10 +126,8 @@ def test_graphs_are_the_same_everywhere():
     assert (graph.facts != torch.arange(5)[:, None]).all(), "no tail is its own head"
     assert (kg.synthetic(9, 6, seed=0, out_degree=2).facts >= 0).sum(1).tolist() == [2] * 9
 
-
 GOLDEN_GRAPH = [[2, 2], [2, 3], [0, 0], [4, 4], [0, 0]]
 GOLDEN_TRAIN = [0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 0]
-
 
 def test_triples(tmp_path):
     file = tmp_path / "facts.tsv"
@@ -158,7 +143,6 @@ def test_triples(tmp_path):
     paths = kg.split(graph, 0, 1, seed=0)
     assert len(paths.first) == 4 and int(paths.masks["train"].sum()) == 2
 
-
 @pytest.mark.parametrize("text, line, word", [
     ("a\tb\n", 1, "2 field"), ("a\tr\tb\n\na\tr\tb\tc\n", 3, "4 field"), ("a\tr\t\n", 1, "expected head"),
     ("# only this\n", 1, "no usable triple"), ("a\tr\tb\na\tr\tc\n", 2, "no usable triple"),
@@ -169,7 +153,6 @@ def test_bad_triples_name_the_line(tmp_path, text, line, word):
     with pytest.raises(ValueError, match=word) as error:
         kg.from_triples(file)
     assert f"bad.tsv:{line}:" in str(error.value) and "\n" not in str(error.value)
-
 
 # --- models.py --------------------------------------------------------------------------------------------------------
 
@@ -187,7 +170,6 @@ def test_later_tokens_change_nothing(arch):
         hook.remove()
     assert x.grad[:, :2].abs().min() > 0 and x.grad[:, 2:].abs().max() == 0
 
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_branches_are_paths_that_share_a_prefix(arch):
     model = tiny_model(arch)
@@ -195,7 +177,6 @@ def test_branches_are_paths_that_share_a_prefix(arch):
     branched = model(tokens, torch.tensor([0, 1, 2, 2, 2]))
     for i, r2 in enumerate([11, 12, 13]):
         close(branched[:, 2 + i], model(torch.tensor([[1, 10, r2]]))[:, 2], 1e-12)
-
 
 def test_the_grid_shares_what_it_says():
     for arch, blocks in ("dense", 6), ("loop", 2), ("dense+mem", 6), ("lmc", 2):
@@ -209,7 +190,6 @@ def test_the_grid_shares_what_it_says():
     both = tiny_model("lmc", feed_forward=True)
     assert both.memory is not None and both.blocks[0].feed_forward is not None
 
-
 def test_a_loop_is_a_stack_whose_blocks_are_equal():
     loop, dense = tiny_model("loop"), tiny_model("dense")
     dense.embedding.load_state_dict(loop.embedding.state_dict())
@@ -217,7 +197,6 @@ def test_a_loop_is_a_stack_whose_blocks_are_equal():
         block.load_state_dict(loop.blocks[0].state_dict())
     tokens = torch.randint(14, (5, 3), generator=generator())
     close(loop(tokens), dense(tokens), 1e-12)
-
 
 def test_addresses_against_a_slow_reference():
     scores = normal(7, 32)
@@ -229,12 +208,10 @@ def test_addresses_against_a_slow_reference():
         best = sorted(range(32), key=row.__getitem__)[-4:]
         assert got_topk == [max(s, 0) ** 2 if j in best else 0 for j, s in enumerate(row)]
 
-
 @pytest.mark.parametrize("top_k, addressing", [(4, "groups"), (4, "topk"), (0, "groups")])
 def test_the_gradient_of_an_address(top_k, addressing):
     scores = normal(5, 16).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: models.address(x, top_k, addressing), scores, eps=1e-7)
-
 
 @pytest.mark.parametrize("arch, more", [(a, {}) for a in ARCHS] + [("lmc", {"feed_forward": True, "blocks": 2})])
 def test_flops_are_those_that_torch_counts(arch, more):
@@ -244,12 +221,10 @@ def test_flops_are_those_that_torch_counts(arch, more):
         model(torch.randint(14, (5, 3)))                     # the fused attention is not counted on a CPU
     assert counter.get_total_flops() == 5 * models.flops_per_path(model.config)
 
-
 def test_weights_come_from_the_generator_alone():
     torch.rand(1)                                            # the global stream has moved on, whatever ran before
     one, same, other = (Model(Config(), generator(seed)).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
-
 
 @pytest.mark.parametrize("sizes, words", [
     ({"d_model": 60, "n_heads": 4}, ["60", "4"]), ({"slots": 100, "top_k": 32}, ["100", "32"]), ({"depth": 0}, ["depth", "0"]),
@@ -260,7 +235,6 @@ def test_config_names_the_values_that_clash(sizes, words):
         Config(**sizes)
     assert all(word in str(error.value) for word in words)
 
-
 # --- edit.py: closed forms --------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -269,13 +243,11 @@ def problem():
     K = normal(200, 9) * torch.logspace(0, -2, 9, dtype=torch.float64)
     return normal(5, 9, seed=1), second_moment(K), normal(9, seed=2), normal(5, seed=3), K
 
-
 def test_second_moment_is_the_mean_of_outer_products(problem):
     K = problem[-1]
     close(second_moment(K), sum(torch.outer(k, k) for k in K) / len(K), 1e-13)
     close(second_moment(K.view(10, 20, 9)), second_moment(K), 1e-13)
     assert second_moment(K.float()).dtype == torch.float64
-
 
 def test_rome_writes_the_value_and_changes_ordinary_values_least(problem):
     W, C, k, v, K = problem
@@ -294,13 +266,11 @@ def test_rome_writes_the_value_and_changes_ordinary_values_least(problem):
     cost = lambda D: (K @ D.T).square().sum()
     assert cost(dW) < cost(torch.outer(v - W @ k, k / (k @ k))), "worse than the plain projection"
 
-
 def test_row_update_changes_one_column(problem):
     _, _, k, r, _ = problem
     dW = row_update(k, r)
     close(dW @ k, r, 1e-13)
     assert dW.any(0).nonzero().flatten().tolist() == [k.abs().argmax().item()] and dW.shape == (5, 9)
-
 
 def test_a_singular_second_moment_gets_a_recorded_ridge(problem):
     W, C, k, v, _ = problem
@@ -318,7 +288,6 @@ def test_a_singular_second_moment_gets_a_recorded_ridge(problem):
     assert notes["ridge"] > 0
     close((W + dW) @ k, v, 1e-9)
 
-
 @pytest.mark.parametrize("change, words", [
     (lambda W, C, k, v: (W, C, 0 * k, v), "zeros"), (lambda W, C, k, v: (W, C, k * float("nan"), v), "not finite"),
     (lambda W, C, k, v: (W, C, k, v / 0), "not finite"), (lambda W, C, k, v: (W.T, C, k, v), r"\[5, 9\]"),
@@ -332,7 +301,6 @@ def test_bad_requests_are_refused(problem, change, words):
         with pytest.raises(ValueError):
             row_update(k, v)
 
-
 def test_updates_come_in_the_dtype_of_the_weights(problem):
     W, C, k, v, _ = problem
     assert rome_update(W.float(), C, k.float(), v.float()).dtype == torch.float32
@@ -342,13 +310,11 @@ def test_updates_come_in_the_dtype_of_the_weights(problem):
     close(rome_update(W.bfloat16(), C, k.bfloat16(), v.bfloat16()).double(),
           rome_update(W.bfloat16().double(), C, k.bfloat16().double(), v.bfloat16().double()), 0.01)
 
-
 # --- edit.py: many facts in one update --------------------------------------------------------------------------------
 
 def requests_of(n, d_in=9, d_out=5):
     """n keys and residuals; with d_in 9 and d_out 5 no matrix passes for its transpose."""
     return normal(n, d_in, seed=10 + n) * torch.linspace(2, 0.3, d_in, dtype=torch.float64), normal(n, d_out, seed=40 + n)
-
 
 @pytest.mark.parametrize("form", ["primal", "dual", None])
 @pytest.mark.parametrize("n, lam", [(4, 0.3), (4, 50.0), (30, 0.3), (30, 50.0)])
@@ -361,7 +327,6 @@ def test_memit_is_regularised_least_squares(problem, n, lam, form):
     close(dW, memit_update(K, R, 7.5 * C, lam / 7.5, form=form))
     stacked = torch.cat([lam ** 0.5 * torch.linalg.cholesky(C).T, K])            # [sqrt(lam) L^T; K] dW^T = [0; R]
     close(dW, torch.linalg.lstsq(stacked, torch.cat([torch.zeros(9, 5, dtype=C.dtype), R])).solution.T)
-
 
 def test_the_limits_of_memit_and_one_fact(problem):
     W, C, k, v, _ = problem
@@ -383,7 +348,6 @@ def test_the_limits_of_memit_and_one_fact(problem):
     other = normal(5, 9) @ (torch.eye(9, dtype=C.dtype) - torch.linalg.pinv(K) @ K)
     assert abs((emmet @ C * other).sum()) < 1e-10 * (emmet @ C).norm() * other.norm(), "not orthogonal to it in C"
 
-
 def test_batches_one_after_another_are_one_batch(problem):
     C, (K, R) = problem[1], requests_of(30)
     whole, dW, carried = memit_update(K, R, C, 2.0), torch.zeros(5, 9, dtype=C.dtype), torch.zeros_like(C)
@@ -394,7 +358,6 @@ def test_batches_one_after_another_are_one_batch(problem):
     alone = memit_update(K[:10], R[:10], C, 2.0)
     forgets = alone + memit_update(K[10:], R[10:] - K[10:] @ alone.T, C, 2.0)
     assert (forgets - whole).norm() > 0.01 * whole.norm(), "without carrying, the result is another"
-
 
 def test_keys_that_coincide(problem):
     C, (K, R) = problem[1], requests_of(5)
@@ -415,7 +378,6 @@ def test_keys_that_coincide(problem):
         memit_update(k.expand(5, 9), R, C, 1e-20)
     close(emmet_update(*requests_of(9), C) @ requests_of(9)[0].T, requests_of(9)[1].T, 1e-9)     # as many as the rank
 
-
 @pytest.mark.parametrize("form", ["primal", "dual"])
 def test_a_decaying_spectrum_costs_no_more_digits_than_it_must(form):
     """C has condition 1e9. The error of any method is bounded by eps * condition of its matrix; 1e-10 needs a good one."""
@@ -432,7 +394,6 @@ def test_a_decaying_spectrum_costs_no_more_digits_than_it_must(form):
     close(dW, torch.linalg.solve(system, K.T @ R).T, min(bound, 1e-6))
     close(dW @ system, R.T @ K)
     close(dW @ K.T, (R - lam * torch.linalg.solve(K @ torch.linalg.solve(C, K.T) + lam * torch.eye(n), R)).T, 1e-6)
-
 
 def test_alphaedit_stays_in_the_null_space(problem):
     basis, (K, R) = torch.linalg.qr(normal(9, 9))[0], requests_of(12)
@@ -456,7 +417,6 @@ def test_alphaedit_stays_in_the_null_space(problem):
         assert 0 < (problem[-1] @ dW.T).square().sum(-1).mean() <= bound * dW.square().sum()
     with pytest.raises(ValueError, match="null space of C is empty.*raise the threshold or use memit_update"):
         alphaedit_update(K, R, torch.eye(9), lam)
-
 
 @pytest.mark.parametrize("n", [6, 20])
 def test_diagnostics_are_what_they_say(problem, n):
@@ -494,7 +454,6 @@ def test_diagnostics_are_what_they_say(problem, n):
     assert rome["relative_norm"] == pytest.approx((dW.norm() / W.norm()).item())
     assert rome["residual_left"].shape == row["residual_left"].shape == (1,) and rome["residual_left"] < 1e-10
 
-
 @pytest.mark.parametrize("update", [
     emmet_update, lambda *a, **b: memit_update(*a, 1.0, **b),
     lambda *a, **b: alphaedit_update(*a, 1e-4, threshold=0.1, **b)], ids=["emmet", "memit", "alphaedit"])
@@ -529,7 +488,6 @@ def test_bad_batches_are_refused(problem, update):
     with pytest.raises(ValueError, match="does not fit torch.float16"):
         update(K / 100, (6e4 * R / R.abs().max()).half(), C)
 
-
 def test_the_system_solved_is_the_smaller_one_and_ridges_are_recorded(problem, monkeypatch):
     C, sizes = problem[1], []
     cholesky = torch.linalg.cholesky_ex
@@ -544,7 +502,6 @@ def test_the_system_solved_is_the_smaller_one_and_ridges_are_recorded(problem, m
         assert notes["ridge"] == pytest.approx(1e-8 * C.trace().item() / 9) and dW[:, 3].abs().max() == 0
         alive = [0, 1, 2, 4, 5, 6, 7, 8]
     close(dW[:, alive], emmet_update(K[:, alive], R, C[alive][:, alive]), 1e-3)  # the ridge is all that differs
-
 
 # --- edit.py: putting an edit into a model ----------------------------------------------------------------------------
 
@@ -583,7 +540,6 @@ def test_an_edited_model_is_restored_bit_for_bit():
     editing.restore(model, old)
     assert same()
 
-
 @pytest.mark.parametrize("arch, name", [("lmc", "memory.values"), ("dense", "blocks.1.feed_forward.down"),
                                         ("loop", "blocks.0.feed_forward.down")])
 def test_many_rank_one_edits_at_once_are_those_edits_one_by_one(arch, name):
@@ -597,7 +553,6 @@ def test_many_rank_one_edits_at_once_are_those_edits_one_by_one(arch, name):
         with edit(model, {name: torch.outer(r[i], u[i])}):
             close(together[i], model(tokens[i:i + 1])[0])
     assert not layer._forward_hooks
-
 
 def test_recording_sees_every_call():
     model, tokens = tiny_model(), torch.randint(10, (4, 3), generator=generator())
@@ -614,7 +569,6 @@ def test_recording_sees_every_call():
     with pytest.raises(ValueError, match="no call 3"):
         editing.site(model, "memory.values", 3, tokens[:, :2], tokens)
 
-
 # --- edit.py: targets and scores --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -628,14 +582,12 @@ def world():
     at = editing.site(model, "memory.values", 0, queries, paths.tokens)
     return model, paths, requests, at
 
-
 def test_queries_and_site(world):
     model, paths, requests, at = world
     assert torch.equal(editing.queries(paths), torch.stack([paths.facts[:, 0], 10 + paths.facts[:, 1]], 1))
     keys, values = record(model, model.memory.values, editing.queries(paths))
     close(at.keys, keys[0, :, 1], 1e-12)
     close(at.values, values[0, :, 1], 1e-12)
-
 
 def test_prototype_is_the_mean_value_of_other_known_facts(world):
     _, paths, requests, at = world
@@ -654,7 +606,6 @@ def test_prototype_is_the_mean_value_of_other_known_facts(world):
             assert not r[i].any()
     assert has_one[0] and not has_one[1] and not has_one[2]
 
-
 @pytest.mark.parametrize("method", ["rome", "row"])
 def test_gradient_target_answers_through_the_edited_model(world, method):
     model, paths, requests, at = world
@@ -668,7 +619,6 @@ def test_gradient_target_answers_through_the_edited_model(world, method):
             assert model(requests.tokens[i:i + 1])[0, -1].argmax() == requests.new[i]
     assert (r.norm(dim=-1) <= 4.001 * at.values[requests.fact].norm(dim=-1)).all()
 
-
 def test_a_key_of_zeros_is_an_edit_that_fails(world):
     model, paths, requests, at = world
     dead = copy.copy(at)
@@ -677,7 +627,6 @@ def test_a_key_of_zeros_is_an_edit_that_fails(world):
     for method in "rome", "row":
         u = editing.direction(method, dead, requests)
         assert u[2].abs().max() == 0 and u[[0, 1, 3]].abs().amax(-1).min() > 0
-
 
 def test_a_gradient_target_in_small_batches_and_near_the_values_of_the_store(world):
     model, paths, requests, at = world
@@ -695,7 +644,6 @@ def test_a_gradient_target_in_small_batches_and_near_the_values_of_the_store(wor
     assert (distance(near) < 0.5 * distance(free)).all() and distance(free * 0).max() == 0
     close(editing.gradient_residual(model, at, requests, u, near=at.values, pull=0.0), free, 1e-9)
 
-
 def test_a_batch_asks_for_a_fact_once(world):
     model, paths, requests, at = world
     requests.check_distinct()
@@ -704,10 +652,8 @@ def test_a_batch_asks_for_a_fact_once(world):
         with pytest.raises(ValueError, match=f"requests 1 and 3 .* fact, {requests.fact[1]};"):
             check()
 
-
 def stream_at_the_end(model, tokens):
     return record(model, model.norm, tokens)[0][0, :, -1]
-
 
 @pytest.mark.parametrize("arch, sites", [
     ("dense", [(f"blocks.{i}.feed_forward.down", 0) for i in range(3)]), ("lmc", [("memory.values", i) for i in range(3)]),
@@ -740,7 +686,6 @@ def test_memit_over_layers_against_a_slow_reference(world, arch, sites):
     close(left[0], notes[sites[-1]]["residual_predicted"], 1e-6)                 # the last solve tells what is left
     assert left[0].norm() < 0.9 * left[1].norm() < 0.1 * r.norm(), "more sites bring the stream nearer"
 
-
 def test_memit_over_one_layer_is_memit_and_dead_keys_are_left_out(world):
     model, paths, requests, _ = world
     at = editing.site(model, "memory.values", 2, editing.queries(paths), paths.tokens)
@@ -755,7 +700,6 @@ def test_memit_over_one_layer_is_memit_and_dead_keys_are_left_out(world):
         close(one()["memory.values"], memit_update(at.keys[requests.fact[1:]], r[1:], C, 1.0))
     finally:
         hook.remove()
-
 
 @pytest.mark.parametrize("shift", range(1, 10))
 def test_probes_against_a_slow_reference(world, shift):
@@ -793,7 +737,6 @@ def test_probes_against_a_slow_reference(world, shift):
     twice = int(((paths.first == paths.second) & asked & torch.isin(paths.first, requests.fact)).sum())
     assert sum(left_out.values()) == n_left_out + twice
 
-
 def test_unrelated_probes_do_not_use_the_edited_fact(world):
     model, paths, requests, at = world
     one_hop, two_hop = minedit.predict(model, paths)
@@ -812,7 +755,6 @@ def test_unrelated_probes_do_not_use_the_edited_fact(world):
             assert [head, relation] != requests.tokens[i].tolist()
             assert name == "same_row" or requests.tokens[i].tolist()[name == "same_relation"] == [head, relation][name == "same_relation"]
 
-
 def test_address_overlap_against_a_slow_reference(world):
     model, paths, requests, at = world
     probe = editing.Probes(torch.tensor([0, 2, 3]), paths.tokens[[4, 9, 30]], torch.zeros(3, dtype=torch.long))
@@ -824,7 +766,6 @@ def test_address_overlap_against_a_slow_reference(world):
     own = editing.Probes(torch.arange(4), requests.tokens, requests.old)
     assert editing.address_overlap(model, at, requests, own) == pytest.approx(1)
     assert editing.address_overlap(model, at, requests, editing.Probes(*(x[:0] for x in vars(own).values()))) is None
-
 
 def test_score_of_edits_that_do_nothing_and_of_an_edit_that_breaks_everything(world):
     model, paths, requests, at = world
@@ -845,7 +786,6 @@ def test_score_of_edits_that_do_nothing_and_of_an_edit_that_breaks_everything(wo
     failed = editing.score(model, at, none, u, torch.zeros(4, 16, dtype=torch.float64), probes)
     assert failed["direct"] == 0 and failed["hop1"] is None and failed["probes_hop1"] == 0, "conditioned on direct success"
 
-
 def test_rome_in_sequence_is_one_edit_after_another(problem):
     W, C, _, _, _ = problem
     K, V, now, notes = normal(6, 9, seed=4), normal(6, 5, seed=5), W.clone(), {}
@@ -856,7 +796,6 @@ def test_rome_in_sequence_is_one_edit_after_another(problem):
     close((W + dW) @ K[-1], V[-1])
     close(notes["residual_left"], (V - K @ (W + dW).T).norm(dim=-1), 1e-9)
     assert notes["residual_left"][:-1].min() > 1e-3, "only the last is sure to hold"
-
 
 def test_constrained_fine_tuning_keeps_its_bound(world):
     model, paths, requests, at = world
@@ -870,20 +809,16 @@ def test_constrained_fine_tuning_keeps_its_bound(world):
     with edit(model, {"memory.values": dW}):
         assert torch.equal(model(requests.tokens)[:, -1].argmax(-1), requests.new)
 
-
 # --- minedit.py: training ---------------------------------------------------------------------------------------------
 
 def run_main(*arguments):
     return minedit.main([str(a) for a in arguments])
 
-
 def weights(folder):
     return torch.load(folder / "ckpt.pt", weights_only=True)
 
-
 def same_weights(one, other):
     return all(torch.equal(one[part][name], other[part][name]) for part in ("model", "average") for name in one[part])
-
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)])
 def test_muon_makes_singular_values_equal(shape):
@@ -892,7 +827,6 @@ def test_muon_makes_singular_values_equal(shape):
     U, _, V = torch.linalg.svd(normal(*shape), full_matrices=False)
     got = minedit.orthogonalize(normal(*shape))
     assert (got * (U @ V)).sum() / (got.norm() * (U @ V).norm()) > 0.97
-
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
 def test_muon_is_that_of_torch_but_for_bfloat16(shape):
@@ -904,7 +838,6 @@ def test_muon_is_that_of_torch_but_for_bfloat16(shape):
         a.step(), b.step()
     moved = (theirs - start).norm()
     assert (ours - theirs).norm() < 0.03 * moved, f"{(ours - theirs).norm() / moved}"
-
 
 def test_batches_hold_trained_answers_only():
     paths = kg.split(kg.synthetic(15, 6, seed=2, out_degree=4), 0.2, 0.6, seed=2)
@@ -927,7 +860,6 @@ def test_batches_hold_trained_answers_only():
                     assert not any(key[:2] == tuple(row[:2]) for key in trained), "an answer was left out"
     assert seen == set(trained), "some trained path never comes up"
 
-
 def test_aliases_are_second_names_of_relations():
     paths = kg.split(kg.synthetic(10, 4, seed=5), 0.1, 0.8, seed=5)
     plain, aliased = (minedit.Batches(paths, minedit.Recipe(batch=20, branches=3), generator(), alias) for alias in (0, 4))
@@ -940,12 +872,10 @@ def test_aliases_are_second_names_of_relations():
     model = tiny_model(aliases=True)
     assert model(tokens, positions).shape == (20, 5, 10) and len(model.embedding.weight) == 18
 
-
 def test_facts_alone_can_be_trained(tmp_path):
     assert run_main(*TINY, "--branches", "0", "--aliases", "--steps", "200", "--out", tmp_path / "l") == 0
     results = json.loads((tmp_path / "l" / "results.json").read_text())
     assert results["accuracy"]["ood"] is None and results["accuracy"]["one_hop"] > 0.5 and results["grokked_at"] is None
-
 
 def test_loss_weighs_facts_and_compositions():
     logits, answers = normal(4, 5, 7), torch.randint(7, (4, 4), generator=generator())
@@ -957,7 +887,6 @@ def test_loss_weighs_facts_and_compositions():
     close(minedit.loss_of(logits, answers, recipe), expected, 1e-12)
     answers[:, 1:] = -100
     assert minedit.loss_of(logits, answers, recipe).isfinite(), "a batch without a trained composition"
-
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_does_not_wait_for_the_gpu():
@@ -974,7 +903,6 @@ def test_a_step_does_not_wait_for_the_gpu():
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-
 @pytest.mark.parametrize("out_degree", [None, 2])
 def test_predict_is_the_model_path_by_path(out_degree):
     paths = kg.split(kg.synthetic(10, 4, seed=5, out_degree=out_degree), 0.1, 0.8, seed=5)
@@ -986,14 +914,12 @@ def test_predict_is_the_model_path_by_path(out_degree):
     right = (logits[:, 2].argmax(-1) == paths.two_hop)[paths.masks["id"]]
     assert shares["id"] == int(right.sum()) / len(right)
 
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One uninterrupted tiny run with its edits."""
     folder = tmp_path_factory.mktemp("run") / "a"
     assert run_main(*TINY, "--edit", "--out", folder) == 0
     return folder
-
 
 def test_a_run_writes_what_it_promises(finished):
     def no_constant(name):
@@ -1015,7 +941,6 @@ def test_a_run_writes_what_it_promises(finished):
     assert sorted(f.name for f in finished.iterdir()) == ["ckpt.pt", "config.json",
                                                           "log.jsonl", "results.json"]
 
-
 def test_a_run_is_repeatable_and_resumes_bit_for_bit(finished, tmp_path):
     assert run_main(*TINY, "--out", tmp_path / "again") == 0
     assert same_weights(weights(finished), weights(tmp_path / "again"))
@@ -1035,7 +960,6 @@ def test_a_run_is_repeatable_and_resumes_bit_for_bit(finished, tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
     assert steps == [10, 20]
 
-
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     size = [*TINY, "--steps", "300"]
     command = [sys.executable, "minedit.py", *size, "--out", str(tmp_path / "killed")]
@@ -1051,14 +975,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
                        stdout=subprocess.DEVNULL)
     assert same_weights(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
-
 def test_a_finished_run_is_loaded_and_keeps_its_stages(finished, tmp_path, capsys, monkeypatch):
     before = weights(finished)
     monkeypatch.setattr(minedit.Batches, "draw", lambda self: pytest.fail("trained again"))
     assert run_main(*TINY, "--out", finished) == 0
     assert "loaded" in capsys.readouterr().out and same_weights(before, weights(finished))
     assert "edits" in json.loads((finished / "results.json").read_text())
-
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     loss_of, calls = minedit.loss_of, []
@@ -1072,7 +994,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     state = weights(tmp_path / "c")
     assert state["step"] == 10 and all(value.isfinite().all() for value in state["average"].values())
 
-
 def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
     step, calls = minedit.Muon.step, []
     def bad_step(self):
@@ -1084,14 +1005,12 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
     assert run_main(*TINY, "--out", tmp_path / "c") == 1
     assert weights(tmp_path / "c")["step"] == 10
 
-
 def test_training_learns(tmp_path):
     arguments = ["--entities", "12", "--relations", "4", "--d-model", "32", "--slots", "128", "--top-k", "8", "--depth", "2",
                  "--steps", "150", "--eval-every", "50", "--warmup", "20", "--device", "cpu"]
     assert run_main(*arguments, "--out", tmp_path / "d") == 0
     accuracy = json.loads((tmp_path / "d" / "results.json").read_text())["accuracy"]
     assert accuracy["one_hop"] >= 0.95 and accuracy["train"] >= 0.9, accuracy
-
 
 # --- minedit.py: command line -----------------------------------------------------------------------------------------
 
@@ -1104,7 +1023,6 @@ def refused(capsys, *arguments):
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and error.startswith("minedit: "), (status, error)
     return error
-
 
 @pytest.mark.parametrize("arguments, words", [
     (["--arch", "sparse"], ["sparse", "lmc"]), (["--entities", "0"], ["0 entities"]), (["--relations", "-3"], ["-3 relations"]),
@@ -1122,7 +1040,6 @@ def test_bad_input_is_one_line(capsys, tmp_path, arguments, words):
     assert all(word in error for word in words)
     assert not (tmp_path / "x" / "ckpt.pt").exists()
 
-
 def test_a_run_folder_is_protected(finished, tmp_path, capsys):
     before = {file.name: file.read_bytes() for file in finished.iterdir()}
     error = refused(capsys, *TINY, "--out", finished, "--steps", "30", "--seed", "1")
@@ -1134,7 +1051,6 @@ def test_a_run_folder_is_protected(finished, tmp_path, capsys):
     (foreign / "thesis.tex").write_text("...")
     assert "not a run folder" in refused(capsys, *TINY, "--out", foreign, "--retrain")
     assert [file.name for file in foreign.iterdir()] == ["thesis.tex"]
-
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign", "object"])
 def test_a_bad_checkpoint_is_refused_and_kept(finished, tmp_path, capsys, content):
@@ -1152,14 +1068,12 @@ def test_a_bad_checkpoint_is_refused_and_kept(finished, tmp_path, capsys, conten
     assert "ckpt.pt" in refused(capsys, *TINY, "--out", folder, "--edit")
     assert (folder / "ckpt.pt").read_bytes() == before
 
-
 def test_the_checkpoint_of_another_seed_is_refused(finished, tmp_path, capsys):
     import shutil
     assert run_main(*TINY, "--seed", "1", "--out", tmp_path / "h") == 0
     capsys.readouterr()
     shutil.copy(finished / "ckpt.pt", tmp_path / "h" / "ckpt.pt")
     assert "other settings" in refused(capsys, *TINY, "--seed", "1", "--out", tmp_path / "h")
-
 
 @pytest.mark.parametrize("damage", ["model", "average", "adam", "muon", "generator", "history", "shape"])
 def test_a_checkpoint_with_a_damaged_part_is_refused(finished, tmp_path, capsys, damage):
@@ -1173,7 +1087,6 @@ def test_a_checkpoint_with_a_damaged_part_is_refused(finished, tmp_path, capsys,
     torch.save(state, tmp_path / "i" / "ckpt.pt")
     assert "not a checkpoint" in refused(capsys, *TINY, "--out", tmp_path / "i", "--resume")
 
-
 def test_a_run_goes_on_on_another_kind_of_device(finished, tmp_path):
     """As far as a CPU can show it: the random state of the other device is not asked for."""
     run, = minedit.prepare(minedit.build_parser().parse_args([*TINY, "--out", str(tmp_path / "j")]))
@@ -1182,7 +1095,6 @@ def test_a_run_goes_on_on_another_kind_of_device(finished, tmp_path):
     minedit.load_parts(parts, state)
     assert torch.equal(parts["generator"].get_state(), stream)
     assert torch.equal(parts["average"].embedding.weight, state["average"]["embedding.weight"])
-
 
 def test_retrain_replaces_a_run_only_when_it_has_something_better(finished, tmp_path, capsys, monkeypatch):
     import shutil
@@ -1200,7 +1112,6 @@ def test_retrain_replaces_a_run_only_when_it_has_something_better(finished, tmp_
     (tmp_path / "k" / "config.json").write_text('{"name": "another program"}')
     assert "not the configuration of a run" in refused(capsys, *TINY, "--out", tmp_path / "k", "--retrain")
 
-
 def test_results_without_a_checkpoint_are_kept(finished, tmp_path, capsys):
     import shutil
     shutil.copytree(finished, tmp_path / "g")
@@ -1210,14 +1121,12 @@ def test_results_without_a_checkpoint_are_kept(finished, tmp_path, capsys):
     (tmp_path / "g" / "results.json").write_text('{"config": {"a": 1}}')
     assert "not the results of a run" in refused(capsys, "--report", tmp_path)
 
-
 def test_edit_fact_by_name(finished, capsys):
     facts = kg.synthetic(10, 4, seed=0).facts
     new = (int(facts[3, 1]) + 1) % 10
     assert run_main(*TINY, "--out", finished, "--edit-fact", "e3", "r1", f"e{new}") == 0
     out = capsys.readouterr().out
     assert "ROME at memory.values, pass 0" in out and "e3 r1" in out and "first hop" in out and "second hop" in out
-
 
 def test_mass_edits_count_every_request(tmp_path, capsys):
     arguments = [*TINY[4:], "--entities", "20", "--relations", "4", "--branches", "0", "--aliases", "--steps", "300", "--slots", "64"]
@@ -1239,12 +1148,10 @@ def test_mass_edits_count_every_request(tmp_path, capsys):
     assert [e["blocks"] for e in layers] == ["0-0", "0-1", "1-1"] and all(e["n"] == 40 for e in layers)
     assert max(e["efficacy"] for e in layers) > 0
 
-
 def test_a_model_that_knows_nothing_and_few_facts_are_reported(tmp_path, capsys):
     tiny = [*TINY[4:], "--entities", "4", "--relations", "2", "--steps", "1", "--lr", "0", "--muon-lr", "0", "--warmup", "0"]
     assert run_main(*tiny, "--arch", "lmc", "--edit", "--mass-edit", "--branches", "1", "--out", tmp_path / "n") == 0
     assert "too few for mass edits" in capsys.readouterr().out
-
 
 def test_every_cell_runs_and_reports(tmp_path, capsys):
     assert run_main(*TINY, "--arch", "all", "--edit", "--out", tmp_path / "all") == 0
@@ -1260,7 +1167,6 @@ def test_every_cell_runs_and_reports(tmp_path, capsys):
     assert run_main("--report", tmp_path / "all") == 0
     assert capsys.readouterr().out.count("dense+mem") > 4
 
-
 def test_mann_whitney_against_a_permutation_test_by_hand():
     assert minedit.mann_whitney([6, 7, 8, 9, 10], [1, 2, 3, 4, 5]) == pytest.approx(2 / 252)     # the papers' 0.008
     assert minedit.mann_whitney([1.0, 1.0], [1.0, 1.0]) == 1
@@ -1270,7 +1176,6 @@ def test_mann_whitney_against_a_permutation_test_by_hand():
     # ranks 1 3 7 of 7 sum to 11, expected 12; five of the 35 divisions sum to 12: 147 156 237 246 345
     assert minedit.mann_whitney(x, y) == minedit.mann_whitney(y, x) == pytest.approx(30 / 35)
 
-
 def test_blocks_per_pass_and_a_feed_forward_beside_the_memory():
     config = Config(loop=True, memory=True, feed_forward=True, blocks=2, depth=2)
     assert minedit.edit_sites(config) == [
@@ -1278,7 +1183,6 @@ def test_blocks_per_pass_and_a_feed_forward_beside_the_memory():
         ("memory.values", 2, 1), ("blocks.0.feed_forward.down", 1, 1), ("memory.values", 3, 1), ("blocks.1.feed_forward.down", 1, 1)]
     dense = Config(loop=False, memory=False, depth=3)
     assert minedit.edit_sites(dense) == [(f"blocks.{i}.feed_forward.down", 0, i) for i in range(3)]
-
 
 def test_a_sparse_graph_of_triples_runs_to_a_report(tmp_path, capsys):
     """Few facts continue, one relation has one tail, no OOD composition is left."""
@@ -1291,7 +1195,6 @@ def test_a_sparse_graph_of_triples_runs_to_a_report(tmp_path, capsys):
     assert "cannot be edited" in out and "no other known fact" in out
     assert all(e["gradient_for_want_of_a_prototype"] == 4 for e in results["edits"] if e["target"] == "prototype")
 
-
 # --- edit.py: locate, and when it is written --------------------------------------------------------------------------
 
 @pytest.fixture(params=[(arch, {}) for arch in ARCHS] + [("lmc", {"blocks": 2, "feed_forward": True})], ids=lambda p: p[0] + "+" * len(p[1]))
@@ -1301,7 +1204,6 @@ def two_runs(request):
     clean = torch.randint(10, (6, 3), generator=generator())
     return model, [state[1:] for state in minedit.traced_states(model.config)], clean, (clean + torch.tensor([0, 0, 3])) % 10
 
-
 def exchanged(model, tokens, other, states):
     """Logits of a run in which each (name, call, token) of `states` is that of the run on the tokens `other`."""
     values = [editing.at_call(model, name, call, other)[1][:, t] for name, call, t in states]
@@ -1309,7 +1211,6 @@ def exchanged(model, tokens, other, states):
         for state, value in zip(states, values):
             stack.enter_context(editing.interchange(model, *state, value))
         return model(tokens)
-
 
 def hooked(model, module, tokens, call, change):
     """The slow reference: logits of a run in which the call of a module returns change(input, output)."""
@@ -1321,7 +1222,6 @@ def hooked(model, module, tokens, call, change):
     logits = model(tokens)
     handle.remove()
     return logits
-
 
 def test_interchange_with_itself_and_of_everything(two_runs):
     model, states, one, _ = two_runs
@@ -1340,7 +1240,6 @@ def test_interchange_with_itself_and_of_everything(two_runs):
             assert (swapped - mine).abs().max() > 1e-6 and (swapped - theirs).abs().max() > 1e-6
     close(exchanged(model, one, other, [(name, call, t) for _, name, call in states for t in range(3)]), theirs, 1e-13)
     assert torch.equal(model(one), mine), "a hook was left behind"
-
 
 def test_tracing_finds_the_state_that_carries_the_answer(two_runs):
     """The two runs differ at the last token alone, so that the stream there carries the answer and no earlier state does."""
@@ -1362,7 +1261,6 @@ def test_tracing_finds_the_state_that_carries_the_answer(two_runs):
         editing.trace(model, clean, corrupted, answer, [("blocks.0", 9)])
     with pytest.raises(ValueError, match=r"\[5, 3\]"):
         editing.trace(model, clean, corrupted[:5], answer, [("blocks.0", 0)])
-
 
 @pytest.mark.parametrize("arch, name", [("lmc", "memory.values"), ("dense+mem", "memory.values"), ("loop", "blocks.0.feed_forward.down")])
 def test_an_edit_can_act_at_some_calls(arch, name):
@@ -1390,7 +1288,6 @@ def test_an_edit_can_act_at_some_calls(arch, name):
         close(acting(range(t, 3)), acting(*([s] for s in range(t, 3))))
         assert (only - whole).abs().max() > 1e-6, "the other calls matter"
 
-
 def test_holding_a_subspace_at_its_old_value(world):
     model, paths, requests, at = world
     u, r, tokens = editing.direction("rome", at, requests), 9 * normal(4, 16, seed=3), paths.tokens[[3, 9, 20, 40]]
@@ -1414,7 +1311,6 @@ def test_holding_a_subspace_at_its_old_value(world):
         close((new[:, 1] * vector).sum(-1), (other * vector).sum(-1), 1e-10)
     assert ((new - old)[0, 1] @ torch.linalg.svd(B[0].mT).Vh[2:].T).abs().max() < 1e-12 and (new == old)[:, [0, 2]].all()
 
-
 # --- minedit.py: the stages of these -----------------------------------------------------------------------------------
 
 def test_corruptions_change_one_token_and_the_answer():
@@ -1427,7 +1323,6 @@ def test_corruptions_change_one_token_and_the_answer():
         assert (answers[clean] != answers[other]).all()
     assert len(minedit.corruptions(tokens[:1], answers[:1], 0, 30, generator())[0]) == 0
     assert len(minedit.corruptions(tokens, 0 * answers, 0, 30, generator())[0]) == 0
-
 
 def test_the_a_priori_site_is_fixed_without_the_facts_that_are_edited(world, monkeypatch):
     model, paths, requests, _ = world
@@ -1450,7 +1345,6 @@ def test_the_a_priori_site_is_fixed_without_the_facts_that_are_edited(world, mon
     assert minedit.a_priori_site(dense, tiny_model("dense"), requests, known) == ("blocks.0.feed_forward.down", 0, 0)
     assert dense.results["a_priori"]["effects"] is None
 
-
 def run_stages(capsys, *arguments):
     """results.json of a run with --locate and --when; no NaN in it, no line printed over 100 columns."""
     folder = arguments[-1]
@@ -1458,7 +1352,6 @@ def run_stages(capsys, *arguments):
     out = capsys.readouterr().out
     assert all(len(line) <= 100 for line in out[out.index("causal tracing"):].splitlines())
     return json.loads((folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-
 
 @pytest.mark.parametrize("arch, more", [(arch, []) for arch in ARCHS] + [("dense", ["--blocks", "2"]), ("lmc", ["--blocks", "2", "--feed-forward"])])
 def test_locate_and_when(tmp_path, capsys, monkeypatch, arch, more):
@@ -1500,7 +1393,6 @@ def test_locate_and_when(tmp_path, capsys, monkeypatch, arch, more):
         if (e["method"], e["target"], e["site"], e["pass"]) == ("rome", "prototype", site["site"], site["pass"]):
             assert all(written[0][key] == e[key] for key in ("direct", "hop1", "hop2")), "it is the edit of --edit"
 
-
 def test_locate_and_when_where_there_is_nothing_to_ask(tmp_path, capsys):
     file = tmp_path / "cities.tsv"
     file.write_text("".join(f"city{i}\tcapital of\tland{i}\nland{i}\tin\tEurope\n" for i in range(12)))
@@ -1511,10 +1403,7 @@ def test_locate_and_when_where_there_is_nothing_to_ask(tmp_path, capsys):
     results = run_stages(capsys, *TINY[4:], "--triples", file, "--ood-fraction", "0", "--train-fraction", "1", "--out", tmp_path / "y")
     assert results["when"]["probes"]["direct"] == 0 and results["when"]["written"][0]["direct"] is None
 
-
 # --- curvature.py -----------------------------------------------------------------------------------------------------
-
-
 
 class Tap(nn.Module):
     """Stands in for a linear layer and keeps every input and, with its gradient, every output."""
@@ -1528,7 +1417,6 @@ class Tap(nn.Module):
         self.seen.append((x.detach().clone(), z.requires_grad_()))
         z.retain_grad()
         return z.clone()
-
 
 def slow_pairs(model, batches, name, labels="gold", seed=0, positions="all"):
     """(a, g) of every position, one example at a time, by the gradient of the sum of -log p(label)."""
@@ -1554,11 +1442,9 @@ def slow_pairs(model, batches, name, labels="gold", seed=0, positions="all"):
         setattr(model.get_submodule(parent), leaf, tap.layer)
     return pairs
 
-
 def slow_factors(*arguments, **more):
     pairs = slow_pairs(*arguments, **more)
     return sum(torch.outer(a, a) for a, _ in pairs) / len(pairs), sum(torch.outer(g, g) for _, g in pairs) / len(pairs)
-
 
 def paths_batches(dropped=True):
     """Two batches of different size; with `dropped` the first token never counts, the last one at times."""
@@ -1567,10 +1453,8 @@ def paths_batches(dropped=True):
         targets[:, 0] = targets[2, 2] = targets[4] = -100
     return [(tokens[:5], targets[:5]), (tokens[5:], targets[5:])]
 
-
 def images():
     return [(normal(4, 5, 6, seed=s), torch.randint(3, (4,), generator=generator(s))) for s in (1, 2)]
-
 
 class Foreign(nn.Module):
     """Patches, a bias, an in-place activation, an input that is overwritten, dropout, a layer called twice, mean pooling."""
@@ -1589,7 +1473,6 @@ class Foreign(nn.Module):
             h += 0.3 * self.loop(h)
         return self.head(h.mean(1))
 
-
 @pytest.mark.parametrize("labels", ["sampled", "gold"])
 @pytest.mark.parametrize("arch, name", [
     ("dense", "blocks.1.feed_forward.up"), ("dense", "blocks.0.feed_forward.down"), ("loop", "blocks.0.feed_forward.up"),
@@ -1604,7 +1487,6 @@ def test_factors_against_one_example_at_a_time(arch, name, labels):
     first, last = (f(model, batches, F.cross_entropy, [name], "gold")[name] for f in
                    (kronecker_factors, lambda *a: kronecker_factors(*a, positions="all")))
     assert all(map(torch.equal, first, last)), "where every target counts every row does"
-
 
 @pytest.mark.parametrize("labels", ["sampled", "gold"])
 def test_factors_of_a_foreign_model(labels):
@@ -1622,7 +1504,6 @@ def test_factors_of_a_foreign_model(labels):
         for got, want in zip(pair, slow_factors(plain, flat, name)):
             close(got, want, 1e-12)
 
-
 def test_how_the_positions_are_batched_and_typed_does_not_matter():
     model, batches, name = tiny_model("loop"), paths_batches(), "blocks.0.feed_forward.down"
     A, G = kronecker_factors(model, batches, F.cross_entropy, [name], "gold")[name]
@@ -1639,7 +1520,6 @@ def test_how_the_positions_are_batched_and_typed_does_not_matter():
     half, batch = nn.Sequential(nn.Linear(6, 3)).bfloat16(), (normal(4, 6).bfloat16(), torch.arange(4) % 3)
     assert kronecker_factors(half, [batch], F.cross_entropy, ["0"], "gold")["0"][0].dtype == torch.float32
 
-
 def test_padding_leaves_no_trace_of_counted_positions_and_example_rows_share_a_target():
     model, name = tiny_model("loop"), "blocks.0.feed_forward.up"
     tokens, targets = paths_batches(False)[0]
@@ -1650,7 +1530,6 @@ def test_padding_leaves_no_trace_of_counted_positions_and_example_rows_share_a_t
         assert torch.allclose(A, plain[0], rtol=1e-12) == same
     close(kronecker_factors(model, [padded], F.cross_entropy, [name], "gold")[name][1], plain[1] * 3 / 4, 1e-12)
 
-
 class Steps(nn.Module):
     """One linear layer called once for each step: [batch, step, d] -> logits [batch, step, classes]."""
     def __init__(self, layer):
@@ -1659,7 +1538,6 @@ class Steps(nn.Module):
 
     def forward(self, x):
         return torch.stack([self.layer(part) for part in x.unbind(1)], 1)
-
 
 @pytest.mark.parametrize("n_steps", [1, 3])
 def test_the_fisher_where_the_product_is_exact(n_steps):
@@ -1680,7 +1558,6 @@ def test_the_fisher_where_the_product_is_exact(n_steps):
     drawn = kronecker_factors(model, [(x.repeat(900, 1, 1), y.repeat(900, 1))], F.cross_entropy, ["layer"], "sampled", generator())
     close(drawn["layer"][1], G, 0.05)                        # sampled labels have this expectation
 
-
 def test_sampled_labels_come_from_the_generator_alone():
     model, batches, name = tiny_model("dense"), paths_batches(), "blocks.1.feed_forward.up"
     state = torch.get_rng_state()
@@ -1688,7 +1565,6 @@ def test_sampled_labels_come_from_the_generator_alone():
     assert torch.equal(one, same) and not torch.equal(one, other) and torch.equal(torch.get_rng_state(), state)
     shifted = [(x, (y + 1) % 10 * (y >= 0) - 100 * (y < 0)) for x, y in batches]
     assert torch.equal(one, kronecker_factors(model, shifted, F.cross_entropy, [name], "sampled", generator(1))[name][1])
-
 
 @pytest.mark.parametrize("labels", ["sampled", "gold"])
 def test_ekfac_is_the_diagonal_of_the_fisher_in_the_eigenbasis(labels):
@@ -1708,7 +1584,6 @@ def test_ekfac_is_the_diagonal_of_the_fisher_in_the_eigenbasis(labels):
         assert rebuilt(masses[name].flatten()) < rebuilt(plain)
         close(plain.sum(), torch.trace(A) * torch.trace(G), 1e-12)
 
-
 @pytest.mark.parametrize("arch, name", [("loop", "blocks.0.feed_forward.down"), ("dense", "blocks.0.feed_forward.up")])
 def test_ekfac_of_a_sequence_model(arch, name):
     model, batches = tiny_model(arch), paths_batches()
@@ -1723,7 +1598,6 @@ def test_ekfac_of_a_sequence_model(arch, name):
     kept = U_G.T @ ablate(W, A, G, 0.9, masses) @ U_A
     close(kept, U_G.T @ W @ U_A * keep_mask(A, G, 0.9, masses), 1e-12)
 
-
 # the edit
 
 @pytest.fixture
@@ -1732,7 +1606,6 @@ def layer():
     a, g = normal(50, 9) * torch.logspace(0, -2, 9, dtype=torch.float64), normal(50, 5, seed=1) @ normal(5, 5, seed=2)
     a[:, [2, 6]] = g[:, 3] = 0
     return normal(5, 9, seed=3), a.T @ a / 50, g.T @ g / 50
-
 
 def slow_mask(A, G, keep):
     lam, mu = torch.linalg.eigh(G).eigenvalues.clamp(min=0), torch.linalg.eigh(A).eigenvalues.clamp(min=0)
@@ -1743,7 +1616,6 @@ def slow_mask(A, G, keep):
             break
         mask[i, j], total = True, total + mass
     return mask
-
 
 def test_the_mask_against_a_loop_over_pairs(layer):
     W, A, G = layer
@@ -1763,7 +1635,6 @@ def test_the_mask_against_a_loop_over_pairs(layer):
     masses[2, 7], masses[1, 3], masses[4, 0] = 3, 2, 1
     assert [keep_mask(A, G, keep, masses).nonzero().tolist() for keep in (0.5, 0.6)] == [[[2, 7]], [[1, 3], [2, 7]]]
 
-
 def test_keeping_everything_returns_the_weights(layer):
     W, A, G = layer
     for dtype in torch.float64, torch.float32:
@@ -1776,7 +1647,6 @@ def test_keeping_everything_returns_the_weights(layer):
     for name, pair in factors.items():
         close(ablate(model.get_submodule(name).weight, *pair, 1), model.get_submodule(name).weight, 1e-6)
 
-
 def test_the_ablated_weights_in_the_eigenbasis(layer):
     W, A, G = layer
     (_, U_A), (_, U_G) = torch.linalg.eigh(A), torch.linalg.eigh(G)
@@ -1788,7 +1658,6 @@ def test_the_ablated_weights_in_the_eigenbasis(layer):
     close(ablate(square, A, G, 0.7).T, ablate(square.T.contiguous(), G, A, 0.7), 1e-10)
     assert (ablate(square, A, G, 0.7) - ablate(square, G, A, 0.7)).abs().max() > 0.1, "A belongs to the input"
 
-
 def test_a_direction_of_little_curvature_is_forgotten():
     """Eight examples share an input direction, one has its own: the edit keeps what the layer does for the eight."""
     layer = nn.Linear(3, 4, bias=False).double()
@@ -1798,7 +1667,6 @@ def test_a_direction_of_little_curvature_is_forgotten():
     W = ablate(layer.weight, A, eigen(torch.eye(4)), 0.8)
     close(W[:, 0], layer.weight[:, 0], 1e-12)
     assert W[:, 1:].abs().max() < 1e-12
-
 
 # controls
 
@@ -1836,7 +1704,6 @@ def test_controls_keep_what_they_are_asked_to(layer, name):
         flat = (A, torch.eye(5)) if name == "activations" else (torch.eye(9), G)
         close(control(name, W, A, G, int(keep_mask(*flat, 0.8).sum())), ablate(W, *flat, 0.8), 1e-10)
 
-
 def test_a_random_basis_is_orthogonal_and_comes_from_the_generator(layer):
     W, A, G = layer
     state = torch.get_rng_state()
@@ -1848,7 +1715,6 @@ def test_a_random_basis_is_orthogonal_and_comes_from_the_generator(layer):
     many = torch.stack([curvature.random_orthogonal(3, draw) for _ in range(4000)])
     assert many.mean(0).abs().max() < 0.04 and (many.square().mean(0) - 1 / 3).abs().max() < 0.02
     assert 0.45 < (torch.linalg.det(many) > 0).double().mean() < 0.55, "rotations and reflections"
-
 
 def test_a_learned_mask_forgets_and_keeps():
     """Inputs 0-7 carry the label; each of four exceptions has an input of its own, with the largest weights, against it."""
@@ -1873,7 +1739,6 @@ def test_a_learned_mask_forgets_and_keeps():
     with ablated(model, new):
         assert right(x[:4], wrong) == 0 and right(x[4:], y[4:]) >= before
 
-
 def test_shares_of_a_vector_by_band():
     A = torch.diag(torch.tensor([1.0, 4.0, 2.0, 3.0])).double()
     X = torch.tensor([[0.0, 3.0, 0.0, 4.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4]).double()
@@ -1885,7 +1750,6 @@ def test_shares_of_a_vector_by_band():
     close(shares.square().sum(-1), torch.ones(2, 7).double(), 1e-12)
     close(curvature.band_shares(100 * X, A, 4), shares, 1e-12)
 
-
 # what is left untouched, and what is refused
 
 def everything_of(model):
@@ -1893,12 +1757,10 @@ def everything_of(model):
         [b.clone() for b in model.buffers()], [m.training for m in model.modules()], \
         [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
 
-
 def assert_same(before, after):
     for (name, W, needs, grad), (_, V, needs_now, grad_now) in zip(before[0], after[0]):
         assert torch.equal(W, V) and needs == needs_now and grad is grad_now, name
     assert all(map(torch.equal, before[1], after[1])) and before[2:] == after[2:]
-
 
 def test_the_model_is_untouched():
     model = Foreign().train()
@@ -1928,7 +1790,6 @@ def test_the_model_is_untouched():
             pass
     assert_same(before, everything_of(model))
 
-
 @pytest.mark.parametrize("change, words", [
     ({"layers": ["blocks.0"]}, ["blocks.0", "blocks.0.attention.query"]), ({"layers": ["no.such"]}, ["no.such", "nn.Linear"]),
     ({"layers": []}, ["list"]), ({"layers": "memory.values"}, ["list", "memory.values"]), ({"batches": []}, ["no batch", "iterator"]),
@@ -1945,7 +1806,6 @@ def test_bad_requests_for_factors_are_refused(change, words):
     assert all(word in str(error.value) for word in words), error.value
     assert_same(before, everything_of(model))
 
-
 def test_values_that_are_not_finite_are_refused():
     model, nan = Foreign(), float("nan")
     x, y = images()[0]
@@ -1953,7 +1813,6 @@ def test_values_that_are_not_finite_are_refused():
         kronecker_factors(model, [(x * nan, y)], F.cross_entropy, ["up"], "sampled", generator())
     with pytest.raises(ValueError, match="'up' are not finite or overflow"):
         kronecker_factors(model, [(x, y)], lambda logits, y: F.cross_entropy(logits, y) * nan, ["up"], "gold")
-
 
 @pytest.mark.parametrize("change, words", [
     (lambda W, A, G: (W, A, G, 0), r"\(0, 1\], got 0"), (lambda W, A, G: (W, A, G, 1.5), "1.5"), (lambda W, A, G: (W, A, G, -0.5), "-0.5"),
@@ -1967,7 +1826,6 @@ def test_values_that_are_not_finite_are_refused():
 def test_bad_edits_are_refused(layer, change, words):
     with pytest.raises(ValueError, match=words):
         ablate(*change(*layer))
-
 
 def test_bad_controls_are_refused(layer):
     for request, words in (("pca", 3), "pca.*svd"), (("svd", 6), r"0\.\.5.*6"), (("random", 46), "46"), (("kfac", -1), "-1"), (("kfac",), "None"):
@@ -1983,7 +1841,6 @@ def test_bad_controls_are_refused(layer):
     with pytest.raises(ValueError, match="nan at step 0"):
         curvature.learned_mask(Foreign(), empty, images(), F.cross_entropy, ["up"], 0.5)
 
-
 def test_curvature_can_be_copied_alone(tmp_path):
     (tmp_path / "curvature.py").write_text((HERE / "curvature.py").read_text())
     (tmp_path / "use.py").write_text(
@@ -1998,7 +1855,6 @@ def test_curvature_can_be_copied_alone(tmp_path):
                          cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert out.stdout.split() == [str(tmp_path / "curvature.py"), "False", "False"]
-
 
 # --- minedit.py: pictures ---------------------------------------------------------------------------------------------
 
@@ -2021,7 +1877,6 @@ def made_up_runs():
                              for keep in (0.99, 0.9)]}} for seed in (1, 2)]
     return [[result(0, "dense")], full, [result(0)]]
 
-
 def test_the_points_of_the_pictures():
     figures = minedit.points(made_up_runs())
     assert figures["grokking"].keys() == {"dense", "lmc", "lmc 2"}, "other settings stand apart"
@@ -2037,11 +1892,9 @@ def test_the_points_of_the_pictures():
     assert {x for line in figures["retention"]["K-FAC, lmc"].values() for x in line} == {"0.99", "0.9"}
     assert all(len(v) == 2 for line in figures["retention"]["K-FAC, lmc"].values() for v in line.values()), "K-FAC on the chosen layers"
 
-
 def test_plot_without_matplotlib_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib is not installed" in refused(capsys, "--report", HERE / "results", "--plot")
-
 
 def test_pictures_are_drawn(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -2054,7 +1907,6 @@ def test_pictures_are_drawn(tmp_path, capsys, monkeypatch):
     minedit.plot([tmp_path], tmp_path)
     assert capsys.readouterr().out.count("not drawn") == 5
 
-
 # --- minedit.py: speed ------------------------------------------------------------------------------------------------
 
 def test_bench_at_toy_size(tmp_path, capsys):
@@ -2066,7 +1918,6 @@ def test_bench_at_toy_size(tmp_path, capsys):
     assert all(float(x) > 0 for row in found["cells"][1:] for x in (row[1], row[2], *row[4:]))
     assert len(found["profile"]) > 5 and found["peak_memory_mib"] > 0 and found["threads"][1][0] == 1
     assert [f.name for f in (tmp_path / "new" / "b").iterdir()] == ["bench.json"]
-
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     """Records the operations that make a host wait for its device: they read a value, or have a shape that depends on values."""
@@ -2083,18 +1934,15 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
             self.found.append(name)
         return function(*arguments, **(options or {}))
 
-
 @pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any()), lambda x: x.nonzero()])
 def test_the_watch_sees_what_waits(waits):
     with Watch() as watch:
         waits(torch.ones(3))
     assert watch.found
 
-
 def toy_run(tmp_path, *arguments):
     run, = minedit.prepare(minedit.build_parser().parse_args([*TINY, *arguments, "--out", str(tmp_path / "-".join(arguments))]))
     return run
-
 
 @pytest.mark.parametrize("arguments", [("--arch", arch) for arch in ARCHS] + [("--aliases",), ("--branches", "0"), ("--addressing", "topk")])
 def test_a_step_never_reads_a_value_of_the_device(tmp_path, arguments):
@@ -2107,7 +1955,6 @@ def test_a_step_never_reads_a_value_of_the_device(tmp_path, arguments):
     assert not watch.found, watch.found
     assert loss.isfinite() and not loss.requires_grad
 
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_forward_and_loss_can_be_captured_as_one_graph(tmp_path, arch):
     run = toy_run(tmp_path, "--arch", arch)
@@ -2119,7 +1966,6 @@ def test_forward_and_loss_can_be_captured_as_one_graph(tmp_path, arch):
     got = torch.autograd.grad(whole(tokens, answers), list(model.parameters()))
     for x, y in zip(got, expected):
         close(x, y, 1e-5)
-
 
 # --- README: copying out, exercises -----------------------------------------------------------------------------------
 
@@ -2152,7 +1998,6 @@ model = GPT()
 before = {name: value.clone() for name, value in model.state_dict().items()}
 """
 
-
 @pytest.mark.parametrize("module, answer", [("edit", "tensor(7)"), ("curvature", "tensor(")])
 def test_the_readme_edits_and_ablates_a_foreign_model_with_one_copied_file(tmp_path, module, answer):
     block, = [part.split("```")[0] for part in (HERE / "README.md").read_text().split("```py\n")[1:] if f"import torch, {module}\n" in part]
@@ -2167,7 +2012,6 @@ def test_the_readme_edits_and_ablates_a_foreign_model_with_one_copied_file(tmp_p
     out = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.startswith(answer), (out.stdout, out.stderr)
 
-
 def test_exercise_1():
     """(W + dW) k = v; and no matrix that does so changes ordinary values less."""
     K, W = normal(40, 9, seed=1), normal(5, 9, seed=2)
@@ -2180,7 +2024,6 @@ def test_exercise_1():
         other -= torch.outer(other @ k, k) / (k @ k)         # other k = 0, so that dW + other writes v too
         assert cost(dW) < min(cost(dW + 1e-3 * other), cost(dW - 1e-3 * other))
 
-
 @pytest.mark.parametrize("n", [3, 20])
 def test_exercise_2(n):
     """Both forms are the minimum of sum |r - dW k|^2 + lam E |dW k'|^2, found here by ordinary least squares."""
@@ -2189,7 +2032,6 @@ def test_exercise_2(n):
     expected = torch.linalg.lstsq(rows, torch.cat([R, torch.zeros(40, 5).double()])).solution.T
     for form in ("primal", "dual", None):
         close(memit_update(K, R, second_moment(ordinary), lam, form=form), expected)
-
 
 def test_exercise_3():
     """What is restored at the last token after the last block is the whole answer; at the first token before anything
@@ -2205,7 +2047,6 @@ def test_exercise_3():
     close(rise[0, 1].double(), (probability[0] - probability[1]).mean(), 1e-6)
     assert rise[:, 0].abs().max() < 1e-12, "the state of the first token was never corrupted"
 
-
 @pytest.mark.parametrize("seed", range(3))
 def test_exercise_4(seed):
     """All of the mass is W; a part of it is held by the fewest pairs that can hold it."""
@@ -2218,7 +2059,6 @@ def test_exercise_4(seed):
         assert share >= keep and masses.flatten().sort(descending=True).values[:n - 1].sum() < keep * masses.sum()
         assert mask.all() or masses[mask].min() >= masses[~mask].max()
 
-
 def test_exercise_5():
     """One column changes; a fact whose key is 0 there keeps its value, another moves by r k'_j / k_j."""
     W, k, r = normal(5, 9, seed=1), normal(9, seed=2), normal(5, seed=3)
@@ -2230,7 +2070,6 @@ def test_exercise_5():
     tenant[j] = 0
     assert not (dW @ tenant).any()
 
-
 def test_each_exercise_fails_without_the_body_it_asks_for(monkeypatch):
     """The README names a function of a module for each; emptied, its test fails."""
     named = re.findall(r"^(\d)\. .*?`(edit|curvature)\.(\w+)`.*`python -m pytest test_all.py -k exercise_(\d)`$", (HERE / "README.md").read_text(), re.M)
@@ -2241,7 +2080,6 @@ def test_each_exercise_fails_without_the_body_it_asks_for(monkeypatch):
             without.setattr({"edit": editing, "curvature": curvature}[module], function, lambda *_, **__: None)
             with pytest.raises(Exception):
                 check(*[3] * check.__code__.co_argcount)         # of those with a parameter
-
 
 def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path, capsys):
     for seed, folder in (0, "one/machine"), (1, "another"):
@@ -2266,7 +2104,6 @@ class Known(nn.Module):
             x = self.part((call + 1.0) * F.one_hot(tokens + call, 5).double())
         return x
 
-
 def test_the_lens_of_a_model_whose_states_are_known():
     model, tokens, wanted = Known(), torch.tensor([[0, 1, 2], [3, 0, 1]]), torch.tensor([1, 3])
     scale = torch.tensor([1.0, 1, 1, -1, 1], dtype=torch.float64)                # entity 3 is read with the wrong sign
@@ -2279,7 +2116,6 @@ def test_the_lens_of_a_model_whose_states_are_known():
     close(p[0, :, 0], torch.stack([1 / (4 + e), e / (4 + e), 1 / (4 + e)]), 1e-14)
     close(p[1, 0, 0], e**2 / (4 + e**2), 1e-14)
     close(p[0, 0, 1], 1 / e / (4 + 1 / e), 1e-14)
-
 
 def test_swaps_of_parts_of_a_state(two_runs):
     model, states, one, _ = two_runs
@@ -2301,7 +2137,6 @@ def test_swaps_of_parts_of_a_state(two_runs):
         by_hand = model(one)[:, -1].argmax(-1)
     assert torch.equal(editing.swapped(model, one, other, *states[-1][1:], 2, basis), by_hand)
 
-
 def test_tracing_prompt_by_prompt(two_runs):
     model, states, clean, corrupted = two_runs
     answer, sites = model(clean)[:, -1].argmax(-1), [state[1:] for state in states]
@@ -2311,7 +2146,6 @@ def test_tracing_prompt_by_prompt(two_runs):
         assert whole.shape == (len(sites), 3, 6)
         close(whole.mean(-1), mean, 1e-12)
         close(whole[:, :, 2], one, 1e-9)
-
 
 @pytest.mark.parametrize("regime", kg.REGIMES)
 @pytest.mark.parametrize("out_degree", [None, 5])
@@ -2330,7 +2164,6 @@ def test_regimes_never_ask_what_they_train(regime, out_degree):
     if regime == "natural":
         assert all(torch.equal(paths.masks[name], natural.masks[name]) for name in natural.masks)
 
-
 def test_paths_that_would_ask_what_they_train_are_refused():
     paths = kg.split(kg.synthetic(20, 8, 3), 0.2, 0.7, 3)
     with pytest.raises(ValueError, match="two sets"):
@@ -2338,12 +2171,10 @@ def test_paths_that_would_ask_what_they_train_are_refused():
     with pytest.raises(ValueError, match="augment"):
         kg.split(kg.synthetic(20, 8, 3), 0.2, 0.7, 3, "first-hop", 1.5)
 
-
 def test_a_regime_is_part_of_a_run(finished, tmp_path, capsys):
     assert "--augment" in refused(capsys, *TINY, "--regime", "first-hop", "--out", tmp_path / "r")
     assert "--augment" in refused(capsys, *TINY, "--augment", "0.5", "--out", tmp_path / "r")
     assert "data.regime" in refused(capsys, *TINY, "--regime", "both-hops", "--augment", "0.5", "--out", finished)
-
 
 # --- ablation: exceptions, the mixture, the study -----------------------------------------------------------------------
 
@@ -2361,7 +2192,6 @@ def test_exceptions_are_trained_paths_with_one_wrong_answer(seed):
     assert not torch.equal(other.masks["exceptions"], exceptions) and "exceptions" not in clean.masks
     assert 0.05 < noisy.masks["validation"].float().mean() < 0.4
 
-
 def test_a_share_of_exceptions_is_below_one():
     paths = kg.split(kg.synthetic(10, 4, 0), 0.1, 0.8, 0)
     with pytest.raises(ValueError, match="got 1.0"):
@@ -2369,13 +2199,11 @@ def test_a_share_of_exceptions_is_below_one():
     with pytest.raises(ValueError, match="5 of them arithmetic"):
         kg.synthetic(10, 4, 0, arithmetic=5)
 
-
 def test_arithmetic_relations_add_a_constant():
     plain, graph = kg.synthetic(11, 5, 3).facts, kg.synthetic(11, 5, 3, arithmetic=2).facts
     shift = (graph[:, :2] - torch.arange(11)[:, None]) % 11
     assert (shift == shift[0]).all() and (shift > 0).all() and torch.equal(graph[:, 2:], plain[:, 2:])
     assert not torch.equal(graph[:, :2], plain[:, :2])
-
 
 def test_facts_are_drawn_as_often_as_their_frequency_says():
     paths = kg.split(kg.synthetic(10, 4, 0), 0.1, 0.8, 0)
@@ -2388,7 +2216,6 @@ def test_facts_are_drawn_as_often_as_their_frequency_says():
     many = minedit.Batches(paths, minedit.Recipe(batch=30), generator(2), frequency=frequency).draw()[0]
     assert len(many[:, :2].unique(dim=0)) == 30, "each fact at most once"
 
-
 def test_open_book_prompts_are_answered_by_the_prompt_alone():
     paths = kg.split(kg.synthetic(10, 4, 0), 0.1, 0.8, 0)
     tokens, told = minedit.Batches(paths, minedit.Recipe(), generator()).open_book(4000, 10)
@@ -2397,7 +2224,6 @@ def test_open_book_prompts_are_answered_by_the_prompt_alone():
     tails = torch.tensor([fact[h, r - 10] for h, r in tokens[:, :2].tolist()])
     assert 0.05 < (tails == told).double().mean() < 0.15, "the fact itself says no more than chance"
     assert len({(h, t) for h, t in zip(tokens[:, 0].tolist(), told.tolist())}) == 100
-
 
 def test_the_last_steps_are_trained_under_their_own_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(minedit, "LATE", {"lr": 0.0, "muon_lr": 0.0, "weight_decay": 0.5, "label_smoothing": 0.0})
@@ -2410,7 +2236,6 @@ def test_the_last_steps_are_trained_under_their_own_settings(tmp_path, monkeypat
     assert run_main(*options, "--memorize", 0, "--out", tmp_path / "c") == 0
     assert not torch.equal(weights(tmp_path / "c")["model"]["embedding.weight"], at_20["model"]["embedding.weight"])
 
-
 def test_a_search_finds_the_strengths_of_each_group():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     options = {group: {s: {group: torch.full((3, 3), s)} for s in (1.0, 2.0, 3.0)} for group in ("0", "1")}
@@ -2422,7 +2247,6 @@ def test_a_search_finds_the_strengths_of_each_group():
         assert tuple(chosen.values()) == best and found.keys() == {g for g in "01" if chosen[g] is not None}
         assert all(torch.equal(old[name], p) for name, p in model.state_dict().items())
 
-
 @pytest.fixture
 def small_study():
     """A foreign model, its factors, and two of its layers."""
@@ -2431,7 +2255,6 @@ def small_study():
     factors = kronecker_factors(model, [(x, y)], F.cross_entropy, ["0", "2"], "gold")
     masses = corrected_masses(model, [(x, y)], F.cross_entropy, factors, labels="gold")
     return model, {name: (eigen(A), eigen(G)) for name, (A, G) in factors.items()}, masses, x
-
 
 def test_methods_are_compared_at_what_they_are_said_to_match(small_study):
     model, factors, masses, x = small_study
@@ -2461,7 +2284,6 @@ def test_methods_are_compared_at_what_they_are_said_to_match(small_study):
     assert {(e["method"], e["matched"]) for e in entries[8:]} == {(m, k) for m in curvature.CONTROLS for k in (
         "parts", "norm")} - {("svd", "parts")}
 
-
 def test_images_of_shapes():
     patches, kind = minedit.shapes(400, generator())
     again, _ = minedit.shapes(400, generator())
@@ -2471,7 +2293,6 @@ def test_images_of_shapes():
     assert steps < (images[:, 1:] - images[:, :-1].flip(1)).abs().mean(), "neighbours are alike: the patches lie in order"
     area = (images > 0.5).double().mean((1, 2))
     assert (area > 0.02).all() and (area < 0.7).all() and area[kind == 0].mean() > area[kind == 1].mean()
-
 
 @pytest.mark.parametrize("arch", ["dense", "lmc"])
 def test_the_ablation_stage(tmp_path, capsys, arch):
@@ -2490,7 +2311,6 @@ def test_the_ablation_stage(tmp_path, capsys, arch):
     assert run_main(*options) == 0
     assert all(torch.equal(p, state[name]) for name, p in weights(tmp_path / "run")["average"].items())
     assert json.loads((tmp_path / "run" / "results.json").read_text())["ablate"]["chosen"] == results["chosen"]
-
 
 def test_an_ablation_without_exceptions_is_refused(finished, capsys):
     assert run_main(*TINY, "--ablate", "--label-noise", 0, "--arithmetic", 0, "--zipf", 0, "--open-book", 0, "--memorize", 0,
