@@ -948,7 +948,7 @@ def plot(folders: list[Path], out: Path):
                     *dict.fromkeys(itertools.chain(*lines.values()))]
                 n = max(len(values) for line in lines.values() for values in line.values())
                 ax.set(title=f"{name} (n = {n})", xlabel=FIGURES[file])
-                ax.set_xticks(range(len(ticks)), ticks, rotation=90 * (len("".join(ticks)) > 30))
+                ax.set_xticks(range(len(ticks)), ticks, rotation=90 * (len("".join(ticks)) > 24))
                 if tracing:                                  # a cell is 9 x 9 pixels, which no viewer blurs
                     grey = torch.tensor([[statistics.fmean(v) for v in line.values()] for line in lines.values()])
                     extent = (-0.5, len(ticks) - 0.5, len(lines) - 0.5, -0.5)
@@ -963,7 +963,7 @@ def plot(folders: list[Path], out: Path):
                     (ax.fill_between if joined else ax.vlines)(x, low, high, color=colour, alpha=0.2 if joined else 1)
                     ax.set(ylim=(-0.04, 1.04), ylabel="share of answers" if place % columns == 0 else None)
             if panels:
-                figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3 * columns)
+                figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
                 figure.savefig(out / f"{file}.svg", metadata={"Date": None})
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
