@@ -68,7 +68,7 @@ def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | No
     out_degree = n_relations if out_degree is None else out_degree
     if n_entities < 2 or not 1 <= out_degree <= n_relations or not 0 <= arithmetic <= n_relations:
         raise ValueError("a synthetic graph needs 2 entities, 1 relation, an out-degree of 1..n_relations, got "
-                         f"{n_entities} entities, {n_relations} relations, {arithmetic} arithmetic, {out_degree=}")
+                         f"{n_entities} entities, {n_relations} relations, {arithmetic} of them arithmetic")
     generator = torch.Generator().manual_seed(4 * seed)      # streams of a seed: graph, split, weights, batches
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
     tails += tails >= torch.arange(n_entities)[:, None]                          # skip the head itself

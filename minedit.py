@@ -785,7 +785,7 @@ def spectrum(run: Run, model: nn.Module, batches: list, names: list[str]) -> tup
     return factors, curvature.corrected_masses(model, batches, F.cross_entropy, factors, generator=seeded())
 
 def outcomes(entries: list[dict], *columns: str) -> str:
-    strengths = lambda e: "/".join(cell(s, "g") for s in e.get("strengths", {}).values())
+    strengths = lambda e: "/".join(cell(s, "g").lstrip("0") for s in e.get("strengths", {}).values())
     return table([("", "matched", "strengths", *(LABELS.get(key, key) for key in columns))] + [
         (e["method"], e.get("matched", ""), strengths(e), *(cell(e[key]) for key in columns)) for e in entries])
 
@@ -968,10 +968,10 @@ def plot(folders: list[Path], out: Path):
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
-SPEED = """ms: one step. plain: times as long with exact top-k and unfused attention, medians of turns (lowest-
-highest). shape, square: matrix products over all time of a step, as a share of what torch reaches for
-the keys of a step, for a 1024 square. Per second: paths trained, answers evaluated, edits in one MEMIT
-update of 100, tokens to the K-FAC factors of a store."""
+SPEED = """ms: one step. plain: times as long with exact top-k, medians of turns (lowest-highest). shape,
+square: matrix products over all time of a step, as a share of what torch reaches for the keys of a
+step, for a 1024 square. Per second: paths trained, answers evaluated, edits in one MEMIT update of
+100, tokens to the K-FAC factors of a store."""
 
 def in_turns(tasks: dict, rounds: int = 5) -> dict:
     """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. One trial round."""
