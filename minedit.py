@@ -719,11 +719,11 @@ KEEPS = 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7
 REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
 TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
          "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
-ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions. strengths:
-in q+k / v+out / address / store the share kept of the curvature mass (learned: of all weights) or
-removed of the norm, chosen on other paths for true - recited, held-out accuracy kept up to 0.02.
-matched: own choice; in the layers of the better of kfac and ekfac its number of components (parts), its
-|W - W'| (norm); one strength for all of them (alike). removed: |W - W'| / |W|."""
+ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions.
+strengths: in q+k / v+out / address / store the share kept of the curvature mass (learned: of all
+weights) or removed of the norm, chosen on other paths for true - recited, held-out accuracy kept up
+to 0.02. matched: own choice; in the layers of the better of kfac and ekfac its number of components
+(parts), its |W - W'| (norm); one strength for all of them (alike). removed: |W - W'| / |W|."""
 RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts drawn least, most often.
 paper: the same in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
 BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth
