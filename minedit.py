@@ -1138,7 +1138,8 @@ def report(folders: list[Path]):
             rows.append((arch, *hops, *(p(both[1], y) for _, y in shared.values())))
         print(f"\n{table(rows)}\n{SHARED}")
     absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate")}
-    print(f"\nnot run: {', '.join(f'{key} in {n} of {len(runs)} runs' for key, n in absent.items() if n)}")
+    texts = [f"{key} in {n} of {len(runs)} runs" for key, n in absent.items() if n]
+    print(f"\nnot run: {', '.join(texts) or 'nothing'}")
 
 def mann_whitney(x, y) -> float:
     """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions enumerated."""
