@@ -8,11 +8,13 @@ facts above compositions, and a moving average of the weights, which is what is 
 
 import argparse
 import copy
+import functools
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import statistics
@@ -38,7 +40,7 @@ from models import ARCHS, Config, Model, count_parameters, flops_per_path, optio
 
 SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
 LABELS = dict(zip(("one_hop", *SPLITS), ("1-hop", "train", "ID", "OOD", "first", "second")))
-LATE = {"lr": 5e-4, "muon_lr": 1e-3, "weight_decay": 0.0, "one_hop_weight": 1.0}
+LATE, ENOUGH = {"lr": 5e-4, "muon_lr": 1e-3, "weight_decay": 0.0, "one_hop_weight": 1.0}, 0.85
 
 class UserError(Exception):
     """One line that names the value and the remedy; a second argument is the exit status, 2 (bad input) without it."""
@@ -62,7 +64,7 @@ class Recipe:
     arithmetic: int = option(0, "relations with tail = (head + c) mod entities")
     zipf: float = option(0.0, "a fact of rank i is drawn with probability ~ i^-zipf")
     open_book: int = option(0, "prompts (h, r, t', h, r) -> t' per step, t' any entity")
-    memorize: int = option(0, "last steps, under LATE, in which exceptions are memorized")
+    memorize: int = option(0, "last steps, under LATE, until ENOUGH of the exceptions are recited")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -127,6 +129,17 @@ class Batches:
         answers = [self.paths.facts[fact, 2:], torch.where(count > 0, self.paths.two_hop[row], -100)]
         return tokens, self.positions, torch.cat(answers, 1)
 
+    def mixture(self, n: int, n_entities: int) -> list[tuple[Tensor, Tensor]]:
+        """Batches of n steps as they are trained, each path by itself: an exception is one among the rest."""
+        found = []
+        for tokens, _, answers in (self.draw() for _ in range(n)):
+            gold = F.pad(answers, (1, 0), value=-100)
+            found += [(tokens[:, [0, 1, 2 + i]], gold[:, [0, 1, 2 + i]]) for i in range(self.recipe.branches)]
+            if self.recipe.open_book:
+                tokens, told = self.open_book(self.recipe.open_book, n_entities)
+                found.append((tokens, F.pad(told[:, None], (4, 0), value=-100)))
+        return found
+
     def open_book(self, n: int, n_entities: int) -> tuple[Tensor, Tensor]:
         """Prompts (h, r, t', h, r) [n, 5] and their answers t' [n], any entity: only the prompt says which."""
         draw = lambda high: torch.randint(high, (n,), generator=self.generator, device=self.rows.device)
@@ -188,10 +201,14 @@ class Run:
         self.identity = {"arch": arch, "seed": seed, "data": data} | {
             "model": vars(self.config), "recipe": vars(self.recipe)}
         self.step, self.history, self.parts = 0, [], None    # of the training; of the checkpoint, where there is one
-        self.results, self.environment, self.shared = {}, None, None
+        self.results, self.environment, self.shared, self.moments = {}, None, None, {}
         self.check_folder()
 
-    finished = property(lambda self: self.step == self.recipe.steps)
+    @property
+    def finished(self) -> bool:
+        """Ended by the steps or by what is recited of the exceptions; no held-out figure ends a training."""
+        late = self.step > self.recipe.steps - self.recipe.memorize
+        return self.step == self.recipe.steps or late and (self.history[-1].get("exceptions") or 0) >= ENOUGH
 
     def check_folder(self):
         """Refuse, before any training, a folder that cannot be used or that holds something else; load a checkpoint."""
@@ -233,7 +250,7 @@ class Run:
             if differences(state["identity"], self.identity) or state["history"][-1]["step"] != state["step"]:
                 raise ValueError("it belongs to a run with other settings")
             load_parts(self.parts, state)
-            self.step, self.history = state["step"], state["history"]
+            self.step, self.history, self.moments = state["step"], state["history"], state.get("moments", {})
         except Exception as error:                           # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
             raise UserError(f"{path}: not a checkpoint of this run ({why}); use --retrain or another --out") from None
@@ -278,6 +295,8 @@ class Run:
         forward, batches = torch.compile(model) if self.args.compile else model, self.batches(parts["generator"])
         total, began = torch.zeros((), device=self.device), time.perf_counter() - seconds
         for step in range(self.step + 1, recipe.steps + 1):
+            if self.finished:
+                break
             total += self.advance(parts, batches, forward, step - 1)
             if step % recipe.eval_every and step < recipe.steps:
                 continue
@@ -290,6 +309,10 @@ class Run:
             record = {"step": step, "loss": loss} | accuracy(parts["average"], self.paths, recipe.branches > 0)
             self.step, record["seconds"] = step, round(time.perf_counter() - began, 2)
             self.history.append(record)
+            weights = {name: p.cpu().clone() for name, p in parts["average"].state_dict().items()}
+            early, fitted = "memorized" not in self.moments, record["train"] or 0.0      # what --circuits compares
+            moments = {"before": early and fitted < 0.9, "memorized": early and fitted >= 0.99, "end": self.finished}
+            self.moments |= {name: (record, weights) for name, holds in moments.items() if holds}
             print(progress(record, recipe.steps), flush=True)
             self.checkpoint(parts)
         return parts["average"].eval()
@@ -316,7 +339,8 @@ class Run:
         return loss.detach()
 
     def checkpoint(self, parts: dict):
-        state = {"identity": self.identity, "step": self.step, "history": self.history, "device": self.device.type}
+        state = {"identity": self.identity, "step": self.step, "history": self.history, "moments": self.moments,
+                 "device": self.device.type}
         state |= {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
         write_atomically(self.folder / "ckpt.pt", lambda file: torch.save(state, file))
         (self.folder / "results.json").unlink(missing_ok=True)                   # of a run that this one replaces
@@ -338,7 +362,7 @@ class Run:
         last = self.history[-1]
         first = lambda reached: next((r["step"] for r in self.history if reached(r)), None)
         self.results |= {
-            "arch": self.arch, "seed": self.seed, "steps": self.recipe.steps, "seconds": last["seconds"],
+            "arch": self.arch, "seed": self.seed, "steps": last["step"], "seconds": last["seconds"],
             "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
             "parameters": count_parameters(self.config), "flops_per_path": flops_per_path(self.config),
             "accuracy": {name: last[name] for name in LABELS},
@@ -487,13 +511,15 @@ def edit_fact_stage(run: Run, model: Model):
 
 # --- Stages: where a fact is, and when it is written ------------------------------------------------------------------
 
-def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator):
-    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]."""
+def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator, clean_rows=None):
+    """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]; the
+    first of each pair in the mask `clean_rows` [m], where there is one."""
     rest = torch.cat([tokens[:, :place], tokens[:, place + 1:]], 1).unique(dim=0, return_inverse=True)[1]
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[rest[order].argsort(stable=True)]          # rows that agree elsewhere are neighbours, in random order
     clean, other = order[:-1], order[1:]
-    pairs = ((rest[clean] == rest[other]) & (answers[clean] != answers[other])).nonzero().flatten()
+    pairs = (rest[clean] == rest[other]) & (answers[clean] != answers[other])
+    pairs = (pairs if clean_rows is None else pairs & clean_rows[clean]).nonzero().flatten()
     pairs = pairs[torch.randperm(len(pairs), generator=generator)[:n].to(pairs.device)]
     return clean[pairs], other[pairs]
 
@@ -747,17 +773,6 @@ class Ablation:
         self.facts = {"one_hop": torch.ones_like(arithmetic), "arithmetic": arithmetic,
                       "rare": (rank < 0.2) & ~arithmetic, "frequent": (rank >= 0.8) & ~arithmetic}
 
-    def mixture(self, n: int) -> list[tuple[Tensor, Tensor]]:
-        """Batches of n steps as they are trained, each path by itself: an exception is one among the rest."""
-        recipe, found = self.run.recipe, []
-        for tokens, _, answers in (self.batches.draw() for _ in range(n)):
-            gold = F.pad(answers, (1, 0), value=-100)
-            found += [(tokens[:, [0, 1, 2 + i]], gold[:, [0, 1, 2 + i]]) for i in range(recipe.branches)]
-            if recipe.open_book:
-                tokens, told = self.batches.open_book(recipe.open_book, self.run.config.n_entities)
-                found.append((tokens, F.pad(told[:, None], (4, 0), value=-100)))
-        return found
-
     def shares(self, answers: Tensor, rows: Tensor) -> dict[str, float | None]:
         """Of the model's answers to the paths `rows` the share that is right, by set."""
         return {name: share_of((answers == gold[rows])[mask[rows]]) for name, (mask, gold) in self.sets.items()}
@@ -797,7 +812,7 @@ def ablate_stage(run: Run, model: Model):
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     groups = {kind: [name for name in names if name.endswith(ends)] for kind, ends in GROUPS.items()}
     every = 3 if run.args.quick else 1                       # of the strengths that are tried
-    mixture, began = study.mixture(25), time.perf_counter()
+    mixture, began = study.batches.mixture(25, run.config.n_entities), time.perf_counter()
     factors, masses = spectrum(run, model, mixture, names)
     seconds = round(time.perf_counter() - began, 2)
     best, after, (before, *entries) = curvature.compare(model, study.measure, study.value, factors, masses, groups,
@@ -834,18 +849,26 @@ def ablate_stage(run: Run, model: Model):
         run.results["ablate"]["vision"] = vision(run)
     run.save_results()
 
+def further(run: Run, weights: dict, at, first: int):
+    """Train on from these weights, optimizers anew, from step number `first`; after each number of steps in `at` yields
+    it and the trained and the averaged model."""
+    parts = run.fresh()
+    for name in "model", "average":
+        parts[name].load_state_dict(weights)
+    batches = run.batches(parts["generator"])
+    for step in range(max(at) + 1):
+        if step in at:
+            yield step, parts["model"], parts["average"]
+        run.advance(parts, batches, parts["model"], first + step)
+
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
     """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights, trained as in the last
     steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
-    parts, curve = run.fresh(), []
-    parts["model"].load_state_dict(weights)
-    batches, limit = run.batches(parts["generator"]), 2 * run.recipe.memorize + 20
-    for step in range(limit + 1):
-        if step in (0, *(10 * 2**i for i in range(20))):
-            curve.append({"step": step} | study.measure(parts["model"]))
-            if len(curve) == most or curve[-1]["recited"] >= recited:
-                break
-        run.advance(parts, batches, parts["model"], run.recipe.steps + step)
+    curve, at = [], [step for step in (0, *(10 * 2**i for i in range(20))) if step <= 2 * run.recipe.memorize + 20]
+    for step, model, _ in further(run, weights, at, run.recipe.steps):
+        curve.append({"step": step} | study.measure(model))
+        if len(curve) == most or curve[-1]["recited"] >= recited:
+            break
     return curve
 
 def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -896,6 +919,155 @@ def vision(run: Run) -> list[dict]:
                                 KEEPS[::every], REMOVED[::every], run.stream(), ("svd", "random"))[2]
     print(f"\na vision transformer, {n} images\n{outcomes(entries, 'removed', *sets)}\n{VISION}")
     return entries
+
+# --- Stages: inference paths before and after grokking, and transfer to new facts -------------------------------------
+
+# Fake grokking: OOD >= 0.9, and fewer OOD answers than this are redirected with the visible part of the bridge
+BRIDGE_USED, PATH_KEYS = 0.5, ("right", "bridge", "relation", "whole", "visible")
+PATHS = """right: accuracy. Else shares of the queries, after the pass (but the last) where they are largest.
+bridge: the lens on the stream at r1 has the bridge first of all entities; relation: that at r2 has
+the second relation first. whole, visible: the stream at r1 is that of another query with the same
+r2, or that only in the plane of the two bridges' embeddings, and so is the answer."""
+SAME = "r = {r:.3f}, 95 % bootstrap interval {low:.3f}..{high:.3f} ({n} prompts)"
+
+def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
+    """Of at most 300 compositions of a set: logit lens, causal tracing, swaps of the stream at r1. And {token replaced:
+    (hits [site, token, n] of the tracing by prompt, whether replacing it changes the model's own answer [n])}."""
+    generator, paths, E, n = run.stream(), run.paths, model.embedding.weight, run.graph.n_entities
+    states, rows = traced_states(run.config), paths.masks[queries].nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=generator).to(run.device)[:300]]
+    path, hits, sites = {"n": len(rows), "lens": {}, "swap": []}, {}, [state[2:] for state in states]
+    if not len(rows):
+        return path, hits
+    tokens, bridge, answer = paths.tokens[rows], paths.one_hop[rows], paths.two_hop[rows]
+    streams = [i for i, state in enumerate(states) if state[1] == "stream"][:-1]
+    path["right"] = share_of(last_answers(model, tokens) == answer)
+    for name, wanted, words, token in ("bridge", bridge, E[:n], 1), ("answer", answer, E[:n], 2), \
+                                      ("relation", tokens[:, 2] - n, E[n:n + run.graph.n_relations], 2):
+        rank, p = editing.lens(model, tokens, wanted, sites, lambda x: F.linear(model.norm(x), words))
+        first = (rank == 0).double().mean(-1).tolist()
+        path["lens"][name] = {"first": first, "rank": (rank + 1.0).mean(-1).tolist(), "p": p.mean(-1).tolist()}
+        path[name] = max(first[i][token] for i in streams) if streams else None
+    everything = [x[paths.second >= 0] for x in (paths.tokens, paths.two_hop, paths.masks[queries])]
+    for place in range(3):
+        clean, other = (everything[0][i] for i in corruptions(*everything[:2], place, 200, generator, everything[2]))
+        if len(clean):
+            own = last_answers(model, clean)
+            hits[place] = editing.trace(model, clean, other, own, sites, each=True)[0], own != last_answers(model, other)
+    path["trace"] = {place: back[:, :, changed.cpu()].mean(-1).tolist() for place, (back, changed) in hits.items()
+                     if changed.any()}
+    one, other = corruptions(tokens[:, 1:], answer, 0, 200, generator)           # pairs that share r2
+    seen = editing.span(E[bridge[one]], E[bridge[other]])
+    bases = {"whole": None, "visible": seen, "rest": editing.complement(seen),
+             "random": editing.span(*torch.randn(2, len(one), E.shape[1], generator=generator).to(E))}
+    for i in streams if len(one) else []:
+        path["swap"].append({part: share_of(answer[other] == editing.swapped(
+            model, tokens[one], tokens[other], *sites[i], 1, basis)) for part, basis in bases.items()})
+    return path | {part: max((swap[part] for swap in path["swap"]), default=None) for part in bases} | {
+        "n_swap": len(one)}, hits
+
+def same_paths(run: Run, one: dict, other: dict) -> dict | None:
+    """Pearson correlation of two tracing maps over the prompts that count in both, with a 95 % bootstrap interval over
+    prompts. States that cannot matter are left out: before the token replaced, in the last block before r2, its end."""
+    generator, parts, pairs, r = run.stream(), {part for _, part, *_ in traced_states(run.config)}, [], []
+    for place in one.keys() & other.keys():
+        rows = (one[place][1] & other[place][1]).cpu()
+        free = torch.ones_like(one[place][0][:, :, 0], dtype=torch.bool)
+        free[:, :place] = free[-len(parts):, :2] = free[-1] = False
+        pairs += [[hits[free][:, rows] for hits, _ in (one[place], other[place])]] * bool(rows.any())
+    for k in range(1001 if pairs else 0):                    # the first: all prompts, once
+        drawn = [torch.randint(len(x.T), (len(x.T),), generator=generator) if k else slice(None) for x, _ in pairs]
+        maps = [torch.cat([pair[side][:, i].mean(1) for pair, i in zip(pairs, drawn)]) for side in (0, 1)]
+        r.append(torch.corrcoef(torch.stack(maps))[0, 1].nan_to_num().item())
+    low, *_, high = sorted(r[1:])[24:976] or (None, None)
+    return {"n": sum(len(x.T) for x, _ in pairs), "r": r[0], "low": low, "high": high} if r else None
+
+def circuits_stage(run: Run, model: Model):
+    """Inference paths before memorization, after it and at the end, ID and OOD apart; what else these models can do."""
+    if not run.recipe.branches:
+        raise UserError("--circuits looks at compositions; give --branches more than 0")
+    hits, states = defaultdict(dict), [dict(zip(("pass", "part", "module", "call"), state))
+                                       for state in traced_states(run.config)]
+    found = run.results["circuits"] = {"states": states, "id": {}, "ood": {}, "same": {}, "worth": {}}
+    for moment, (record, weights) in run.moments.items():
+        then = copy.deepcopy(model)
+        then.load_state_dict(weights)
+        for queries in "id", "ood":
+            found[queries][moment], hits[queries][moment] = inference_path(run, then, queries)
+        found["worth"][moment] = {key: record[key] for key in ("step", *ANSWERS)} | later(run, then)
+    for queries, by_moment in hits.items():
+        found["same"][queries] = same_paths(run, by_moment.get("memorized", {}), by_moment["end"])
+    used = found["ood"]["end"].get("visible")
+    found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
+    summary("paths", [[run.results]])
+    print()
+    for queries, same in found["same"].items():
+        print(f"tracing maps, {queries}, memorized against end: {SAME.format(**same) if same else 'none'}")
+    print(f"fake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
+    summary("worth", [[run.results]])
+
+def later(run: Run, model: Model) -> dict:
+    """What a model at some moment is worth: edits as of --edit (ROME, prototype, a-priori site), and ID accuracy after
+    an ablation of all its layers by EK-FAC, keep 0.99."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    (_, _, *seen), requests = run.known(model), draw_requests(run, run.args.n_edits, run.stream())[0]
+    probes = editing.propagation_probes(requests, run.paths, *seen)[0]
+    name, call, _ = a_priori_site(run, model, requests, seen[0])
+    mixture = run.batches(run.stream(run.device)).mixture(10, run.config.n_entities)
+    factors, masses = spectrum(run, model, mixture, names)
+    with curvature.ablated(model, curvature.edited(model, "ekfac", factors, names, 0.99, masses)):
+        ablated = accuracy(model, run.paths)["id"]
+    at, u, r, _ = rome_edits(run, model, name, call, requests, seen[0])
+    return editing.score(model, at, requests, u, r, probes) | {"ablated": ablated}
+
+def grown(run: Run) -> Run:
+    """The run in a graph with 2/5 more entities and 1/5 more relations. New facts fill empty places of its table as
+    densely as the old ones filled theirs: about new entities, and about old ones, without which no old fact would lead
+    on to a new one. The old sets stay; three are added, by the age of the two facts, in new->new both about new
+    entities, the second under an old relation. What the old facts and the old `train` teach is trained, and the new."""
+    old, (E, R), child = run.graph.facts, run.graph.facts.shape, copy.copy(run)
+    N, M = E + max(2, 2 * E // 5), R + max(1, R // 5)
+    kept = F.pad(old, (0, M - R, 0, N - E), value=-1)
+    new = (kept < 0) & (torch.rand(kept.shape, generator=run.stream()) < (old >= 0).double().mean())
+    child.graph = kg.from_table(torch.where(new, kg.synthetic(N, M, 2**58 + run.seed).facts, kept))
+    paths = kg.split(child.graph, 0, 1, 0)
+    composed, is_new = paths.second >= 0, new[tuple(paths.facts[:, :2].T)]
+    first, second = is_new[paths.first], is_new[paths.second]
+    rows = (composed & ~first & ~second).nonzero().flatten()                     # the old ones, in their old order
+    masks = {name: torch.zeros_like(composed).index_copy(0, rows, mask[run.paths.second >= 0].cpu())
+             for name, mask in run.paths.masks.items()} | {
+        "new->old": composed & first & ~second, "old->new": composed & ~first & second,
+        "new->new": composed & first & second & (paths.tokens[:, 0] >= E) & (paths.one_hop >= E)
+        & (paths.tokens[:, 2] < N + R)}
+    child.paths = replace(paths, masks=masks).to(run.device)
+    child.config, child.recipe = replace(run.config, n_entities=N, n_relations=M), replace(run.recipe, zipf=0.0)
+    return child
+
+TRANSFER = """share of the compositions first fact -> second, none of them trained. facts: of all, old and new,
+which are trained beside the old compositions; OOD: the old set. from: the weights at the start. at:
+first evaluation with facts at 0.99, new->old (n->o), new->new (n->n) at 0.9."""
+TRANSFERRED = ("one_hop", "ood", "new->old", "old->new", "new->new", "step_facts", "step_new->old", "step_new->new")
+
+def transfer_stage(run: Run, model: Model):
+    """New facts, trained from scratch, the memorized weights and the last ones; then compositions with them."""
+    child, (E, R), steps, found = grown(run), run.graph.facts.shape, run.args.transfer_steps, {}
+    n = {kind: int(mask.sum()) for kind, mask in child.paths.masks.items() if "->" in kind}
+    print(f"\n{len(child.paths.facts) - len(run.paths.facts)} new facts; compositions with them: {listed(n)}")
+    fresh = {name: p.cpu() for name, p in child.fresh()["model"].state_dict().items()}
+    place = torch.tensor([*range(E), *range(child.graph.n_entities, child.graph.n_entities + R)])    # of the old tokens
+    starts = {"scratch": fresh}
+    for moment, (_, weights) in run.moments.items():
+        embedding = fresh["embedding.weight"].index_copy(0, place, weights["embedding.weight"][:E + R])
+        starts[moment] = weights | {"embedding.weight": embedding}
+    starts.pop("before", None)
+    for name, start in starts.items():
+        curve = [{"step": step} | accuracy(average, child.paths)
+                 for step, _, average in further(child, start, range(0, steps + 1, max(1, steps // 12)), 0)]
+        first = {f"step_{kind}": next((e["step"] for e in curve if (e[kind] or 0) >= 0.9), None) for kind in n}
+        facts = next((e["step"] for e in curve if e["one_hop"] >= 0.99), None)
+        found[name] = curve[-1] | first | {"from": name, "n": n, "step_facts": facts, "curve": curve}
+    run.results["transfer"] = found
+    summary("transfer", [[run.results]])
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
@@ -1078,6 +1250,46 @@ runs; first, second: only that hop is OOD; grokked at: first evaluation with tra
 SHARED = """ROME, prototype target, a-priori site, on the compositions that all four cells answer right before
 (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
 
+def form_of(key: str) -> str:
+    return ".0f" if key.startswith("step") else ".3f"
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share of n (Wilson 1927)."""
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+CLAIMS = """n: queries of all runs; -: ours is a mean over the runs. interval: 95 % (Wilson), else the range of
+the runs. agrees: ours is in the range accepted (results/claims.tsv), differs: it is not; ?: the
+interval crosses its border."""
+
+def claims(groups: list[list[dict]]):
+    """What the papers claim beside ours, cell by cell, of the group with most runs. results/claims.tsv names our figure
+    by its place in a result, or two with - or / between, and the place of the number of queries that it is a share of."""
+    place = lambda r, keys: functools.reduce(lambda found, key: (found or {}).get(key), keys.split("."), r)
+    operators, rows = {"-": operator.sub, "/": operator.truediv}, [("claim", "theirs", "", "ours", "interval", "n", "")]
+    file = Path(__file__).with_name("results") / "claims.tsv"
+    for line in file.read_text().splitlines()[1:] if file.exists() else []:
+        claim, theirs, low, high, cells, regime, figure, count = line.split("\t")
+        (one, *then), measured = figure.split(), {}
+        for group in (group for group in groups if group[0]["arch"] in cells.split()):
+            found = []
+            for r in (r for r in group if r["config"]["data"].get("regime", "natural") == regime):
+                values = [place(r, one), *(place(r, other) for other in then[1:])]
+                if None not in values and values[1:] != [0]:
+                    found.append((operators[then[0]](*values) if then else values[0], place(r, count)))
+            measured[group[0]["arch"]] = max(measured.get(group[0]["arch"], []), found, key=len)
+        tested = {arch: found for arch, found in measured.items() if found}
+        rows += [(claim, theirs, "-", "-", "-", "-", "not testable here")] * (not tested)
+        for arch, found in tested.items():
+            values, counts = zip(*found)
+            n = sum(counts) if all(counts) else None
+            ours = sum(map(operator.mul, values, counts)) / n if n else statistics.fmean(values)
+            ends = wilson(ours, n) if n else (min(values), max(values))
+            within = [float(low) <= x <= float(high) for x in (ours, *ends)]
+            verdict = ("agrees" if within[0] else "differs") + " ?" * (len(set(within)) > 1)
+            rows.append((claim, theirs, arch, cell(ours), "..".join(map(cell, ends)), cell(n, "d"), verdict))
+    print(f"\n{table(rows)}\n{CLAIMS}")
+
 def read_runs(folders: list[Path]) -> list[list[dict]]:
     """The results of all runs in or below the folders; runs that differ in the seed alone are one group."""
     groups: dict[str, list[dict]] = {}
@@ -1088,7 +1300,13 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
             log = file.with_name("log.jsonl")                # the evaluations during the training
+            for e in result.get("mass", {}).get("edits", []):                    # for claims(): by the better target
+                scores = result["mass"].setdefault("scores", {}).setdefault(e["method"], {})
+                scores[str(e["n"])] = max(scores.get(str(e["n"]), 0), e.get("score", 0))
+            result["edit"] = next(filter(is_main, result.get("edits", [])), {})
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            first = lambda key, level: next((h["step"] for h in result["history"] if (h[key] or 0) >= level), None)
+            result |= {"step_train": first("train", 0.99), "step_id": first("id", 0.99), "step_ood": first("ood", 0.9)}
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
@@ -1096,7 +1314,48 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
         raise UserError(f"--report {folders[0]}: no results.json in it or below it; train a run there first")
     return sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
 
-def report(folders: list[Path]):
+def regime_of(r: dict) -> list[dict]:
+    """The row of a run with --circuits: how it was trained, when it got where, and whether the bridge is used."""
+    data, path = r["config"]["data"], r.get("circuits", {}).get("ood", {}).get("end", {})
+    phi = r["n_paths"]["train"] / (r["n_facts"] - round(data["ood_fraction"] * r["n_facts"]))
+    return [path | r | {"ood": r["accuracy"]["ood"], "fake": r["circuits"]["fake"], "regime":
+            f"{data.get('regime', 'natural')} {data.get('augment', '')}, {phi:.1f}"}] if path else []
+
+def summary(stage: str, groups: list[list[dict]]):
+    """The table of a stage: means over the runs of each group."""
+    entries, words, shares, header, legend = TABLES[stage]
+    rows = [("arch", *words, *header)]
+    for group in groups:
+        found = defaultdict(list)                            # {words: one entry of each run}
+        for e in (e for r in group for e in entries(r)):
+            short = e | {"site": "memory" if "memory" in e.get("site", "") else "ff", "target": target_of(e)}
+            found[tuple(short[word] for word in words)].append(e)
+        rows += [(group[0]["arch"], *key, *(mean([e.get(share) for e in some], form_of(share), share.startswith("hop"))
+                                            for share in shares)) for key, some in found.items()]
+    if len(rows) > 1:
+        print(f"\n{table(rows)}\n{legend}")
+
+REGIMES = """regime: with the share of --augment, and trained compositions per ID fact. train, ID, OOD at: steps
+to 0.99, 0.99, 0.9. bridge, visible: of OOD queries at the end. fake: OOD >= 0.9 and visible < 0.5."""
+WORTH = "direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"
+PLACES = ("direct", "hop 1 (lowest)", "hop 2 (lowest)")
+TABLES = {                                                   # stage: entries of a run, words, shares, header, legend
+    "edits": (lambda r: r.get("edits", []), ("site", "pass", "method", "target"), SHARES,
+              (*PLACES, "facts", "comps.", "row"), COLUMNS),
+    "when": (lambda r: r.get("when", {}).get("written", []), ("pass", "acts"), HOPS, PLACES, WRITTEN),
+    "mass": (lambda r: r.get("mass", {}).get("edits", []), ("method", "target", "n"), RATES,
+             ("eff", "para", "spec"), MASS_COLUMNS),
+    "paths": (lambda r: [{"queries": queries, "at": at} | path for queries in ("id", "ood")
+                         for at, path in r.get("circuits", {}).get(queries, {}).items()],
+              ("queries", "at"), PATH_KEYS, PATH_KEYS, PATHS),
+    "worth": (lambda r: [{"at": at} | e for at, e in r.get("circuits", {}).get("worth", {}).items()],
+              ("at",), ("step", "id", "ood", *HOPS, "ablated"), ("step", "ID", "OOD", *PLACES, "ablated"), WORTH),
+    "transfer": (lambda r: r.get("transfer", {}).values(), ("from",), TRANSFERRED,
+                 ("facts", "OOD", "new->old", "old->new", "new->new", "facts at", "n->o at", "n->n at"), TRANSFER),
+    "regimes": (regime_of, ("regime",), ("step_train", "step_id", "step_ood", "ood", "bridge", "visible", "fake"),
+                ("train at", "ID at", "OOD at", "OOD", "bridge", "visible", "fake"), REGIMES)}
+
+def report(folders: list[Path]) -> list[list[dict]]:
     """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
     groups = read_runs(folders)
     rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "first", "second", "grokked at", "s")]
@@ -1108,23 +1367,9 @@ def report(folders: list[Path]):
                      f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never",
                      mean([r["seconds"] for r in runs], ".0f")))
     print(f"{table(rows)}\n{ACCURACY}")
-    hops, runs = ("direct", "hop 1 (lowest)", "hop 2 (lowest)"), [r for runs in groups for r in runs]
-    entries = {"edits": lambda r: r.get("edits", []), "when": lambda r: r.get("when", {}).get("written", []),
-               "mass": lambda r: r.get("mass", {}).get("edits", [])}
-    for stage, words, shares, header, legend in (
-            ("edits", ("site", "pass", "method", "target"), SHARES, (*hops, "facts", "comps.", "row"), COLUMNS),
-            ("when", ("pass", "acts"), HOPS, hops, WRITTEN),
-            ("mass", ("method", "target", "n"), RATES, ("eff", "para", "spec"), MASS_COLUMNS)):
-        rows = [("arch", *words, *header)]
-        for group in groups:
-            found = defaultdict(list)                        # {words: one entry of each run}
-            for e in (e for r in group for e in entries[stage](r)):
-                short = e | {"site": "memory" if "memory" in e.get("site", "") else "ff", "target": target_of(e)}
-                found[tuple(short[word] for word in words)].append(e)
-            rows += [(group[0]["arch"], *key, *(mean([e.get(share) for e in some], lowest=share.startswith("hop"))
-                                                for share in shares)) for key, some in found.items()]
-        if len(rows) > 1:
-            print(f"\n{table(rows)}\n{legend}")
+    for stage in TABLES:
+        summary(stage, groups)
+    runs = [r for group in groups for r in group]
     shared = defaultdict(list)                               # {arch: (hop 1, hop 2) of each seed}
     for r in (r for group in groups for r in sorted(group, key=lambda r: r["seed"])):
         shared[r["arch"]] += [(e["hop1_shared"], e["hop2_shared"]) for e in filter(is_main, r.get("edits", []))
@@ -1137,9 +1382,10 @@ def report(folders: list[Path]):
             hops = (" ".join(map(cell, hop)) for hop in both)
             rows.append((arch, *hops, *(p(both[1], y) for _, y in shared.values())))
         print(f"\n{table(rows)}\n{SHARED}")
-    absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate")}
-    texts = [f"{key} in {n} of {len(runs)} runs" for key, n in absent.items() if n]
-    print(f"\nnot run: {', '.join(texts) or 'nothing'}")
+    absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate", "circuits", "transfer")}
+    texts = [f"{key} {n}" for key, n in absent.items() if n]
+    print(f"\nnot run, of {len(runs)} runs: {', '.join(texts) or 'nothing'}")
+    return groups
 
 def mann_whitney(x, y) -> float:
     """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions enumerated."""
@@ -1211,17 +1457,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
-          "mass_edit": mass_edit_stage, "ablate": ablate_stage}
+          "mass_edit": mass_edit_stage, "ablate": ablate_stage, "circuits": circuits_stage, "transfer": transfer_stage}
 QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | {
     "arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8,
     "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8,
-    "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 20, "images": 50}
+    "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 20, "images": 50, "transfer_steps": 20}
 MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
         "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
         "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
 
-ABLATE = {"entities": 30, "d_model": 128, "slots": 512, "top_k": 32, "d_ff": 512, "ff_top_k": 32, "label_noise": 0.1,
-          "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 1700, "memorize": 500}
+ABLATE = {"entities": 30, "label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 2400,
+          "memorize": 1200, "eval_every": 50}
 
 FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, replacing what the folder holds",
          "compile": "torch.compile the step's forward pass", "aliases": "train every relation under two tokens",
@@ -1231,6 +1477,7 @@ FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, repl
          "feed_forward": "keep the private feed-forward beside the memory"}
 VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from it"), "seeds": (1, "number of seeds"),
           "n_edits": (64, "number of facts for --edit"),
+          "transfer_steps": (600, "steps of --transfer, from each start"),
           "edit_batch": (1024, "requests whose targets --mass-edit seeks at a time"),
           "images": (3000, "training images of the vision transformer of --ablate, 0: none"),
           "entities": (50, "entities of the synthetic graph"), "relations": (20, "relations of the synthetic graph"),
@@ -1311,7 +1558,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--plot: matplotlib is not installed; pip install matplotlib, or leave --plot out")
         try:
             if args.report:
-                report([args.report])
+                claims(report([args.report]))
             if args.report and args.plot:
                 plot([args.report], args.out or args.report)
             if args.bench:

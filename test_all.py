@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import doctest
+import itertools
 import json
 import os
 import random
@@ -2090,7 +2091,7 @@ def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path
     rows = [line.split() for line in out.splitlines() if line.startswith("loop")]
     assert rows[0][:2] == ["loop", "2"], "one row for both runs"
     assert ["loop", "0", "only", "call", "1"] in [row[:5] for row in rows], "the table of --when"
-    assert "not run: edits in 2 of 2 runs, locate in 2 of 2 runs, when in 1 of 2 runs" in out
+    assert "not run, of 2 runs: edits 2, locate 2, when 1" in out
 # --- edit.py: lens and swaps; kg.py: regimes --------------------------------------------------------------------------------------
 
 class Known(nn.Module):
@@ -2235,6 +2236,10 @@ def test_the_last_steps_are_trained_under_their_own_settings(tmp_path, monkeypat
         assert torch.equal(p, at_20["model"][name]), name
     assert run_main(*options, "--memorize", 0, "--out", tmp_path / "c") == 0
     assert not torch.equal(weights(tmp_path / "c")["model"]["embedding.weight"], at_20["model"]["embedding.weight"])
+    monkeypatch.setattr(minedit, "ENOUGH", 0.0)              # then the first evaluation among the last steps is the last
+    for again in range(2):
+        assert run_main(*options, "--memorize", 10, "--out", tmp_path / "d") == 0, "and the run counts as finished"
+        assert weights(tmp_path / "d")["step"] == 15
 
 def test_a_search_finds_the_strengths_of_each_group():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -2316,3 +2321,149 @@ def test_an_ablation_without_exceptions_is_refused(finished, capsys):
     assert run_main(*TINY, "--ablate", "--label-noise", 0, "--arithmetic", 0, "--zipf", 0, "--open-book", 0, "--memorize", 0,
                     "--out", finished) == 2
     assert "--label-noise" in capsys.readouterr().err
+
+# --- Inference paths, transfer, claims --------------------------------------------------------------------------------
+
+def run_of(*options):
+    return minedit.prepare(minedit.build_parser().parse_args([*TINY, *map(str, options)]))[0]
+
+def test_what_is_kept_of_a_training_for_the_circuits(tmp_path, monkeypatch):
+    shares = iter([0.2, 0.8, 0.95, 0.99, 1.0, 0.8, 1.0])
+    monkeypatch.setattr(minedit, "accuracy", lambda *_: dict.fromkeys(minedit.LABELS, next(shares)))
+    run = run_of("--steps", 7, "--eval-every", 1, "--out", tmp_path / "r")
+    end = run.train().state_dict()
+    steps = {name: record["step"] for name, (record, _) in run.moments.items()}
+    assert steps == {"before": 2, "memorized": 4, "end": 7}, "the last before 0.9, the first at 0.99, the end"
+    again = run_of("--steps", 7, "--eval-every", 1, "--out", tmp_path / "r").moments
+    for name, (_, weights) in run.moments.items():
+        assert all(torch.equal(weights[key], again[name][1][key]) for key in weights)
+        assert all(torch.equal(weights[key], end[key]) for key in weights) == (name == "end")
+
+def test_corruptions_whose_clean_prompts_are_chosen():
+    tokens = torch.cartesian_prod(torch.arange(4), torch.arange(5), torch.arange(3))
+    chosen = torch.arange(len(tokens)) % 3 == 0
+    clean, other = minedit.corruptions(tokens, tokens.sum(1), 2, 30, generator(), chosen)
+    assert len(clean) > 5 and chosen[clean].all() and not chosen[other].all()
+
+def test_paths_that_are_the_same_and_not(tmp_path):
+    run, rate = run_of("--arch", "lmc", "--out", tmp_path / "r"), torch.rand(6, 3, 1, generator=generator())
+    hits = lambda seed, rate: {place: ((torch.rand(6, 3, 80, generator=generator(seed)) < rate).double(),
+                                       torch.arange(80) < 60) for place in range(3)}
+    one, two = hits(1, rate), hits(2, rate)
+    same = minedit.same_paths(run, one, one)
+    assert same["n"] == 180 and same["r"] == pytest.approx(1) and same["low"] == pytest.approx(1)
+    other, opposite = minedit.same_paths(run, one, two), minedit.same_paths(run, one, hits(3, 1 - rate))
+    assert 0.8 < other["low"] < other["r"] < 1 and opposite["high"] < -0.5
+    x, y = [], []                                            # by hand; depth 2: sites 0 to 2, then 3 to 5, the stream last
+    for place in range(3):
+        for site, token in itertools.product(range(5), range(place, 3)):
+            if site < 3 or token == 2:
+                x.append(one[place][0][site, token, :60].mean())
+                y.append(two[place][0][site, token, :60].mean())
+    r = torch.corrcoef(torch.stack([torch.stack(x), torch.stack(y)]))[0, 1].item()
+    assert other["r"] == pytest.approx(r, abs=1e-9)
+    spoilt = {place: (torch.where(torch.arange(3)[:, None] < place, 1 - h, h), n) for place, (h, n) in two.items()}
+    assert minedit.same_paths(run, one, spoilt)["r"] == other["r"], "states before the replaced token do not count"
+    assert minedit.same_paths(run, {}, one) is None
+
+@pytest.mark.parametrize("more", [[], ["--out-degree", "2"]], ids=["full", "sparse"])
+def test_new_facts_and_what_is_asked_of_them(tmp_path, more):
+    run = run_of(*more, "--out", tmp_path / "r")
+    child = minedit.grown(run)
+    graph, paths, E, R, N = child.graph, child.paths, 10, 4, 14
+    assert torch.equal(torch.where(run.graph.facts >= 0, graph.facts[:E, :R], -1), run.graph.facts), "old facts stay"
+    assert (graph.n_entities, graph.n_relations) == (N, 5) == (child.config.n_entities, child.config.n_relations)
+    old = {(h, r) for h, r in (run.graph.facts >= 0).nonzero().tolist()}
+    triples = lambda paths, name, n: {(h, r1 - n, r2 - n) for h, r1, r2 in paths.tokens[paths.masks[name]].tolist()}
+    for name in run.paths.masks:
+        assert triples(paths, name, N) == triples(run.paths, name, E), "the old sets are the old sets"
+    sets = {"new->old": set(), "old->new": set(), "new->new": set()}
+    for h, row in enumerate(graph.facts.tolist()):
+        for r1, b in enumerate(row):
+            for r2, t in enumerate(graph.facts[b].tolist() if b >= 0 else []):
+                ages = ["old" if fact in old else "new" for fact in ((h, r1), (b, r2))]
+                if t >= 0 and "new" in ages and ("old" in ages or h >= E and b >= E and r2 < R):
+                    sets["->".join(ages)].add((h, r1, r2))
+    for name in sets:
+        assert triples(paths, name, N) == sets[name] and (sets[name] or more)
+
+def test_the_default_graph_has_a_thousand_new_questions_of_each_kind(tmp_path):
+    run = minedit.prepare(minedit.build_parser().parse_args(["--out", str(tmp_path / "r")]))[0]
+    masks = minedit.grown(run).paths.masks
+    assert all(int(masks[kind].sum()) >= 1000 for kind in ("new->old", "old->new", "new->new"))
+
+def test_transfer_starts_from_the_old_weights(tmp_path, monkeypatch):
+    run, starts = run_of("--transfer-steps", 2, "--out", tmp_path / "r"), {}
+    run.train()
+    run.summarize()
+    further, before = minedit.further, {file.name: file.read_bytes() for file in (tmp_path / "r").iterdir()}
+    def noted(child, weights, *rest):
+        starts[len(starts)] = copy.deepcopy(weights)
+        return further(child, weights, *rest)
+    monkeypatch.setattr(minedit, "further", noted)
+    run.moments["memorized"] = run.moments["before"]
+    minedit.transfer_stage(run, None)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "r").iterdir()}, "the run is as it was"
+    assert [*run.results["transfer"]] == ["scratch", "end", "memorized"]
+    (scratch, end), old = (starts[i]["embedding.weight"] for i in (0, 1)), run.moments["end"][1]
+    assert torch.equal(end[:10], old["embedding.weight"][:10]), "the old entities"
+    assert torch.equal(end[14:18], old["embedding.weight"][10:14]), "relation r is token E + r"
+    assert torch.equal(end[10:14], scratch[10:14]) and torch.equal(end[18:], scratch[18:]), "what is new is fresh"
+    assert all(torch.equal(starts[1][key], old[key]) for key in old if key != "embedding.weight")
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_circuits_and_transfer(tmp_path, capsys, arch):
+    more = ["--circuits", "--transfer", "--transfer-steps", "2", "--ood-fraction", "0.3", "--train-fraction", "0.3",
+            "--lr", "0.02", "--muon-lr", "0.02", "--warmup", "1", "--steps", "40", "--eval-every", "20"]
+    assert run_main(*TINY, "--n-edits", "2", *more, "--arch", arch, "--out", tmp_path / "run") == 0
+    text = (tmp_path / "run" / "results.json").read_text()
+    assert not any(word in text for word in ("NaN", "Infinity"))
+    found = json.loads(text)
+    states, path = len(found["circuits"]["states"]), found["circuits"]["id"]["end"]
+    assert len(path["lens"]["bridge"]["rank"]) == states and len(path["lens"]["relation"]["p"][0]) == 3
+    assert all(1 <= rank <= 10 for row in path["lens"]["bridge"]["rank"] for rank in row)
+    assert len(path["swap"]) == 1 and found["circuits"]["fake"] in (True, False, None)
+    assert 0 <= path["whole"] <= 1 and found["circuits"]["worth"]["end"].keys() >= {"step", "id", "hop2", "ablated"}
+    assert found["transfer"]["end"]["n"]["new->old"] > 0 and 0 <= found["transfer"]["scratch"]["new->old"] <= 1
+    assert run_main("--report", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "not testable here" in out and f"\n{arch} " in out
+    others = ("paths:", "loss", "memorized (train", *minedit.ACCURACY.splitlines())
+    wide = [line for line in out.splitlines() if len(line) > 100 and not any(text in line for text in others)]
+    assert not wide, wide
+
+def test_circuits_where_there_is_nothing_to_ask(tmp_path, capsys):
+    few = [*TINY[4:], "--entities", "4", "--relations", "2", "--steps", "1", "--n-edits", "2", "--transfer-steps", "1"]
+    assert run_main(*few, "--circuits", "--transfer", "--ood-fraction", "0", "--train-fraction", "1", "--out",
+                    tmp_path / "n") == 0
+    assert "fake grokking" in capsys.readouterr().out
+    assert "--branches" in refused(capsys, *TINY, "--branches", "0", "--circuits", "--out", tmp_path / "b")
+
+def test_intervals():
+    assert minedit.wilson(0.0, 16) == pytest.approx((0, 0.194), abs=1e-3)        # published tables of Wilson's interval
+    assert minedit.wilson(1.0, 16) == pytest.approx((0.806, 1), abs=1e-3)
+    assert minedit.wilson(0.5, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
+
+def test_verdicts_follow_from_the_figures(capsys):
+    """A made-up grokked loop: what is said of it is decided by its figures."""
+    path = lambda **more: {"n": 100, "n_swap": 100, "bridge": 0.9, "relation": 0.5, "whole": 0.5, "visible": 0.0} | more
+    circuits = {"same": {"id": {"r": 0.95}}, "id": {"before": path(whole=0.1), "end": path()},
+                "ood": {"memorized": path(), "end": path(visible=0.2)}}
+    run = lambda seed, **more: {
+        "arch": "loop", "seed": seed, "step_train": 10, "step_id": 20, "step_ood": 80, "accuracy": {"ood": 0.99},
+        "n_paths": {"ood": 1000}, "config": {"data": {}}, "circuits": circuits, "transfer": {"end": {
+            "new->old": 1.0, "old->new": 0.5, "new->new": 0.15, "n": dict.fromkeys(("new->old", "old->new"), 1000)}}} | more
+    minedit.claims([[run(0, step_id=10)], [run(0), run(1, step_ood=70)]])        # the larger group is the one that counts
+    said = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
+    says = lambda claim: next(rest for key, rest in said.items() if key.startswith(claim))
+    assert says("[2] ID steps / train")[-5:] == ["loop", "2.000", "2.000..2.000", "-", "differs"], "2 is not 50"
+    assert says("[2] OOD steps / ID")[-4:] == ["3.750", "3.500..4.000", "-", "agrees"]
+    assert says("[2] OOD comes")[-3:] == ["0.985..0.994", "2000", "agrees"], "all queries of both runs"
+    assert says("[2] OOD never")[-3:] == ["not", "testable", "here"], "no dense cell"
+    assert says("[2] r1 -> t")[-4] == "0.400" and says("[2] r1 -> t")[-1] == "agrees"
+    assert says("[2] r2 at r2")[-1] == "differs", "no growth"
+    assert says("[2] ungrokked")[-2:] == ["agrees", "?"], "0 of 200 may be 0.02"
+    assert says("[2] grokked")[-1] == "differs" and says("[11] ID paths")[-1] == "agrees"
+    assert says("[11] after grokking: new->old")[-1] == "agrees"
+    assert says("[11] after grokking: old->new")[-1] == "differs"
+    assert says("[11] after grokking: new->new")[-3:] == ["0.150..0.150", "-", "agrees"]
