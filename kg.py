@@ -62,7 +62,7 @@ def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | No
               arithmetic: int = 0) -> KnowledgeGraph:
     """A random functional graph: each tail is uniform over the *other* entities, the same on every platform. Every
     entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them). The first
-    `arithmetic` relations are tail = (head + c) mod n_entities, each with its own c > 0. ValueError: impossible sizes."""
+    `arithmetic` relations are tail = (head + c) mod n_entities, each with its own c > 0. ValueError on bad sizes."""
     out_degree = n_relations if out_degree is None else out_degree
     if n_entities < 2 or not 1 <= out_degree <= n_relations or not 0 <= arithmetic <= n_relations:
         raise ValueError("a synthetic graph needs 2 entities, 1 relation, an out-degree of 1..n_relations, got "

@@ -90,7 +90,6 @@ class Attention(nn.Module):
 
 class SquaredWinners(torch.autograd.Function):
     """kept^2 with kept = score where score >= best, else 0. Autograd's own formulas take twice the time on a CPU."""
-
     @staticmethod
     def forward(ctx, scores: Tensor, best: Tensor) -> Tensor:
         kept = torch.where(scores >= best, scores, 0)
@@ -155,7 +154,6 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """A causal transformer over entity and relation tokens that answers with an entity at every token."""
-
     def __init__(self, config: Config, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
