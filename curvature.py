@@ -22,11 +22,10 @@ u_i, v_j columns of U_G, U_A, in the place of lambda_i mu_j.
     tensor([[1., 0.],
             [3., 0.]])
 
-A [d_in, d_in] and G [d_out, d_out] are uncentred second moments; masses and mask [d_out, d_in] are in the eigenbasis,
-eigenvalues ascending. A **position** is one row that an `nn.Linear` is handed: a token, anew in each call of a loop.
-Any model called as `model(inputs) -> logits [..., classes]` will do; no function here changes it, but inside `ablated`
-it has other weights. For A or G may stand `eigen(A)`, so that a sweep decomposes once. Left out: biases, convolutions,
-K-FAC-reduce, dropout and batch statistics (the model runs in evaluation mode).
+A [d_in, d_in] and G [d_out, d_out] are uncentred second moments, or `eigen` of them, so that a sweep decomposes once;
+masses and mask [d_out, d_in] are in the eigenbasis, eigenvalues ascending. A **position** is a row that an `nn.Linear`
+is handed: a token, anew in each call of a loop. Any model called as `model(inputs) -> logits [..., classes]` will do;
+only `ablated` changes it. Left out: biases, convolutions, K-FAC-reduce, dropout, batch statistics (`model.eval()`).
 
 [1] Merullo et al. 2025, From Memorization to Reasoning in the Spectrum of Loss Curvature, arXiv 2510.24256.
 [2] Martens & Grosse 2015, arXiv 1503.05671; "expand" to several positions: Eschenhagen et al. 2023, arXiv 2311.00636.
@@ -35,12 +34,10 @@ K-FAC-reduce, dropout and batch statistics (the model runs in evaluation mode).
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 # --- Factors ----------------------------------------------------------------------------------------------------------
 
@@ -74,7 +71,6 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
                    generator: torch.Generator | None, positions: str) -> list[tuple[str, Tensor, Tensor]]:
     """(name, a [n, d_in], g [n, d_out]) of each call of each layer, for one batch: see `kronecker_factors`."""
     calls = []
-
     def watch(name, _, arguments, output):                   # g is the gradient at a zero that is added to the output
         zero = torch.zeros_like(output, requires_grad=True)
         calls.append((name, arguments[0].detach().clone(), zero))                # the model may overwrite its input
@@ -98,20 +94,16 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
     return [(name, a[counts].flatten(0, -2), g[counts].flatten(0, -2)) for (name, a, _), g in zip(calls, gradients)]
 
 def kronecker_factors(model: nn.Module, batches, loss, layers, labels: str = "sampled",
-                      generator: torch.Generator | None = None, dtype: torch.dtype | None = None,
-                      positions: str = "all", block: int = 8192,
-                      statistics=lambda name, a, g: (a.T @ a, g.T @ g)) -> dict[str, tuple[Tensor, ...]]:
+                      generator: torch.Generator | None = None, dtype: torch.dtype | None = None, positions="all",
+                      block=8192, statistics=lambda name, a, g: (a.T @ a, g.T @ g)) -> dict[str, tuple[Tensor, ...]]:
     """{name: (A, G)} of nn.Linear layers by name: means over positions of a a^T [d_in, d_in] and g g^T [d_out, d_out].
-
     batches: pairs (inputs, targets). The logits are flattened to [N, classes], targets of -100 dropped, and
     loss(logits, targets) is a mean over the N that are left; g is the gradient of their sum. labels: "sampled" by
     `generator` from softmax(logits) (the true Fisher), or "gold", the targets themselves (the empirical Fisher).
     positions: "all" rows that the layer is handed, at every call (K-FAC-expand [2]), with g = 0 where no loss depends
     on one; or "counted", those alone whose own target counts (that of a whole example for all its rows).
-
     `statistics` are summed over blocks of positions, in the model's own dtype (float32 at least) or in `dtype`. Raises
-    ValueError, or TypeError for bad names, that names the value and the remedy.
-    """
+    ValueError, or TypeError for bad names, that names the value and the remedy."""
     if labels not in ("sampled", "gold") or positions not in ("all", "counted"):
         raise ValueError(f"labels are 'sampled' or 'gold', positions 'all' or 'counted'; got {labels!r}, {positions!r}")
     if isinstance(layers, str) or not (layers := list(layers)):
@@ -139,7 +131,6 @@ def corrected_masses(model: nn.Module, batches, loss, factors: dict, **options) 
     """{name: masses [d_out, d_in]}: means over positions of (U_G^T g)^2 (x) (U_A^T a)^2, for lambda_i mu_j: EK-FAC [3].
     A second pass, with the `factors` {name: (A, G)} of the first; the options are those of `kronecker_factors`."""
     factors = {name: (eigen(A), eigen(G)) for name, (A, G) in factors.items()}
-
     def squares(name, a, g):
         A, G = factors[name]
         return (g @ G.vectors.to(g)).square().T @ (a @ A.vectors.to(a)).square(),
@@ -204,18 +195,17 @@ def ablate(W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses:
 @contextmanager
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the old ones."""
-    layers = {name: linear(model, name) for name in weights}
-    old = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    old = {name: linear(model, name).weight.detach().clone() for name in weights}
     for name, W in weights.items():
         if W.shape != old[name].shape or not W.isfinite().all():
             raise ValueError(f"the weight of {name!r} must be finite, {list(old[name].shape)}; got {list(W.shape)}")
     try:
         for name, W in weights.items():
-            layers[name].weight.data.copy_(W)
+            linear(model, name).weight.data.copy_(W)
         yield model
     finally:
         for name, W in old.items():
-            layers[name].weight.data.copy_(W)
+            linear(model, name).weight.data.copy_(W)
 
 def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
     """|U_band^T x| / |x| for inputs X [..., d_in] -> [..., n_bands]: how much of x, whatever its length, lies in each
@@ -236,11 +226,9 @@ def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: in
             generator: torch.Generator | None = None, removed: float | None = None) -> Tensor:
     """W' [d_out, d_in] with `kept` components of W, or as few as leave |W - W'| <= removed |W|. The components are the
     entries of U^T W V; those of the highest scores are kept:
-
         kfac, random             U_G, U_A by lambda_i mu_j; two random bases from `generator` with the same scores
         activations, gradients   I, U_A by mu_j (G = I); U_G, I by lambda_i (A = I)
-        svd, magnitude           singular vectors by singular values, min(d_out, d_in) in all; I, I by |W_ij|
-    """
+        svd, magnitude           singular vectors by singular values, min(d_out, d_in) in all; I, I by |W_ij|"""
     A, G = eigen(A), eigen(G)
     identity = lambda M: Eigen(torch.ones_like(M.values), torch.eye(len(M.values)).to(M.vectors))
     random = lambda M: Eigen(M.values, random_orthogonal(len(M.values), generator).to(M.vectors))
@@ -277,7 +265,6 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
     scores = {name: (W.abs() / W.abs().max().clamp(min=1e-30)).requires_grad_() for name, W in weights.items()}
     top = lambda s: mask_of(s.detach().flatten().argsort(descending=True)[:round(share * s.numel())], s).to(s)
     optimizer = torch.optim.Adam(scores.values(), lr=lr)
-
     def loss_on(inputs, targets):
         masked = {f"{name}.weight".lstrip("."): weights[name] * (top(s) + s - s.detach()) for name, s in scores.items()}
         return loss(*counted(torch.func.functional_call(model, masked, (inputs,)), targets))
@@ -310,16 +297,13 @@ def edited(model: nn.Module, method: str, factors: dict, layers, strength: float
     """{name: W'}: `ablate` with keep = strength (by `masses` "ekfac"), or a `control` with |W - W'| = strength |W|."""
     W = {name: linear(model, name).weight.detach() for name in layers}
     if method in KEEPING:
-        by = masses if method == "ekfac" else dict.fromkeys(W)
-        return {name: ablate(W[name], *factors[name], strength, by[name]) for name in W}
+        return {n: ablate(W[n], *factors[n], strength, masses[n] if method == "ekfac" else None) for n in W}
     return {n: control(method, W[n], *factors[n], removed=strength, generator=generator) for n in W}
 
 def search(model: nn.Module, value, options: dict[str, dict], rounds: int = 2) -> tuple[dict, dict[str, Tensor]]:
-    """({group: strength}, {name: W'}) by coordinate ascent on value(model): each group of layers in turn takes the
-    strength that is best with the others as they are. options: {group: {strength: {name: W'}}}; None leaves a group
-    alone, but not all of them."""
+    """({group: strength}, {name: W'}) by coordinate ascent on value(model): one group of layers after another takes its
+    best strength with the others. options: {group: {strength: {name: W'}}}; None leaves a group alone, but not all."""
     together = lambda at: {n: W for group, s in at.items() if s is not None for n, W in options[group][s].items()}
-
     def worth(at):
         with ablated(model, together(at)):
             return value(model) if together(at) else float("-inf")
@@ -346,8 +330,7 @@ def compare(model: nn.Module, measure, value, factors: dict, masses: dict, group
     keep = {name: best["strengths"][group] for group in groups for name in groups[group]}
     same = {"parts": {n: {"kept": int(keep_mask(*factors[n], keep[n], by[n]).sum())} for n in W},
             "norm": {n: {"removed": min(0.999, ((W[n] - weights[n]).norm() / W[n].norm()).item())} for n in W}}
-    for matched, method in product(same, controls):
-        if (method, matched) != ("svd", "parts"):
-            new = {n: control(method, W[n], *factors[n], generator=generator, **same[matched][n]) for n in W}
-            entries.append(outcome(model, scored, new, method=method, matched=matched))
+    for matched, method in [(m, name) for m in same for name in controls if (m, name) != ("parts", "svd")]:
+        new = {n: control(method, W[n], *factors[n], generator=generator, **same[matched][n]) for n in W}
+        entries.append(outcome(model, scored, new, method=method, matched=matched))
     return best, weights, entries

@@ -46,9 +46,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # --- The closed forms: float64 inside, the result in the dtype of the weights -----------------------------------------
 
@@ -167,10 +166,9 @@ def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
 def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | None = None, carried: Tensor | None = None,
                  W: Tensor | None = None, diagnostics: dict | None = None) -> Tensor:
     """dW = R^T K (lam C + K^T K)^-1, the minimum of sum |r - dW k|^2 + lam E |dW k_ordinary|^2: MEMIT [4], eq. 14.
-    K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean, so all ordinary keys together
-    weigh as much as lam requests. Keys may coincide. `form`, `diagnostics` and W: see `solve`. One batch after another:
-    with `carried` = K_p^T K_p [d_in, d_in] of all earlier keys, added to lam C, and each residual taken on the edited W
-    the updates add up to that of one batch."""
+    K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in]. C is a mean: all ordinary keys together
+    weigh as much as lam requests. Keys may coincide. `form`, `diagnostics`, W: see `solve`. With `carried` = K_p^T K_p
+    [d_in, d_in] of all earlier keys, added to lam C, and residuals on the edited W, batches add up to one batch."""
     check_batch(K, R, C, W, lam, carried)
     C = double(C) + (0 if carried is None else double(carried) / lam)
     return solve(K, R, inverse_factor(C, diagnostics), lam, form, W, diagnostics)
@@ -195,13 +193,10 @@ def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: 
 
 def solve(K: Tensor, R: Tensor, B: Tensor, lam: float, form: str | None, W: Tensor | None, diagnostics) -> Tensor:
     """dW = R^T (K P K^T + lam I)^-1 K P with P = B B^T, B [d_in, m], for the keys X = K B [n, m]:
-
         dual     dW^T = B X^T (X X^T + lam I)^-1 R              a system of size n
         primal   dW^T = B (X^T X + lam I)^-1 X^T R              a system of size m; form=None: the smaller one
-
     With B = L^-T the primal matrix is L^-1 (lam C + K^T K) L^-T: the wide spectrum of C is in B alone. `diagnostics`
     gets, beside "ridge" of `inverse_factor` and what `finish` measures,
-
         condition            condition number of the system solved
         residual_predicted   [n] norms of the rows of lam (K P K^T + lam I)^-1 R, what is left in exact arithmetic
         largest_cosine       largest |cosine| between the directions P k of two requests"""
@@ -281,12 +276,9 @@ def intervene(module: nn.Module, change, calls=None):
     """Inside, the module returns change(input, output), or its own output where that is None, at all its calls or at
     the `calls` given, counted from 0 at the start of the `with` block, which then is for one forward pass."""
     numbers = iter(range(10**9))                                                 # of the calls
-    handle = module.register_forward_hook(lambda _, inputs, output: change(inputs[0], output)
-                                          if calls is None or next(numbers) in calls else None)
-    try:
+    hook = lambda _, inputs, output: change(inputs[0], output) if calls is None or next(numbers) in calls else None
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
     """Inside, example b of a batch sees its own edit, W + r_b u_b^T, at every call of the layer or at the `calls` given
@@ -295,8 +287,7 @@ def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
 
 @torch.no_grad()
 def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output, each [call, batch, token, d], of every call of a module when the model reads the tokens; of a
-    layer they are the keys and the values."""
+    """Input and output (of a layer: keys and values), each [call, batch, token, d], of all calls on the tokens."""
     calls = []
     with intervene(module, lambda key, value: calls.append((key, value))):       # returns None: nothing changes
         model(tokens)
@@ -369,8 +360,7 @@ def direction(method: str, at: Site, requests: Requests, diagnostics: dict | Non
     """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one request, lam as in
     `rome_direction`). For a key of zeros u is 0, an edit that fails."""
     keys = at.keys[requests.fact]
-    alive = (keys != 0).any(-1)
-    u = torch.zeros_like(keys)
+    u, alive = torch.zeros_like(keys), (keys != 0).any(-1)
     if alive.any():
         K = keys[alive]
         U = row_direction(K) if method == "row" else rome_direction(at.C, K, diagnostics, lam * (method == "memit"))
@@ -390,16 +380,14 @@ def prototype_residual(at: Site, requests: Requests, tails: Tensor, known: Tenso
 
 def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
     """[n]: how far each row of v [n, d_out] is from the nearest row of `values` [m, d_out], such as a store's own."""
-    with torch.no_grad():
-        nearest = torch.cat([torch.cdist(part, values).argmin(1) for part in v.split(chunk)])
+    nearest = torch.cat([torch.cdist(part, values).argmin(1) for part in v.detach().split(chunk)])
     return (v - values[nearest]).norm(dim=-1)
 
 def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor, steps: int = 40, lr=0.1, decay=1e-3,
                       clamp=4.0, batch: int | None = None, near: Tensor | None = None, pull=1.0) -> Tensor:
     """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|, by Adam; v0 = W k.
-    The model runs with W + r u^T at every call of the layer, as after the edit; each request is optimised for itself,
-    `batch` of them at a time (None: all). With `near` [m, d_out], values that the store holds, the loss gets
-    pull * distance^2 / |v0|^2, the distance of v0 + r to the nearest of them."""
+    The model runs with W + r u^T at every call of the layer, as after the edit; each request for itself, `batch` at a
+    time (None: all). With `near` [m, d_out], values stored, the loss gets pull * |v0 + r - the nearest|^2 / |v0|^2."""
     parts, usual = [], at.values.norm(dim=-1).mean()
     for i in torch.arange(len(u), device=u.device).split(batch or max(1, len(u))):
         v0 = at.values[requests.fact[i]]
@@ -419,16 +407,15 @@ def gradient_residual(model: nn.Module, at: Site, requests: Requests, u: Tensor,
         parts.append((scaled * size).detach())
     return torch.cat(parts)
 
-def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, steps: int = 25,
-                    batch: int | None = None) -> Tensor:
-    """dW by Adam on -log p(wanted answer), no entry above bound * rms(W): the constrained fine-tuning that [2] compares
-    with, at a rate that can reach the bound in five steps."""
+def finetune_update(model: nn.Module, layer: nn.Linear, requests: Requests, bound: float, batch=None) -> Tensor:
+    """dW by 25 steps of Adam on -log p(wanted answer), no entry above bound * rms(W): the constrained fine-tuning that
+    [2] compares with, at a rate that can reach the bound in five steps."""
     W, n = layer.weight.detach(), len(requests.new)
     limit = bound * float(W.square().mean().sqrt())
     dW = torch.zeros_like(W, requires_grad=True)
     optimizer = torch.optim.Adam([dW], lr=limit / 5)
     with intervene(layer, lambda key, value: value + key @ dW.T):
-        for _ in range(steps):
+        for _ in range(25):
             for i in torch.arange(n, device=W.device).split(batch or max(1, n)):
                 loss = F.cross_entropy(model(requests.tokens[i])[:, -1], requests.new[i], reduction="sum") / n
                 loss.backward(inputs=[dW])
@@ -528,7 +515,6 @@ def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> di
         probes[name] = Probes(i[keep], queries(paths)[row[keep]], one_hop[row[keep]])
     return probes
 
-@torch.no_grad()
 def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probes, chunk: int = 512) -> float | None:
     """How nearly a composition reads the store at the edited address: the cosine between the fact's key and that at its
     last token, largest over the calls; mean over the probes, if any."""
@@ -539,11 +525,9 @@ def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probe
     return float(torch.cat(cosines).mean()) if len(probe.edit) else None
 
 @torch.no_grad()
-def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk: int = 512, calls=None,
-            held: tuple[str, int, int, Tensor] | None = None) -> Tensor:
-    """The answer [m] to each probe by the model with the probe's own edit, W + r u^T (at `calls`, see `rank_one`).
-    held = (name, call, token, basis [m, d, k]): meanwhile this state keeps, in the span of the basis, what it holds
-    without the edit: our reading of the held answer subspace of [1]."""
+def answers(model: nn.Module, at: Site, u: Tensor, r: Tensor, probes: Probes, chunk=512, calls=None, held=()) -> Tensor:
+    """Answers [m] to the probes, each with its own edit, W + r u^T (at `calls`: `rank_one`). held = (name, call, token,
+    basis [m, d, k]): in the span, this state stays as without the edit, our reading of [1]'s held answer subspace."""
     parts = []
     for rows in torch.arange(len(probes.edit), device=u.device).split(chunk):
         i, tokens = probes.edit[rows], probes.tokens[rows]
@@ -611,13 +595,12 @@ def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, si
 def lens(model: nn.Module, tokens: Tensor, wanted: Tensor, sites: list, unembed) -> tuple[Tensor, Tensor]:
     """Logit lens: rank (0: the first; ties count against it) and probability, each [site, token, n], of wanted [n] in
     the logits that the function unembed makes of a state [n, token, d], for each (name, call) of `sites`."""
-    ranks, probabilities = [], []
+    found = []
     for name, call in sites:
         logits = unembed(at_call(model, name, call, tokens)[1])
         mine = logits.gather(-1, wanted[:, None, None].expand(-1, logits.shape[1], 1))
-        ranks.append((logits >= mine).sum(-1).T - 1)
-        probabilities.append((mine[..., 0] - logits.logsumexp(-1)).exp().T)
-    return torch.stack(ranks), torch.stack(probabilities)
+        found.append(((logits >= mine).sum(-1).T - 1, (mine[..., 0] - logits.logsumexp(-1)).exp().T))
+    return tuple(map(torch.stack, zip(*found)))
 
 @torch.no_grad()
 def swapped(model: nn.Module, tokens: Tensor, other: Tensor, name: str, call: int, token: int, basis=None) -> Tensor:

@@ -60,11 +60,9 @@ def from_table(facts) -> KnowledgeGraph:
 
 def synthetic(n_entities: int, n_relations: int, seed: int, out_degree: int | None = None,
               arithmetic: int = 0) -> KnowledgeGraph:
-    """A random functional graph: each tail is uniform over the *other* entities, the same on every platform.
-
-    Every entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them). The
-    first `arithmetic` relations are tail = (head + c) mod n_entities, each with its own c > 0. ValueError on sizes that
-    make no graph."""
+    """A random functional graph: each tail is uniform over the *other* entities, the same on every platform. Every
+    entity has `out_degree` outgoing facts, under relations drawn without replacement (default: all of them). The first
+    `arithmetic` relations are tail = (head + c) mod n_entities, each with its own c > 0. ValueError on bad sizes."""
     out_degree = n_relations if out_degree is None else out_degree
     if n_entities < 2 or not 1 <= out_degree <= n_relations or not 0 <= arithmetic <= n_relations:
         raise ValueError("a synthetic graph needs 2 entities, 1 relation, an out-degree of 1..n_relations, got "
@@ -83,38 +81,36 @@ def from_triples(path) -> KnowledgeGraph:
     both are counted in `notes`. Raises ValueError with the line number for a malformed line, OSError from the file."""
     tails: dict[tuple[str, str], set[str]] = {}         # a dict keeps the order of the file
     n_lines = n_triples = 0
+    refuse = lambda why: ValueError(f"{path}:{n_lines}: {why}")
     with open(path, "rb") as file:
         for n_lines, raw in enumerate(file, 1):
             try:
                 line = raw.decode("utf-8-sig" if n_lines == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{n_lines}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+                raise refuse(f"not UTF-8 text ({error.reason}); save the file as UTF-8") from None
             if not line.strip() or line.startswith("#"):
                 continue
             fields = [part.strip() for part in line.split("\t")]
             if len(fields) != 3 or not all(fields):
-                raise ValueError(f"{path}:{n_lines}: expected head<tab>relation<tab>tail, "
-                                 f"got {len(fields)} field(s): {line.strip()[:60]!r}")
+                raise refuse(f"expected head<tab>relation<tab>tail, got {len(fields)} field(s): {line.strip()[:60]!r}")
             tails.setdefault((fields[0], fields[1]), set()).add(fields[2])
             n_triples += 1
 
     kept = [(head, relation, next(iter(t))) for (head, relation), t in tails.items() if len(t) == 1]
     if not kept:
-        raise ValueError(f"{path}:{n_lines}: the end of the file, and no usable triple in it ({n_triples} read; "
-                         f"a head and relation with several tails keep none)")
+        raise refuse(f"the file ends, and no usable triple ({n_triples} read; questions with several tails keep none)")
     n_distinct, n_ambiguous = sum(map(len, tails.values())), len(tails) - len(kept)
     notes = [f"{n_triples - n_distinct} repeated triples were merged"] * (n_triples > n_distinct) + [
         f"{n_ambiguous} questions have several tails: {n_distinct - len(kept)} triples left out"] * (n_ambiguous > 0)
 
-    entities = list(dict.fromkeys(name for head, _, tail in kept for name in (head, tail)))
-    relations = list(dict.fromkeys(relation for _, relation, _ in kept))
-    entity, relation = ({name: i for i, name in enumerate(names)} for names in (entities, relations))
+    entity = {name: i for i, name in enumerate(dict.fromkeys(name for h, _, t in kept for name in (h, t)))}
+    relation = {name: i for i, name in enumerate(dict.fromkeys(r for _, r, _ in kept))}
     heads, columns, tails = torch.tensor([(entity[h], relation[r], entity[t]) for h, r, t in kept]).T
-    facts = torch.full((len(entities), len(relations)), -1)
+    facts = torch.full((len(entity), len(relation)), -1)
     facts[heads, columns] = tails
     if not (facts[tails] >= 0).any():
-        raise ValueError(f"{path}:{n_lines}: the end of the file, and no two-hop path in it: no tail is also a head")
-    return KnowledgeGraph(facts, entities, relations, notes)
+        raise refuse("the file ends, and no two-hop path in it: no tail is also a head")
+    return KnowledgeGraph(facts, [*entity], [*relation], notes)
 
 # --- Paths and splits -------------------------------------------------------------------------------------------------
 
@@ -142,7 +138,6 @@ class Paths:
 def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, seed: int,
           regime: str = "natural", augment: float = 0.0) -> Paths:
     """List every path of the graph and divide the two-hop ones into train / id / ood / ood_first / ood_second.
-
     `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts are trained (both rounded to
     whole numbers), and of the sets that the `regime` names the share `augment`. Cost and memory are linear in the
     number of paths, so sparse graphs stay small. Raises ValueError where no path would be trained."""
@@ -152,8 +147,7 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     generator = torch.Generator().manual_seed(4 * seed + 1)
     n_entities = graph.n_entities
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
-    tail = graph.facts[head, relation]
-    n_facts = len(head)
+    tail, n_facts = graph.facts[head, relation], len(head)
     ood_fact = torch.zeros(n_facts, dtype=torch.bool)
     ood_fact[torch.randperm(n_facts, generator=generator)[:round(ood_fraction * n_facts)]] = True
 
@@ -191,7 +185,6 @@ def true_two_hop(paths: Paths) -> Tensor:
 
 def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
     """A `share` of the trained paths answered wrong in `two_hop`, each by one fixed other entity, uniformly drawn.
-
     New masks: `exceptions`, part of `train`, and `validation`, a random fifth of all paths, exceptions or not."""
     if not 0 <= share < 1:
         raise ValueError(f"the share of trained compositions with a wrong answer must be in [0, 1), got {share}")

@@ -22,9 +22,8 @@ Reconstruction: only the abstracts of [1] could be read; sizes, addressing and n
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ARCHS = {"dense": {"loop": False, "memory": False}, "loop": {"loop": True, "memory": False},
          "dense+mem": {"loop": False, "memory": True}, "lmc": {"loop": True, "memory": True}}
@@ -57,16 +56,14 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"d_model must be a multiple of 2 * n_heads, got d_model {self.d_model} and n_heads "
-                             f"{self.n_heads}")
+            raise ValueError(f"d_model must be a multiple of 2 * n_heads, got {self.d_model} and {self.n_heads}")
         if self.addressing not in ("groups", "topk"):
             raise ValueError(f"addressing must be 'groups' or 'topk', got {self.addressing!r}")
         used = [("slots", "top_k")] * self.memory + [("d_ff", "ff_top_k")] * (self.feed_forward or not self.memory)
         for width, k in used:
             n, n_kept = getattr(self, width), getattr(self, k)
-            if n_kept < 0 or n_kept > n or (n_kept and self.addressing == "groups" and n % n_kept):
-                raise ValueError(f"{width} must be at least {k}, and with addressing 'groups' a multiple of it, "
-                                 f"got {width} {n} and {k} {n_kept}")
+            if not 0 <= n_kept <= n or (n_kept and self.addressing == "groups" and n % n_kept):
+                raise ValueError(f"{width} must be at least {k}, for 'groups' a multiple of it, got {n} and {n_kept}")
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
@@ -78,10 +75,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
-        self.query, self.key, self.value, self.out = (
-            nn.Linear(config.d_model, config.d_model, bias=False) for _ in range(4))
+        self.n_heads, d = config.n_heads, config.d_model
+        self.norm = nn.RMSNorm(d, elementwise_affine=False)
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
         x = self.norm(x)
@@ -94,7 +90,6 @@ class Attention(nn.Module):
 
 class SquaredWinners(torch.autograd.Function):
     """kept^2 with kept = score where score >= best, else 0. Autograd's own formulas take twice the time on a CPU."""
-
     @staticmethod
     def forward(ctx, scores: Tensor, best: Tensor) -> Tensor:
         kept = torch.where(scores >= best, scores, 0)
@@ -159,7 +154,6 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """A causal transformer over entity and relation tokens that answers with an entity at every token."""
-
     def __init__(self, config: Config, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
@@ -175,23 +169,19 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens [batch, token] -> logits over entities [batch, token, n_entities].
-
         A token sees itself and the tokens at earlier `positions` [token] (default 0, 1, 2, ...: causal attention), so
         that (h, r1, r2, r2', r2'') at positions (0, 1, 2, 2, 2) is three paths whose common prefix is computed once."""
         config = self.config
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
         d_head = config.d_model // config.n_heads
         frequency = 10000.0 ** -(torch.arange(0, d_head, 2, device=tokens.device) / d_head)
         angle = positions[:, None] * frequency                                   # [token, d_head / 2]
         cos, sin = angle.cos(), angle.sin()
-        itself = torch.eye(len(positions), dtype=torch.bool, device=tokens.device)
-        hidden = ~((positions[:, None] > positions) | itself)                    # [token, token]
+        hidden = (positions[:, None] <= positions).fill_diagonal_(False)         # [token, token]
 
         x = self.embedding(tokens)                                               # [batch, token, d_model]
-        for _ in range(config.depth if config.loop else 1):
-            for block in self.blocks:
-                x = block(x, cos, sin, hidden, self.memory)
+        for block in [*self.blocks] * (config.depth if config.loop else 1):
+            x = block(x, cos, sin, hidden, self.memory)
         return F.linear(self.norm(x), self.embedding.weight[:config.n_entities])
 
 def count_parameters(config: Config) -> int:
@@ -200,13 +190,11 @@ def count_parameters(config: Config) -> int:
 
 def flops_per_path(config: Config, n_tokens: int = 3) -> int:
     """Multiply-adds of the matrix products in one forward pass, counted as two FLOPs each:
-
         2 T [depth * blocks * (4 d^2 + 2 T d + store) + d E]     with T tokens, d = d_model, E = n_entities;
     store = 2 d * d_ff for a feed-forward, d^2 + 2 d * slots for a memory read, their sum where a block has both.
 
     >>> flops_per_path(Config(n_entities=10, d_model=8, n_heads=2, depth=2, memory=False, d_ff=16, ff_top_k=4))
-    7200
-    """
+    7200"""
     d = config.d_model                                       # by hand: 2*3 * (2*1 * (4*64 + 2*3*8 + 2*8*16) + 8*10)
     store = (d * d + 2 * d * config.slots) * config.memory
     store += 2 * d * config.d_ff * (config.feed_forward or not config.memory)
