@@ -513,15 +513,14 @@ def locate_stage(run: Run, model: Model):
     generator, paths, (*_, known, right, asked) = run.stream(), run.paths, run.known(model)
     name, call, at_pass = a_priori_site(run, model, draw_requests(run, run.args.n_edits, generator)[0], known)
     states, words, effects = traced_states(run.config), ("h", "r1", "r2"), []
-    at_passes, parts, *_ = zip(*states)
+    at_passes, parts, modules, calls = zip(*states)
     columns = [["pass", "", *at_passes, ""], ["corrupted", "restored", *parts, "prompts"]]
     for query, tokens, answers in ("fact", editing.queries(paths)[known], paths.facts[known, 2]), \
                                   ("composition", paths.tokens[right & asked], paths.two_hop[right & asked]):
         for place in range(tokens.shape[1]):
             clean, other = corruptions(tokens, answers, place, 200, generator)
-            top1, rise = (effect.tolist() for effect in editing.trace(
-                model, tokens[clean], tokens[other], answers[clean], [state[2:] for state in states])) \
-                if len(clean) else (None, None)
+            asks = tokens[clean], tokens[other], answers[clean], [*zip(modules, calls)]
+            top1, rise = (x.tolist() for x in editing.trace(model, *asks)) if len(clean) else (None, None)
             cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in top1 or []]
             effects.append({"query": query, "corrupted": words[place], "n": len(clean), "top1": top1, "rise": rise})
             columns.append([f"{query}: " * (place == 0) + words[place], "".join(
@@ -671,14 +670,13 @@ def mass_edit_stage(run: Run, model: Model):
     print(mass_table(sweep, "strength") + "\n", flush=True)
     best = lambda *kind: max((e for e in sweep if (e["method"], e["target"]) == kind), key=lambda e: e.get("score", 0))
     target = max(("prototype", "gradient"), key=lambda target: best("memit", target).get("score", 0))
-    edits, peers = [], [("emmet", 0.0), ("rome", 0.0), ("alphaedit", best("alphaedit", target)["strength"]),
-                        ("finetune", best("finetune", "gradient")["strength"])]
+    chosen = lambda *kind: (kind[0], best(*kind)["strength"])
+    edits, peers = [], [("emmet", 0.0), ("rome", 0.0), chosen("alphaedit", target), chosen("finetune", "gradient")]
     for n in sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)}):
         for kind in "prototype", "gradient":
-            edits += mass.each(mass.requests[:n], kind, [("memit", best("memit", kind)["strength"])]
-                               + peers * (kind == target))
+            edits += mass.each(mass.requests[:n], kind, [chosen("memit", kind)] + peers * (kind == target))
     dense = not run.config.loop and not run.config.memory
-    layers = [mass.over_blocks(first, last, mass.requests[:1000], best("memit", "prototype")["strength"])
+    layers = [mass.over_blocks(first, last, mass.requests[:1000], chosen("memit", "prototype")[1])
               for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
     run.results["mass"] = {"facts": len(mass.tokens), "sweep": sweep, "edits": edits, "layers": layers}
     edits.sort(key=lambda e: (e["method"] != "memit", e["method"], e["target"]))
@@ -728,10 +726,10 @@ class Ablation:
         self.sets |= {name: (paths.masks[name] & ~exceptions, true) for name in SPLITS}      # {name: (mask, answers)}
         self.scored, self.rows = ~chooses, torch.cat([                           # the paths by which choices are made
             (self.sets[name][0] & chooses).nonzero().flatten()[:150] for name in ("recited", *SPLITS[1:])])
-        arithmetic = paths.facts[:, 1] < run.recipe.arithmetic
+        arithmetic, tails = paths.facts[:, 1] < run.recipe.arithmetic, paths.facts[:, 2]
         rank = run.frequency.argsort(stable=True).argsort() / len(arithmetic)
-        self.facts = {"one_hop": torch.ones_like(arithmetic), "arithmetic": arithmetic,
-                      "rare": (rank < 0.2) & ~arithmetic, "frequent": (rank >= 0.8) & ~arithmetic}
+        self.facts = {"one_hop": (torch.ones_like(arithmetic), tails), "arithmetic": (arithmetic, tails),
+                      "rare": ((rank < 0.2) & ~arithmetic, tails), "frequent": ((rank >= 0.8) & ~arithmetic, tails)}
 
     def mixture(self, n: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of n steps as they are trained, each path by itself: an exception is one among the rest."""
@@ -746,9 +744,7 @@ class Ablation:
 
     def measure(self, model: Model) -> dict[str, float | None]:
         one_hop, two_hop = predict(model, self.run.paths)
-        right = one_hop == self.run.paths.facts[:, 2]
-        found = shares_of(self.sets, two_hop[self.scored], self.scored)
-        found |= {name: share_of(right[mask]) for name, mask in self.facts.items()}
+        found = shares_of(self.sets, two_hop[self.scored], self.scored) | shares_of(self.facts, one_hop, slice(None))
         return found | {"open_book": share_of(last_answers(model, self.prompts) == self.told)}
 
     def value(self, model: Model) -> float:
@@ -759,7 +755,7 @@ class Ablation:
         lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / 4
         return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
 
-def shares_of(sets: dict, answers: Tensor, rows: Tensor) -> dict[str, float | None]:
+def shares_of(sets: dict, answers: Tensor, rows) -> dict[str, float | None]:
     """The share of right answers, of those to the questions `rows`, in each set {name: (mask, right answers)}."""
     return {name: share_of((answers == gold[rows])[mask[rows]]) for name, (mask, gold) in sets.items()}
 
