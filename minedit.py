@@ -2,8 +2,8 @@
 
 Train a small transformer on a knowledge graph until it composes facts it never composed in training (grokking), edit
 facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon on the hidden matrices
-and AdamW on the embedding, at constant rates after a warm-up; strong weight decay, label smoothing, a loss that weighs
-facts above compositions, and a moving average of the weights, which is what is evaluated and edited.
+and AdamW on the embedding at constant rates, strong weight decay, label smoothing, a loss that weighs facts above
+compositions, and a moving average of the weights, which is what is evaluated and edited.
 """
 
 import argparse
@@ -38,7 +38,7 @@ import kg
 from edit import share_of
 from models import ARCHS, Config, Model, count_parameters, flops_per_path, option
 
-SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
+SPLITS, ANSWERS = ("train", "id", "ood", "ood_first", "ood_second"), ("one_hop", "train", "id", "ood")
 LABELS = dict(zip(("one_hop", *SPLITS), ("1-hop", "train", "ID", "OOD", "first", "second")))
 LATE, ENOUGH = {"lr": 5e-4, "muon_lr": 1e-3, "weight_decay": 0.0, "one_hop_weight": 1.0}, 0.85
 
@@ -186,10 +186,8 @@ class Run:
     def __init__(self, args, arch: str, seed: int, folder: Path, graph: kg.KnowledgeGraph | None, data: dict):
         self.args, self.arch, self.seed, self.folder, self.device = args, arch, seed, folder, args.device
         self.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-        self.graph = graph or kg.synthetic(data["entities"], data["relations"], seed, data["out_degree"],
-                                           self.recipe.arithmetic)
-        paths = kg.split(self.graph, data["ood_fraction"], data["train_fraction"], seed,
-                         data.get("regime", "natural"), data.get("augment", 0.0))
+        self.graph = graph or kg.synthetic(args.entities, args.relations, seed, args.out_degree, args.arithmetic)
+        paths = kg.split(self.graph, args.ood_fraction, args.train_fraction, seed, args.regime, args.augment)
         if self.recipe.label_noise:
             paths = kg.with_exceptions(paths, self.recipe.label_noise, self.graph.n_entities, seed)
         rank = torch.randperm(len(paths.facts), generator=torch.Generator().manual_seed(2**62 + seed)) + 1.0
@@ -198,10 +196,10 @@ class Run:
         self.config = Config(**{f.name: sizes.get(f.name, getattr(args, f.name, None)) for f in fields(Config)})
         self.n_paths = {name: int(mask.sum()) for name, mask in paths.masks.items()}
         self.paths = paths.to(self.device)
-        self.identity = {"arch": arch, "seed": seed, "data": data} | {
-            "model": vars(self.config), "recipe": vars(self.recipe)}
+        self.identity = dict(arch=arch, seed=seed, data=data, model=vars(self.config), recipe=vars(self.recipe))
         self.step, self.history, self.parts = 0, [], None    # of the training; of the checkpoint, where there is one
         self.results, self.environment, self.shared, self.moments = {}, None, None, {}
+        named_requests(self, args.edit_fact or [])           # unknown names are refused now
         self.check_folder()
 
     @property
@@ -219,11 +217,9 @@ class Run:
         try:
             out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()
-            if not config.exists():
-                if any(file.suffix != ".part" for file in out.iterdir()):
-                    raise refuse("not empty and not a run folder (no config.json)", "choose another folder")
-                return
-            problem = UserError(f"{config}: not the configuration of a run; choose another --out")
+            if all(file.suffix == ".part" for file in out.iterdir()):
+                return                                       # empty, but for what an interrupted write has left
+            problem = refuse("not a run folder (config.json: none or not the configuration of a run)", "choose another")
             found = json.loads(config.read_text())
             differs = differences({key: found[key] for key in self.identity}, self.identity)
             if self.args.retrain:
@@ -365,8 +361,7 @@ class Run:
             "arch": self.arch, "seed": self.seed, "steps": last["step"], "seconds": last["seconds"],
             "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
             "parameters": count_parameters(self.config), "flops_per_path": flops_per_path(self.config),
-            "accuracy": {name: last[name] for name in LABELS},
-            "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
+            "accuracy": {key: last[key] for key in LABELS}, "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
             "memorized_at": first(lambda r: r["train" if self.recipe.branches else "one_hop"] >= 0.99),
             "grokked_at": first(lambda r: r["ood"] is not None and r["train"] >= 0.99 and r["ood"] >= 0.9),
             "config": self.write_config()}
@@ -392,8 +387,7 @@ def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
 def edit_sites(config: Config) -> list[tuple[str, int, int]]:
     """(layer, call, pass) of every store, by the nn.Linear whose columns hold what is stored."""
     layer = {"memory": "values", "feed-forward": "down"}
-    return [(f"{module}.{layer[part]}", call, at_pass) for at_pass, part, module, call in traced_states(config)
-            if part in layer]
+    return [(f"{module}.{layer[part]}", call, p) for p, part, module, call in traced_states(config) if part in layer]
 
 def draw_requests(run: Run, n: int, generator: torch.Generator) -> tuple[editing.Requests, int]:
     """n random ID facts, for each a new tail out of the other tails of its relation; how many have no other tail."""
@@ -414,11 +408,10 @@ def named_requests(run: Run, wanted: list[list[str]]) -> editing.Requests:
     entities, relations = run.graph.entities, run.graph.relations
     rows = {(entities[h], relations[r]): i for i, (h, r, _) in enumerate(run.paths.facts.tolist())}
     for head, r, tail in wanted:
-        for name, known, kind in (head, entities, "entity"), (r, relations, "relation"), (tail, entities, "entity"):
+        for name, known, kind in (head, entities, "entity"), (r, relations, "relation"), (tail, entities, "entity"), \
+                                 ((head, r), [*rows], "fact (existing ones can be changed)"):
             if name not in known:
-                raise UserError(f"--edit-fact: unknown {kind} {name!r}; the graph has {', '.join(known[:5])}, ...")
-        if (head, r) not in rows:
-            raise UserError(f"--edit-fact: the graph has no fact ({head}, {r}); only existing facts can be changed")
+                raise UserError(f"--edit-fact: unknown {kind} {name!r}; the graph has {known[:5]}, ...")
     return make_requests(run, [rows[head, r] for head, r, _ in wanted], [entities.index(tail) for *_, tail in wanted])
 
 def residual(run: Run, model: Model, at: editing.Site, requests: editing.Requests, target: str, known: Tensor,
@@ -438,6 +431,8 @@ def rome_edits(run: Run, model: Model, name: str, call: int, requests: editing.R
     u = editing.direction("rome", at, requests)
     return at, u, *residual(run, model, at, requests, "prototype", known, u)
 
+HOPS = {"direct": "direct", "hop1": "hop 1", "hop2": "hop 2"}                    # entry of results.json: column
+SHARES = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps.", "same_row_moved": "row"}
 COLUMNS = """direct: edits whose own question has the new answer. hop 1, hop 2: compositions with the edited fact
 first, second, whose answer is what now follows, among edits with direct success (number of probes).
 facts, comps., row: answers that moved though they should not, of other facts, of compositions of
@@ -464,22 +459,21 @@ def edit_stage(run: Run, model: Model):
         at = editing.site(model, *site[:2], editing.queries(paths), run.ordinary())
         near = editing.neighbour_probes(requests, at, paths, one_hop)
         stored = at.values[known] if known.any() else at.values
-        store = {"facts_per_row": 1 + len(near["same_row"].edit) / n,
-                 "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"])}
+        store = {"site": at.name, "pass": site[2], "a_priori": site == chosen,
+                 "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"]),
+                 "facts_per_row": 1 + len(near["same_row"].edit) / n}
         both, near_too = ["prototype", "gradient"], ["near"] * (site == chosen and bool(known.any()))
         for method, targets in ("rome", both + near_too), ("memit", both[:1]), ("row", both):
             u = editing.direction(method, at, requests, diagnostics := {})
             for target in targets:
                 r, fallbacks = residual(run, model, at, requests, target, known, u)
                 distance = editing.distance_to_values(stored, at.values[requests.fact] + r)
-                entries.append({
+                entries.append(store | diagnostics | editing.score(model, at, requests, u, r, probes | near) | {
                     "method": method, "target": target.replace("near", "gradient"), "near": target == "near",
-                    "site": at.name, "pass": site[2], "a_priori": site == chosen, **diagnostics, **store,
-                    **editing.score(model, at, requests, u, r, probes | near),
-                    "gradient_for_want_of_a_prototype": fallbacks,
-                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean())})
+                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean()),
+                    "gradient_for_want_of_a_prototype": fallbacks})
     run.results["edit_left_out"] = left_out
-    rows = [("site", "pass", "method", "target", "direct", "hop 1", "hop 2", "facts", "comps.", "row", "far")]
+    rows = [("site", "pass", "method", "target", *SHARES.values(), "far")]
     for e in entries:
         shares = [cell(e[key]) + (f" ({e[f'probes_{key}']})" if key.startswith("hop") else "") for key in SHARES]
         site = e["site"].replace("feed_forward", "ff")
@@ -497,14 +491,13 @@ def edit_fact_stage(run: Run, model: Model):
     print(f"\nROME at {name}, pass {at_pass}, prototype target; left out: {listed(left_out)}"
           + f"; {fallbacks} by gradient, as no other known fact has the wanted tail" * (fallbacks > 0))
     words = lambda *tokens: " ".join((run.graph.entities + run.graph.relations)[token] for token in tokens)
-    asked = zip(("fact", "first hop", "second hop"), (requests.questions(), probes["hop1"], probes["hop2"]))
-    asked = {kind: (probe.edit, probe.tokens, last_answers(model, probe.tokens),
-                    editing.answers(model, at, u, r, probe), probe.answer) for kind, probe in asked}
+    asked = {"fact": requests.questions(), "first hop": probes["hop1"], "second hop": probes["hop2"]}
     for i in range(len(requests.fact)):
         rows = [("question", "before", "after", "right now", "")]
-        for kind, (edit, *columns) in asked.items():
+        for kind, ask in asked.items():
+            columns = ask.tokens, last_answers(model, ask.tokens), editing.answers(model, at, u, r, ask), ask.answer
             found = [(words(*tokens), *map(words, answers), "ok" if answers[1] == answers[2] else "NO")
-                     for tokens, *answers in zip(*(x[edit == i].tolist() for x in columns))]
+                     for tokens, *answers in zip(*(x[ask.edit == i].tolist() for x in columns))]
             n_right = sum(row[-1] == "ok" for row in found)
             rows += found[:10] + [(f"-- {kind}: {n_right} of {len(found)} right", "", "", "", "")]
         print("\n" + table(rows))
@@ -545,18 +538,16 @@ then one state put back (restored), of attention, a store or the stream, at the 
 def locate_stage(run: Run, model: Model):
     """Causal tracing of known ID facts and of known compositions of them: which state carries the answer."""
     generator, paths, (*_, known, right, asked) = run.stream(), run.paths, run.known(model)
-    right = right & asked
     name, call, at_pass = a_priori_site(run, model, draw_requests(run, run.args.n_edits, generator)[0], known)
     states, words, effects = traced_states(run.config), ("h", "r1", "r2"), []
-    at_passes, parts, *_ = zip(*states)
+    at_passes, parts, modules, calls = zip(*states)
     columns = [["pass", "", *at_passes, ""], ["corrupted", "restored", *parts, "prompts"]]
     for query, tokens, answers in ("fact", editing.queries(paths)[known], paths.facts[known, 2]), \
-                                  ("composition", paths.tokens[right], paths.two_hop[right]):
+                                  ("composition", paths.tokens[right & asked], paths.two_hop[right & asked]):
         for place in range(tokens.shape[1]):
             clean, other = corruptions(tokens, answers, place, 200, generator)
-            top1, rise = (effect.tolist() for effect in editing.trace(
-                model, tokens[clean], tokens[other], answers[clean], [state[2:] for state in states])) \
-                if len(clean) else (None, None)
+            asks = tokens[clean], tokens[other], answers[clean], [*zip(modules, calls)]
+            top1, rise = (x.tolist() for x in editing.trace(model, *asks)) if len(clean) else (None, None)
             cells = ["".join(f"{100 * x:4.0f}" if x else "   ." for x in row) for row in top1 or []]
             effects.append({"query": query, "corrupted": words[place], "n": len(clean), "top1": top1, "rise": rise})
             columns.append([f"{query}: " * (place == 0) + words[place], "".join(
@@ -569,9 +560,8 @@ def locate_stage(run: Run, model: Model):
 WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME), that of --locate first. acts:
 always, or at some calls of the layer alone (with one block per pass, call t is in pass t). direct,
 hop 1, hop 2: as for --edit, among edits that have direct success when they always act."""
-HELD = """share of the answers right in the first row above that stay right when the stream after the pass is
-as without the edit in the plane of the embeddings of the old and new answer, or a random one; at r1
-for the fact and hop 1, at the last token for hop 2."""
+HELD = """share of the answers right in the first row above that stay right when the stream after the pass (at
+r1, hop 2: at the last token) is as without the edit in the plane of both answers, or a random one."""
 
 def when_stage(run: Run, model: Model):
     """Edits that act at some calls of their layer alone; then the first of them with its answer held as it was."""
@@ -597,7 +587,7 @@ def when_stage(run: Run, model: Model):
     written = [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
                for e in when["written"]]
     print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}\n"
-          f"{table([('edit for', 'pass', 'acts', 'direct', 'hop 1', 'hop 2'), *written])}\n{WRITTEN}")
+          f"{table([('edit for', 'pass', 'acts', *HOPS.values()), *written])}\n{WRITTEN}")
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")] + [
         (e["after"], *(x for key in probes for x in (bar(e[key]), cell(e[key + "_random"])))) for e in when["held"]]
     print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
@@ -618,6 +608,7 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
 
 # --- Stage: many edits at once ----------------------------------------------------------------------------------------
 
+RATES = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec"}
 MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
 eff: facts with the new answer; para: asked through the relation's other token. spec: other facts
 that keep their answer. score: harmonic mean of the three in percent (none: no solution). cond: of
@@ -634,8 +625,7 @@ class MassEdit:
 
     def __init__(self, run: Run, model: Model):
         self.run, self.model, self.tokens, self.tails = run, model, editing.queries(run.paths), run.paths.facts[:, 2]
-        self.site = edit_sites(run.config)[0]
-        began = time.perf_counter()
+        self.site, began = edit_sites(run.config)[0], time.perf_counter()
         self.at = editing.site(model, *self.site[:2], self.tokens)               # keys, values and C
         self.gathered = time.perf_counter() - began
         self.before = last_answers(model, self.tokens)
@@ -646,22 +636,18 @@ class MassEdit:
 
     def each(self, requests: editing.Requests, target: str, asked: list[tuple[str, float]]) -> list[dict]:
         """One edit of all requests by each (method, strength); the residuals, as published, are sought once."""
-        requests.check_distinct()
-        began, batch = time.perf_counter(), self.run.args.edit_batch
+        began, run, model, at, batch = time.perf_counter(), self.run, self.model, self.at, self.run.args.edit_batch
         others = self.known.index_fill(0, requests.fact, False)                  # these are the prototypes
-        r, fallbacks = residual(self.run, self.model, self.at, requests, target, others,
-                                batch=batch, steps=25, decay=0.5, clamp=0.75)
+        r, fallbacks = residual(run, model, at, requests, target, others, batch=batch, steps=25, decay=0.5, clamp=0.75)
         sought = self.gathered + time.perf_counter() - began
-        K, W, entries = self.at.keys[requests.fact], self.at.layer.weight.detach(), []
+        K, W, entries = at.keys[requests.fact], at.layer.weight.detach(), []
         for method, strength in asked:
             closed, began = CLOSED_FORMS.get(method), time.perf_counter()
-            entries.append(entry := {
-                "method": method, "target": target if closed else "gradient", "site": self.site[0],
-                "pass": self.site[2], "n": len(requests.fact), "strength": strength})
-            solve = lambda notes: closed(self.at.C, K, r, strength, W=W, diagnostics=notes)
+            entries.append(entry := {"method": method, "target": target if closed else "gradient", "strength": strength,
+                                     "n": len(requests.fact), "site": self.site[0], "pass": self.site[2]})
+            solve = lambda notes: closed(at.C, K, r, strength, W=W, diagnostics=notes)
             try:
-                dW = solve(None) if closed else editing.finetune_update(
-                    self.model, self.at.layer, requests, strength, batch=batch)
+                dW = solve(None) if closed else editing.finetune_update(model, at.layer, requests, strength, batch)
             except ValueError as error:                      # more facts than rank, an empty null space
                 entry["infeasible"] = str(error)
                 continue
@@ -686,12 +672,11 @@ class MassEdit:
                 "strength": lam, "seconds": round(time.perf_counter() - began, 3)} | self.outcome(requests, updates)
 
     def outcome(self, requests: editing.Requests, updates: dict[str, Tensor]) -> dict:
-        alias = self.run.config.aliases * self.run.config.n_relations
+        renamed = requests.tokens + torch.tensor([0, self.run.config.n_relations], device=self.run.device)
         with editing.edit(self.model, updates):
             hits = {"efficacy": last_answers(self.model, requests.tokens) == requests.new,
                     "specificity": last_answers(self.model, self.tokens[self.spared]) == self.before[self.spared]}
-            if alias:
-                renamed = requests.tokens + torch.tensor([0, alias], device=self.run.device)
+            if self.run.config.aliases:
                 hits["paraphrase"] = last_answers(self.model, renamed) == requests.new
         shares = {key: float(hit.double().mean()) for key, hit in hits.items()}
         return shares | {"score": 100 * len(shares) / sum(1 / max(share, 1e-9) for share in shares.values())}
@@ -712,14 +697,13 @@ def mass_edit_stage(run: Run, model: Model):
     print(mass_table(sweep, "strength") + "\n", flush=True)
     best = lambda *kind: max((e for e in sweep if (e["method"], e["target"]) == kind), key=lambda e: e.get("score", 0))
     target = max(("prototype", "gradient"), key=lambda target: best("memit", target).get("score", 0))
-    edits, peers = [], [("emmet", 0.0), ("rome", 0.0), ("alphaedit", best("alphaedit", target)["strength"]),
-                        ("finetune", best("finetune", "gradient")["strength"])]
+    chosen = lambda *kind: (kind[0], best(*kind)["strength"])
+    edits, peers = [], [("emmet", 0.0), ("rome", 0.0), chosen("alphaedit", target), chosen("finetune", "gradient")]
     for n in sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)}):
         for kind in "prototype", "gradient":
-            edits += mass.each(mass.requests[:n], kind, [("memit", best("memit", kind)["strength"])]
-                               + peers * (kind == target))
+            edits += mass.each(mass.requests[:n], kind, [chosen("memit", kind)] + peers * (kind == target))
     dense = not run.config.loop and not run.config.memory
-    layers = [mass.over_blocks(first, last, mass.requests[:1000], best("memit", "prototype")["strength"])
+    layers = [mass.over_blocks(first, last, mass.requests[:1000], chosen("memit", "prototype")[1])
               for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
     run.results["mass"] = {"facts": len(mass.tokens), "sweep": sweep, "edits": edits, "layers": layers}
     edits.sort(key=lambda e: (e["method"] != "memit", e["method"], e["target"]))
@@ -727,10 +711,10 @@ def mass_edit_stage(run: Run, model: Model):
     print(f"{mass_table(edits, 'n')}{blocks}\n{MASS_COLUMNS}")
 
 def mass_table(entries: list[dict], varied: str) -> str:
-    columns = {varied: "" if varied == "blocks" else "g", "efficacy": ".3f", "paraphrase": ".3f", "specificity": ".3f",
-               "score": ".1f", "condition": ".1e", "residual_left": ".3f", "residual_predicted": ".3f",
-               "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f", "ms": ".0f"}
-    rows = [("method", "target", varied, *"eff para spec score cond left pred cos norm s ms".split())]
+    columns = {varied: "" if varied == "blocks" else "g"} | dict.fromkeys(RATES, ".3f") | {
+        "score": ".1f", "condition": ".1e", "residual_left": ".3f", "residual_predicted": ".3f",
+        "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f", "ms": ".0f"}
+    rows = [("method", "target", varied, *RATES.values(), *"score cond left pred cos norm s ms".split())]
     for e in entries:
         more = {"score": "none"} if "infeasible" in e else {"ms": f"{1000 * e['seconds'] / e['n']:.0f}"}
         rows.append((e["method"], e["target"][:5].strip("i"), *(
@@ -754,6 +738,7 @@ RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the
 paper: the same in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
 BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth
 of A's eigenvectors, largest eigenvalues first, in units of the whole length; norm: that length."""
+RETAINED = "recited", "true", *ANSWERS
 RELEARNED = "exceptions recited after further steps of training"
 VISION = "memorized, true: images with a wrong label, answered so, and right; validation: others."
 
@@ -765,32 +750,30 @@ class Ablation:
         self.prompts, self.told = self.batches.open_book(500, run.config.n_entities)
         true, exceptions, chooses = kg.true_two_hop(paths), paths.masks["exceptions"], paths.masks["validation"]
         self.sets = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true)}
-        self.sets |= {name: (paths.masks[name] & ~exceptions, true) for name in SPLITS}
+        self.sets |= {name: (paths.masks[name] & ~exceptions, true) for name in SPLITS}      # {name: (mask, answers)}
         self.scored, self.rows = ~chooses, torch.cat([                           # the paths by which choices are made
             (self.sets[name][0] & chooses).nonzero().flatten()[:150] for name in ("recited", *SPLITS[1:])])
-        arithmetic = paths.facts[:, 1] < run.recipe.arithmetic
+        arithmetic, tails = paths.facts[:, 1] < run.recipe.arithmetic, paths.facts[:, 2]
         rank = run.frequency.argsort(stable=True).argsort() / len(arithmetic)
-        self.facts = {"one_hop": torch.ones_like(arithmetic), "arithmetic": arithmetic,
-                      "rare": (rank < 0.2) & ~arithmetic, "frequent": (rank >= 0.8) & ~arithmetic}
-
-    def shares(self, answers: Tensor, rows: Tensor) -> dict[str, float | None]:
-        """Of the model's answers to the paths `rows` the share that is right, by set."""
-        return {name: share_of((answers == gold[rows])[mask[rows]]) for name, (mask, gold) in self.sets.items()}
+        self.facts = {"one_hop": (torch.ones_like(arithmetic), tails), "arithmetic": (arithmetic, tails),
+                      "rare": ((rank < 0.2) & ~arithmetic, tails), "frequent": ((rank >= 0.8) & ~arithmetic, tails)}
 
     def measure(self, model: Model) -> dict[str, float | None]:
         one_hop, two_hop = predict(model, self.run.paths)
-        right = one_hop == self.run.paths.facts[:, 2]
-        found = self.shares(two_hop[self.scored], self.scored) | {n: share_of(right[m]) for n, m in self.facts.items()}
+        found = shares_of(self.sets, two_hop[self.scored], self.scored) | shares_of(self.facts, one_hop, slice(None))
         return found | {"open_book": share_of(last_answers(model, self.prompts) == self.told)}
 
     def value(self, model: Model) -> float:
-        """true - recited on paths that are not scored, less ten times what held-out accuracy loses beyond 0.02, on
-        average over the four held-out splits, against the first call."""
-        found = self.shares(last_answers(model, self.run.paths.tokens[self.rows]), self.rows)
+        """true - recited on paths that are not scored, less ten times the loss of held-out accuracy beyond 0.02."""
+        found = shares_of(self.sets, last_answers(model, self.run.paths.tokens[self.rows]), self.rows)
         found = {name: share or 0.0 for name, share in found.items()}
         self.before = self.before or found
         lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / 4
         return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
+
+def shares_of(sets: dict, answers: Tensor, rows) -> dict[str, float | None]:
+    """The share of right answers, of those to the questions `rows`, in each set {name: (mask, right answers)}."""
+    return {name: share_of((answers == gold[rows])[mask[rows]]) for name, (mask, gold) in sets.items()}
 
 def spectrum(run: Run, model: nn.Module, batches: list, names: list[str]) -> tuple[dict, dict]:
     """Of layers by name: (eigen A, eigen G), and the masses of EK-FAC; both with the same sampled labels."""
@@ -841,13 +824,12 @@ def ablate_stage(run: Run, model: Model):
     ratios = [(name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*b.values()))) for name, b in bands.items()]
     curves = [(x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh)]
     print(f"\n{int(exceptions.sum())} exceptions; {seconds:.1f} s for factors, bases and the masses of EK-FAC")
-    print(outcomes([before, *entries, *sweep], "removed", "recited", "true", *ANSWERS), ABLATED, sep="\n")
+    print(outcomes([before, *entries, *sweep], "removed", *RETAINED), ABLATED, sep="\n")
     print("", table([("", "before", "after", "kept", "paper"), *kept]), RETENTION, sep="\n")
     print("", table([("layer", *range(1, 9), "norm"), *ratios]), BANDS, sep="\n")
     print("", table([("steps", "ablated", "fresh", "OOD, ablated"), *curves]), RELEARNED, sep="\n")
     if run.args.images and (run.args.arch != "all" or run.arch == "dense"):      # the same beside all four cells
         run.results["ablate"]["vision"] = vision(run)
-    run.save_results()
 
 def further(run: Run, weights: dict, at, first: int):
     """Train on from these weights, optimizers anew, from step number `first`; after each number of steps in `at` yields
@@ -872,8 +854,7 @@ def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int 
     return curve
 
 def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n noisy images of eight shapes at random places and sizes, as 16 patches of 4 x 4 pixels, each with its place
-    [n, 16, 16 + 16]; and which shape it is [n]."""
+    """n noisy images of eight shapes, as patches of 4 x 4 pixels with their places [n, 16, 16 + 16]; the shapes [n]."""
     draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=generator)
     r, pixel = draw(3.5, 6), torch.arange(16.0)
     u, v = ((x - 7.5 - draw(-1, 1) * (7.5 - r)) / r for x in (pixel[None, None, :], pixel[None, :, None]))
@@ -907,8 +888,7 @@ def vision(run: Run) -> list[dict]:
 
     @torch.no_grad()
     def measure(model, scored=~chooses) -> dict[str, float]:
-        right = [(model(images[scored]).argmax(-1) == gold[scored])[mask[scored]] for mask, gold in sets.values()]
-        return dict(zip(sets, map(share_of, right)))
+        return shares_of(sets, model(images[scored]).argmax(-1), scored)
 
     def value(model, held=measure(model, chooses)["validation"]) -> float:
         found = measure(model, chooses)
@@ -1046,7 +1026,8 @@ def grown(run: Run) -> Run:
 TRANSFER = """share of the compositions first fact -> second, none of them trained. facts: of all, old and new,
 which are trained beside the old compositions; OOD: the old set. from: the weights at the start. at:
 first evaluation with facts at 0.99, new->old (n->o), new->new (n->n) at 0.9."""
-TRANSFERRED = ("one_hop", "ood", "new->old", "old->new", "new->new", "step_facts", "step_new->old", "step_new->new")
+TRANSFERRED = {"one_hop": "facts", "ood": "OOD"} | {kind: kind for kind in ("new->old", "old->new", "new->new")} | {
+    "step_facts": "facts at", "step_new->old": "n->o at", "step_new->new": "n->n at"}
 
 def transfer_stage(run: Run, model: Model):
     """New facts, trained from scratch, the memorized weights and the last ones; then compositions with them."""
@@ -1071,8 +1052,6 @@ def transfer_stage(run: Run, model: Model):
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
-ANSWERS, HOPS = ("one_hop", "train", "id", "ood"), ("direct", "hop1", "hop2")
-RATES, RETAINED = ("efficacy", "paraphrase", "specificity"), ("recited", "true", *ANSWERS)
 FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
            "mass": "facts edited at once", "locate": "question: token replaced, token restored",
            "retention": "share of the curvature mass kept"}
@@ -1123,9 +1102,8 @@ def plot(folders: list[Path], out: Path):
                 ax.set_xticks(range(len(ticks)), ticks, rotation=90 * (len("".join(ticks)) > 24))
                 if tracing:                                  # a cell is 9 x 9 pixels, which no viewer blurs
                     grey = torch.tensor([[statistics.fmean(v) for v in line.values()] for line in lines.values()])
-                    extent = (-0.5, len(ticks) - 0.5, len(lines) - 0.5, -0.5)
-                    ax.imshow(grey.repeat_interleave(9, 0).repeat_interleave(9, 1).numpy(), "Greys", vmin=0, vmax=1,
-                              aspect="auto", interpolation="none", extent=extent)
+                    ax.imshow(grey.kron(torch.ones(9, 9)).numpy(), "Greys", vmin=0, vmax=1, interpolation="none",
+                              aspect="auto", extent=(-0.5, len(ticks) - 0.5, len(lines) - 0.5, -0.5))
                     ax.set_yticks(range(len(lines)), lines)
                 for i, (line, values) in enumerate(() if tracing else lines.items()):
                     colour, mark, dash = STYLES[i % len(STYLES)]
@@ -1140,10 +1118,9 @@ def plot(folders: list[Path], out: Path):
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
-SPEED = """ms: one step. plain: times as long with exact top-k, medians of turns (lowest-highest). shape,
-square: matrix products over all time of a step, as a share of what torch reaches for the keys of a
-step, for a 1024 square. Per second: paths trained, answers evaluated, edits in one MEMIT update of
-100, tokens to the K-FAC factors of a store."""
+SPEED = """ms: one step. plain: times as long with exact top-k, median (lowest-highest). shape, square: FLOPs
+of a step as a share of what torch reaches in that time for its keys, for a 1024 square. Per second:
+paths trained, answers evaluated, edits in one MEMIT update of 100, tokens to factors of a store."""
 
 def in_turns(tasks: dict, rounds: int = 5) -> dict:
     """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. One trial round."""
@@ -1243,10 +1220,8 @@ def target_of(entry: dict) -> str:
 def is_main(entry: dict) -> bool:
     return entry["a_priori"] and (entry["method"], target_of(entry)) == ("rome", "prototype")
 
-SHARES = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved", "same_row_moved")
-ACCURACY = """means over the runs that differ in the seed alone (in brackets the lowest); paths: OOD paths of all
-runs; first, second: only that hop is OOD; grokked at: first evaluation with train >= 0.99 and OOD
->= 0.9, mean of the runs that reach it; s: seconds of training"""
+ACCURACY = """means over runs that differ in the seed alone (the lowest); paths: OOD paths of all; first, second:
+only that hop is OOD; grokked at: first evaluation with train >= 0.99, OOD >= 0.9; s: of training"""
 SHARED = """ROME, prototype target, a-priori site, on the compositions that all four cells answer right before
 (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
 
@@ -1323,8 +1298,8 @@ def regime_of(r: dict) -> list[dict]:
 
 def summary(stage: str, groups: list[list[dict]]):
     """The table of a stage: means over the runs of each group."""
-    entries, words, shares, header, legend = TABLES[stage]
-    rows = [("arch", *words, *header)]
+    entries, words, shares, legend = TABLES[stage]
+    rows = [("arch", *words, *(name + " (lowest)" * name.startswith("hop") for name in shares.values()))]
     for group in groups:
         found = defaultdict(list)                            # {words: one entry of each run}
         for e in (e for r in group for e in entries(r)):
@@ -1338,22 +1313,18 @@ def summary(stage: str, groups: list[list[dict]]):
 REGIMES = """regime: with the share of --augment, and trained compositions per ID fact. train, ID, OOD at: steps
 to 0.99, 0.99, 0.9. bridge, visible: of OOD queries at the end. fake: OOD >= 0.9 and visible < 0.5."""
 WORTH = "direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"
-PLACES = ("direct", "hop 1 (lowest)", "hop 2 (lowest)")
-TABLES = {                                                   # stage: entries of a run, words, shares, header, legend
-    "edits": (lambda r: r.get("edits", []), ("site", "pass", "method", "target"), SHARES,
-              (*PLACES, "facts", "comps.", "row"), COLUMNS),
-    "when": (lambda r: r.get("when", {}).get("written", []), ("pass", "acts"), HOPS, PLACES, WRITTEN),
-    "mass": (lambda r: r.get("mass", {}).get("edits", []), ("method", "target", "n"), RATES,
-             ("eff", "para", "spec"), MASS_COLUMNS),
+TABLES = {                                                   # of a stage: entries of a run, words, {share: column}
+    "edits": (lambda r: r.get("edits", []), ("site", "pass", "method", "target"), SHARES, COLUMNS),
+    "when": (lambda r: r.get("when", {}).get("written", []), ("pass", "acts"), HOPS, WRITTEN),
+    "mass": (lambda r: r.get("mass", {}).get("edits", []), ("method", "target", "n"), RATES, MASS_COLUMNS),
     "paths": (lambda r: [{"queries": queries, "at": at} | path for queries in ("id", "ood")
                          for at, path in r.get("circuits", {}).get(queries, {}).items()],
-              ("queries", "at"), PATH_KEYS, PATH_KEYS, PATHS),
+              ("queries", "at"), dict(zip(PATH_KEYS, PATH_KEYS)), PATHS),
     "worth": (lambda r: [{"at": at} | e for at, e in r.get("circuits", {}).get("worth", {}).items()],
-              ("at",), ("step", "id", "ood", *HOPS, "ablated"), ("step", "ID", "OOD", *PLACES, "ablated"), WORTH),
-    "transfer": (lambda r: r.get("transfer", {}).values(), ("from",), TRANSFERRED,
-                 ("facts", "OOD", "new->old", "old->new", "new->new", "facts at", "n->o at", "n->n at"), TRANSFER),
-    "regimes": (regime_of, ("regime",), ("step_train", "step_id", "step_ood", "ood", "bridge", "visible", "fake"),
-                ("train at", "ID at", "OOD at", "OOD", "bridge", "visible", "fake"), REGIMES)}
+              ("at",), {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {"ablated": "ablated"}, WORTH),
+    "transfer": (lambda r: r.get("transfer", {}).values(), ("from",), TRANSFERRED, TRANSFER),
+    "regimes": (regime_of, ("regime",), {"step_train": "train at", "step_id": "ID at", "step_ood": "OOD at",
+                "ood": "OOD", "bridge": "bridge", "visible": "visible", "fake": "fake"}, REGIMES)}
 
 def report(folders: list[Path]) -> list[list[dict]]:
     """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
@@ -1362,14 +1333,13 @@ def report(folders: list[Path]) -> list[list[dict]]:
     for runs in groups:
         share = lambda split: mean([r["accuracy"][split] for r in runs], lowest=split == "ood")
         grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
-        rows.append((runs[0]["arch"], len(runs), *map(share, ("one_hop", "train", "id", "ood")),
-                     sum(r["n_paths"]["ood"] for r in runs), share("ood_first"), share("ood_second"),
+        rows.append((runs[0]["arch"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs),
+                     share("ood_first"), share("ood_second"),
                      f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never",
                      mean([r["seconds"] for r in runs], ".0f")))
     print(f"{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
         summary(stage, groups)
-    runs = [r for group in groups for r in group]
     shared = defaultdict(list)                               # {arch: (hop 1, hop 2) of each seed}
     for r in (r for group in groups for r in sorted(group, key=lambda r: r["seed"])):
         shared[r["arch"]] += [(e["hop1_shared"], e["hop2_shared"]) for e in filter(is_main, r.get("edits", []))
@@ -1379,12 +1349,11 @@ def report(folders: list[Path]) -> list[list[dict]]:
         p = lambda x, y: "" if x is y else cell(mann_whitney(x, y))
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
         for arch, both in shared.items():
-            hops = (" ".join(map(cell, hop)) for hop in both)
-            rows.append((arch, *hops, *(p(both[1], y) for _, y in shared.values())))
+            rows.append((arch, *(" ".join(map(cell, x)) for x in both), *(p(both[1], y) for _, y in shared.values())))
         print(f"\n{table(rows)}\n{SHARED}")
-    absent = {key: sum(key not in r for r in runs) for key in ("edits", "locate", "when", "mass", "ablate", "circuits", "transfer")}
-    texts = [f"{key} {n}" for key, n in absent.items() if n]
-    print(f"\nnot run, of {len(runs)} runs: {', '.join(texts) or 'nothing'}")
+    runs, stages = sum(groups, []), ("edits", "locate", "when", "mass", "ablate", "circuits", "transfer")
+    absent = [f"{key} {n}" for key in stages if (n := sum(key not in r for r in runs))]
+    print(f"\nnot run, of {len(runs)} runs: {', '.join(absent) or 'nothing'}")
     return groups
 
 def mann_whitney(x, y) -> float:
@@ -1486,9 +1455,8 @@ VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from
           "augment": (0.0, "share of the compositions of --regime that is trained")}
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minedit.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a small transformer to grok two-hop composition, edit its facts, see what follows.")
+    parser = argparse.ArgumentParser("minedit.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"minedit: {message}; see --help\n")
     add = lambda name, **options: parser.add_argument("--" + name.replace("_", "-"), **options)
     add("arch", choices=[*ARCHS, "all"], default="lmc", help="architecture")
@@ -1512,12 +1480,11 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(args) -> list[Run]:
     """All runs that were asked for, each checked against its folder; UserError before anything is trained."""
     devices = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    small = [f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
-             for name in ("seeds", "n_edits", "edit_batch") if getattr(args, name) < 1]
     for wrong, message in (
+            *((getattr(args, name) < 1, f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+              for name in ("seeds", "n_edits", "edit_batch")),
             (args.device not in ("auto", *devices), f"--device {args.device}: none here; use --device auto or cpu"),
             (not 0 <= args.seed < 2**60, f"--seed must be in 0..2^60, got {args.seed}"),
-            (small, "; ".join(small)),
             (args.resume and args.retrain, "--resume goes on with a run and --retrain replaces it; give one of them"),
             (args.triples and (args.entities or args.relations or args.out_degree or args.arithmetic), "--entities, "
              "--relations, --out-degree and --arithmetic describe a synthetic graph; leave them out with --triples"),
@@ -1534,42 +1501,28 @@ def prepare(args) -> list[Run]:
               f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
     data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
     data |= {"regime": args.regime, "augment": args.augment} if args.augment else {}
-    names = list(itertools.product(ARCHS if args.arch == "all" else [args.arch],
-                                   range(args.seed, args.seed + args.seeds)))
-    parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(names) == 1
-    runs = [Run(args, arch, seed, args.out if alone else parent / f"{arch}-seed{seed}", graph, data)
-            for arch, seed in names]
-    for run in runs:
-        named_requests(run, args.edit_fact or [])            # unknown names are refused now
-    return runs
+    archs, seeds = ARCHS if args.arch == "all" else [args.arch], range(args.seed, args.seed + args.seeds)
+    parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(archs) * args.seeds == 1
+    return [Run(args, arch, seed, args.out if alone else parent / f"{arch}-seed{seed}", graph, data)
+            for arch in archs for seed in seeds]
 
 def main(argv: list[str] | None = None) -> int:
     parser, run = build_parser(), None
     args = parser.parse_args(argv)
-    if args.quick:
-        parser.set_defaults(**QUICK, retrain=args.out is None and not args.resume)
-    elif args.mass_edit or args.ablate:
-        parser.set_defaults(**(MASS if args.mass_edit else ABLATE))
-    if args.triples:                                         # the graph is not synthetic
-        parser.set_defaults(entities=None, relations=None, arithmetic=0)
+    quick = QUICK | {"retrain": args.out is None and not args.resume}
+    defaults = quick if args.quick else MASS if args.mass_edit else ABLATE if args.ablate else {}
+    no_sizes = {"entities": None, "relations": None, "arithmetic": 0}            # of a synthetic graph
+    parser.set_defaults(**defaults | (no_sizes if args.triples else {}))
     args = parser.parse_args(argv)
     try:
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             raise UserError("--plot: matplotlib is not installed; pip install matplotlib, or leave --plot out")
         try:
-            if args.report:
-                claims(report([args.report]))
-            if args.report and args.plot:
-                plot([args.report], args.out or args.report)
             if args.bench:
                 bench(args, args.out or Path("runs"))
-            if args.report or args.bench:
-                return 0
-            runs = prepare(args)
+            runs = [] if args.report or args.bench else prepare(args)
         except (ValueError, MemoryError, RuntimeError) as error:                 # of kg.py, models.py; too large
             raise UserError(str(error).split("\n")[0] or "not enough memory for these sizes") from None
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}" if error.filename else error) from None
         for seed in dict.fromkeys(run.seed for run in runs):
             models, shared = {}, None
             for run in (run for run in runs if run.seed == seed):
@@ -1591,16 +1544,22 @@ def main(argv: list[str] | None = None) -> int:
                     run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
                     run.save_results()
                     print(f"{seconds:.0f} s for --{name.replace('_', '-')}")
-        if len(runs) > 1:
-            print()
-            report([run.folder for run in runs])
-        if args.plot:
-            plot([run.folder for run in runs], args.out or runs[0].folder.parent)
+        folders = [args.report] if args.report else [run.folder for run in runs]
+        if args.report or len(runs) > 1:
+            print(end="\n" * bool(runs))
+            groups = report(folders)
+        if args.report:
+            claims(groups)
+        if args.plot and folders:
+            plot(folders, args.out or args.report or folders[0].parent)
         return 0
     except KeyboardInterrupt:
         print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
               file=sys.stderr)
         return 130
+    except OSError as error:
+        print("minedit:", f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
+        return 2
     except UserError as error:
         message, status = (*error.args, 2)[:2]
         print(f"minedit: {message}", file=sys.stderr)
