@@ -904,10 +904,9 @@ def vision(run: Run) -> list[dict]:
 
 # Fake grokking: OOD >= 0.9, and fewer OOD answers than this are redirected with the visible part of the bridge
 BRIDGE_USED, PATH_KEYS = 0.5, ("right", "bridge", "relation", "whole", "visible")
-PATHS = """right: accuracy. Else shares of the queries, after the pass (but the last) where they are largest.
-bridge: the lens on the stream at r1 has the bridge first of all entities; relation: that at r2 has
-the second relation first. whole, visible: the stream at r1 is that of another query with the same
-r2, or that only in the plane of the two bridges' embeddings, and so is the answer."""
+PATHS = """right: accuracy; else shares, after the pass (but the last) where they are largest. bridge: the
+lens at r1 has the bridge first of all entities; relation: at r2, the second one. whole, visible:
+with the stream at r1 of a query with the same r2 (or its part in both bridges' plane), its answer."""
 SAME = "r = {r:.3f}, 95 % bootstrap interval {low:.3f}..{high:.3f} ({n} prompts)"
 
 def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
@@ -932,8 +931,8 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
     for place in range(3):
         clean, other = (everything[0][i] for i in corruptions(*everything[:2], place, 200, generator, everything[2]))
         if len(clean):
-            own = last_answers(model, clean)
-            hits[place] = editing.trace(model, clean, other, own, sites, each=True)[0], own != last_answers(model, other)
+            own, now = last_answers(model, clean), last_answers(model, other)
+            hits[place] = editing.trace(model, clean, other, own, sites, each=True)[0], own != now
     path["trace"] = {place: back[:, :, changed.cpu()].mean(-1).tolist() for place, (back, changed) in hits.items()
                      if changed.any()}
     one, other = corruptions(tokens[:, 1:], answer, 0, 200, generator)           # pairs that share r2
@@ -968,22 +967,20 @@ def circuits_stage(run: Run, model: Model):
         raise UserError("--circuits looks at compositions; give --branches more than 0")
     hits, states = defaultdict(dict), [dict(zip(("pass", "part", "module", "call"), state))
                                        for state in traced_states(run.config)]
-    found = run.results["circuits"] = {"states": states, "id": {}, "ood": {}, "same": {}, "worth": {}}
+    found = run.results["circuits"] = {"states": states, "id": {}, "ood": {}, "worth": {}}
     for moment, (record, weights) in run.moments.items():
         then = copy.deepcopy(model)
         then.load_state_dict(weights)
         for queries in "id", "ood":
             found[queries][moment], hits[queries][moment] = inference_path(run, then, queries)
         found["worth"][moment] = {key: record[key] for key in ("step", *ANSWERS)} | later(run, then)
-    for queries, by_moment in hits.items():
-        found["same"][queries] = same_paths(run, by_moment.get("memorized", {}), by_moment["end"])
+    found["same"] = {name: same_paths(run, by.get("memorized", {}), by["end"]) for name, by in hits.items()}
     used = found["ood"]["end"].get("visible")
     found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
     summary("paths", [[run.results]])
-    print()
+    print(f"\nfake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
     for queries, same in found["same"].items():
         print(f"tracing maps, {queries}, memorized against end: {SAME.format(**same) if same else 'none'}")
-    print(f"fake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
     summary("worth", [[run.results]])
 
 def later(run: Run, model: Model) -> dict:
@@ -1023,9 +1020,8 @@ def grown(run: Run) -> Run:
     child.config, child.recipe = replace(run.config, n_entities=N, n_relations=M), replace(run.recipe, zipf=0.0)
     return child
 
-TRANSFER = """share of the compositions first fact -> second, none of them trained. facts: of all, old and new,
-which are trained beside the old compositions; OOD: the old set. from: the weights at the start. at:
-first evaluation with facts at 0.99, new->old (n->o), new->new (n->n) at 0.9."""
+TRANSFER = """compositions first fact -> second, none trained; facts: all, trained; OOD: the old set. from: the
+start. at: first evaluation with facts at 0.99, new->old (n->o), new->new (n->n) at 0.9."""
 TRANSFERRED = {"one_hop": "facts", "ood": "OOD"} | {kind: kind for kind in ("new->old", "old->new", "new->new")} | {
     "step_facts": "facts at", "step_new->old": "n->o at", "step_new->new": "n->n at"}
 
@@ -1175,8 +1171,9 @@ def bench(args, out: Path):
         step()
     cost = lambda e: e.self_device_time_total or e.self_cpu_time_total
     top = sorted(profiler.key_averages(), key=cost, reverse=True)
-    shares = [(e.key[:50], f"{cost(e) / sum(map(cost, top)):.3f}", e.count) for e in top[:10]]
-    tables = {"cells": cells, "growth": growth, "threads": threads, "profile": [("operator", "share", "calls"), *shares]}
+    profile = [("operator", "share", "calls")]
+    profile += [(e.key[:50], f"{cost(e) / sum(map(cost, top)):.3f}", e.count) for e in top[:10]]
+    tables = {"cells": cells, "growth": growth, "threads": threads, "profile": profile}
     results = tables | {"peak_flops": peak, "peak_memory_mib": peak_memory_mib(X.device),
                         "device": device_name(X.device), "torch": torch.__version__}
     print("\n\n".join(table(rows) + f"\n{SPEED}" * (rows is cells) for rows in tables.values()))
@@ -1234,8 +1231,8 @@ agrees: ours is in the range accepted (results/claims.tsv); ?: the interval cros
 
 def claims(groups: list[list[dict]]):
     """What the papers claim beside ours, cell by cell, of the group with most runs. results/claims.tsv names our figure
-    by its place in a result, or two with - or / between, and the place of the number of queries that it is a share of."""
-    operators, rows = {"-": operator.sub, "/": operator.truediv}, [("claim", "theirs", "", "ours", "interval", "n", "")]
+    by its place in a result, or two with - or / between, and the place of the number of queries asked."""
+    rows, signs = [("claim", "theirs", "", "ours", "interval", "n", "")], {"-": operator.sub, "/": operator.truediv}
     file = Path(__file__).with_name("results") / "claims.tsv"
     for line in file.read_text().splitlines()[1:] if file.exists() else []:
         claim, theirs, low, high, cells, regime, figure, count = line.split("\t")
@@ -1245,7 +1242,7 @@ def claims(groups: list[list[dict]]):
             for r in group if arch in cells.split() and data.get("regime", "natural") == regime else []:
                 values = [lookup(r, place) for place in (one, *then[1:])]
                 if None not in values and values[1:] != [0]:
-                    found.append((operators[then[0]](*values) if then else values[0], lookup(r, count)))
+                    found.append((signs[then[0]](*values) if then else values[0], lookup(r, count)))
             if len(found) > len(tested.get(arch, [])):
                 tested[arch] = found
         rows += [(claim, theirs, "-", "-", "-", "-", "not testable here")] * (not tested)
@@ -1301,7 +1298,7 @@ def summary(stage: str, groups: list[list[dict]]):
                              "site": "memory" if "memory" in e.get("site", "") else "ff"}
                 found[tuple(short[word] for word in words)].append(e)
         rows += [(group[0]["arch"], *key, *(
-            mean([lookup(e, share) for e in some], ".0f" if share.startswith("step") else ".3f", share.startswith("hop"))
+            mean([lookup(e, share) for e in some], ".0f" if share[:4] == "step" else ".3f", share.startswith("hop"))
             for share in shares)) for key, some in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
@@ -1314,8 +1311,8 @@ TABLES = {                                                   # of a stage: place
     "when": ("when.written", ("pass", "acts"), HOPS, WRITTEN),
     "mass": ("mass.edits", ("method", "target", "n"), RATES, MASS_COLUMNS),
     "paths": ("circuits.id circuits.ood", ("queries", "at"), {key: key for key in PATH_KEYS}, PATHS),
-    "worth": ("circuits.worth", ("at",),
-              {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {"ablated": "ablated"}, WORTH),
+    "worth": ("circuits.worth", ("at",), {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {
+              "ablated": "ablated"}, WORTH),
     "transfer": ("transfer", ("from",), TRANSFERRED, TRANSFER),
     "regimes": ("regimes", ("regime",), {"step_train": "train at", "step_id": "ID at", "step_ood": "OOD at",
                 "accuracy.ood": "OOD", "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible",
@@ -1328,10 +1325,9 @@ def report(folders: list[Path]) -> list[list[dict]]:
     for runs in groups:
         share = lambda split: mean([r["accuracy"][split] for r in runs], lowest=split == "ood")
         grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
+        when = f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never"
         rows.append((runs[0]["arch"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs),
-                     share("ood_first"), share("ood_second"),
-                     f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never",
-                     mean([r["seconds"] for r in runs], ".0f")))
+                     *map(share, SPLITS[3:]), when, mean([r["seconds"] for r in runs], ".0f")))
     print(f"{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
         summary(stage, groups)
@@ -1421,17 +1417,13 @@ def device_name(device: torch.device) -> str:
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
           "mass_edit": mass_edit_stage, "ablate": ablate_stage, "circuits": circuits_stage, "transfer": transfer_stage}
-QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | {
-    "arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8,
-    "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8,
-    "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 20, "images": 50, "transfer_steps": 20}
-MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
-        "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
-        "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
-
-ABLATE = {"entities": 30, "label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 2400,
-          "memorize": 1200, "eval_every": 50}
-
+QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | dict(arch="all", entities=12, relations=6, d_model=32,
+    d_ff=128, ff_top_k=8, slots=128, top_k=8, depth=2, steps=150, eval_every=50, batch=64, warmup=20, n_edits=8,
+    label_noise=0.1, arithmetic=1, zipf=1.0, open_book=8, memorize=20, images=50, transfer_steps=20)
+MASS = dict(entities=1000, relations=20, aliases=True, ood_fraction=0.0, branches=0, d_model=128, slots=2048, d_ff=2048,
+    depth=2, batch=2048, steps=300, eval_every=25, warmup=50, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
+ABLATE = dict(entities=30, label_noise=0.1, arithmetic=4, zipf=1.0, open_book=64, steps=2400, memorize=1200,
+    eval_every=50)
 FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, replacing what the folder holds",
          "compile": "torch.compile the step's forward pass", "aliases": "train every relation under two tokens",
          "quick": "all cells and stages at toy size; without --out in runs/quick, anew",
@@ -1439,8 +1431,7 @@ FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, repl
          "bench": "time training, edits and factors, as they are and as they grow, and stop",
          "feed_forward": "keep the private feed-forward beside the memory"}
 VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from it"), "seeds": (1, "number of seeds"),
-          "n_edits": (64, "number of facts for --edit"),
-          "transfer_steps": (600, "steps of --transfer, from each start"),
+          "n_edits": (64, "number of facts for --edit"), "transfer_steps": (600, "steps of --transfer from each start"),
           "edit_batch": (1024, "requests whose targets --mass-edit seeks at a time"),
           "images": (3000, "training images of the vision transformer of --ablate, 0: none"),
           "entities": (50, "entities of the synthetic graph"), "relations": (20, "relations of the synthetic graph"),
@@ -1487,14 +1478,13 @@ def prepare(args) -> list[Run]:
         if wrong:
             raise UserError(message)
     args.device = torch.device(devices[0] if args.device == "auto" else args.device)
-    graph, data = None, {name: getattr(args, name) for name in ("entities", "relations", "out_degree")}
+    graph, names = None, ["ood_fraction", "train_fraction"] + ["regime", "augment"] * bool(args.augment)
+    data = {name: getattr(args, name) for name in names + ["entities", "relations", "out_degree"] * (not args.triples)}
     if args.triples:
         graph = kg.from_triples(args.triples)
-        data = {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
+        data |= {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
         print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
               f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
-    data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
-    data |= {"regime": args.regime, "augment": args.augment} if args.augment else {}
     archs, seeds = ARCHS if args.arch == "all" else [args.arch], range(args.seed, args.seed + args.seeds)
     parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(archs) * args.seeds == 1
     return [Run(args, arch, seed, args.out if alone else parent / f"{arch}-seed{seed}", graph, data)
@@ -1548,16 +1538,14 @@ def main(argv: list[str] | None = None) -> int:
             plot(folders, args.out or args.report or folders[0].parent)
         return 0
     except KeyboardInterrupt:
-        print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
-              file=sys.stderr)
-        return 130
+        resume = f"; --resume goes on from the last evaluation of {run.folder}" if run else ""
+        message, status = "interrupted" + resume, 130
     except OSError as error:
-        print("minedit:", f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
-        return 2
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else error, 2
     except UserError as error:
         message, status = (*error.args, 2)[:2]
-        print(f"minedit: {message}", file=sys.stderr)
-        return status
+    print(f"minedit: {message}", file=sys.stderr)
+    return status
 
 if __name__ == "__main__":
     sys.exit(main())
