@@ -904,10 +904,9 @@ def vision(run: Run) -> list[dict]:
 
 # Fake grokking: OOD >= 0.9, and fewer OOD answers than this are redirected with the visible part of the bridge
 BRIDGE_USED, PATH_KEYS = 0.5, ("right", "bridge", "relation", "whole", "visible")
-PATHS = """right: accuracy. Else shares of the queries, after the pass (but the last) where they are largest.
-bridge: the lens on the stream at r1 has the bridge first of all entities; relation: that at r2 has
-the second relation first. whole, visible: the stream at r1 is that of another query with the same
-r2, or that only in the plane of the two bridges' embeddings, and so is the answer."""
+PATHS = """right: accuracy; else shares, after the pass (but the last) where they are largest. bridge: the
+lens at r1 has the bridge first of all entities; relation: at r2, the second one. whole, visible:
+with the stream at r1 of a query with the same r2 (or its part in both bridges' plane), its answer."""
 SAME = "r = {r:.3f}, 95 % bootstrap interval {low:.3f}..{high:.3f} ({n} prompts)"
 
 def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
@@ -932,8 +931,8 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
     for place in range(3):
         clean, other = (everything[0][i] for i in corruptions(*everything[:2], place, 200, generator, everything[2]))
         if len(clean):
-            own = last_answers(model, clean)
-            hits[place] = editing.trace(model, clean, other, own, sites, each=True)[0], own != last_answers(model, other)
+            own, now = last_answers(model, clean), last_answers(model, other)
+            hits[place] = editing.trace(model, clean, other, own, sites, each=True)[0], own != now
     path["trace"] = {place: back[:, :, changed.cpu()].mean(-1).tolist() for place, (back, changed) in hits.items()
                      if changed.any()}
     one, other = corruptions(tokens[:, 1:], answer, 0, 200, generator)           # pairs that share r2
@@ -968,22 +967,20 @@ def circuits_stage(run: Run, model: Model):
         raise UserError("--circuits looks at compositions; give --branches more than 0")
     hits, states = defaultdict(dict), [dict(zip(("pass", "part", "module", "call"), state))
                                        for state in traced_states(run.config)]
-    found = run.results["circuits"] = {"states": states, "id": {}, "ood": {}, "same": {}, "worth": {}}
+    found = run.results["circuits"] = {"states": states, "id": {}, "ood": {}, "worth": {}}
     for moment, (record, weights) in run.moments.items():
         then = copy.deepcopy(model)
         then.load_state_dict(weights)
         for queries in "id", "ood":
             found[queries][moment], hits[queries][moment] = inference_path(run, then, queries)
         found["worth"][moment] = {key: record[key] for key in ("step", *ANSWERS)} | later(run, then)
-    for queries, by_moment in hits.items():
-        found["same"][queries] = same_paths(run, by_moment.get("memorized", {}), by_moment["end"])
+    found["same"] = {name: same_paths(run, by.get("memorized", {}), by["end"]) for name, by in hits.items()}
     used = found["ood"]["end"].get("visible")
     found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
     summary("paths", [[run.results]])
-    print()
+    print(f"\nfake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
     for queries, same in found["same"].items():
         print(f"tracing maps, {queries}, memorized against end: {SAME.format(**same) if same else 'none'}")
-    print(f"fake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
     summary("worth", [[run.results]])
 
 def later(run: Run, model: Model) -> dict:
@@ -1023,9 +1020,8 @@ def grown(run: Run) -> Run:
     child.config, child.recipe = replace(run.config, n_entities=N, n_relations=M), replace(run.recipe, zipf=0.0)
     return child
 
-TRANSFER = """share of the compositions first fact -> second, none of them trained. facts: of all, old and new,
-which are trained beside the old compositions; OOD: the old set. from: the weights at the start. at:
-first evaluation with facts at 0.99, new->old (n->o), new->new (n->n) at 0.9."""
+TRANSFER = """compositions first fact -> second, none trained; facts: all, trained; OOD: the old set. from: the
+start. at: first evaluation with facts at 0.99, new->old (n->o), new->new (n->n) at 0.9."""
 TRANSFERRED = {"one_hop": "facts", "ood": "OOD"} | {kind: kind for kind in ("new->old", "old->new", "new->new")} | {
     "step_facts": "facts at", "step_new->old": "n->o at", "step_new->new": "n->n at"}
 
@@ -1036,11 +1032,9 @@ def transfer_stage(run: Run, model: Model):
     print(f"\n{len(child.paths.facts) - len(run.paths.facts)} new facts; compositions with them: {listed(n)}")
     fresh = {name: p.cpu() for name, p in child.fresh()["model"].state_dict().items()}
     place = torch.tensor([*range(E), *range(child.graph.n_entities, child.graph.n_entities + R)])    # of the old tokens
-    starts = {"scratch": fresh}
-    for moment, (_, weights) in run.moments.items():
-        embedding = fresh["embedding.weight"].index_copy(0, place, weights["embedding.weight"][:E + R])
-        starts[moment] = weights | {"embedding.weight": embedding}
-    starts.pop("before", None)
+    grow = lambda weights: weights | {"embedding.weight": fresh["embedding.weight"].index_copy(
+        0, place, weights["embedding.weight"][:E + R])}
+    starts = {"scratch": fresh} | {name: grow(then) for name, (_, then) in run.moments.items() if name != "before"}
     for name, start in starts.items():
         curve = [{"step": step} | accuracy(average, child.paths)
                  for step, _, average in further(child, start, range(0, steps + 1, max(1, steps // 12)), 0)]
@@ -1063,17 +1057,17 @@ def points(groups: list[list[dict]]) -> dict:
     found = {file: defaultdict(lambda: defaultdict(lambda: defaultdict(list))) for file in FIGURES}
     for i, r in ((i, r) for i, runs in enumerate(groups) for r in runs):
         name = r["arch"] + f" {i}" * (r["arch"] in [runs[0]["arch"] for runs in groups[:i]])     # with other settings
-        of = lambda stage, key: r.get(stage, {}).get(key, [])
-        traced = [e | state | {"word": word, "share": share} for e in of("locate", "effects")
-                  for state, shares in zip(of("locate", "states"), e["top1"] or [])
+        of = lambda place: lookup(r, place) or []
+        traced = [e | state | {"word": word, "share": share} for e in of("locate.effects")
+                  for state, shares in zip(of("locate.states"), e["top1"] or [])
                   for word, share in zip(("h", "r1", "r2"), shares)]
         for file, panel, line, x, entries, keys in (
                 ("grokking", name, "{key}", "{step}", r["history"], ANSWERS),
-                ("propagation", "edits: ROME, prototype", "{key}", name, filter(is_main, r.get("edits", [])), HOPS),
-                ("when", name, "{key}", "{pass}, {acts}", sorted(of("when", "written"), key=lambda e: e["pass"]), HOPS),
+                ("propagation", "edits: ROME, prototype", "{key}", name, filter(is_main, of("edits")), HOPS),
+                ("when", name, "{key}", "{pass}, {acts}", sorted(of("when.written"), key=lambda e: e["pass"]), HOPS),
                 ("locate", f"tracing, {name}", "{pass} {part}", "{query:.4}: {corrupted}, {word}", traced, ["share"]),
-                ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass", "edits"), RATES),
-                ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate", "sweep"), RETAINED)):
+                ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass.edits"), RATES),
+                ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate.sweep"), RETAINED)):
             for e, key in itertools.product(entries, keys):
                 if e.get(key) is not None:
                     values = found[file][panel.format(key=key, **e)][line.format(key=key, **e)]
@@ -1133,23 +1127,23 @@ def in_turns(tasks: dict, rounds: int = 5) -> dict:
         seconds[name] += [time.perf_counter() - began] * (i > 0)
     return seconds
 
-def bench_tasks(run: Run, n_edits: int = 100) -> tuple[dict, dict]:
+def bench_tasks(run: Run) -> tuple[dict, dict]:
     """What is timed of a run, {name: function}, and {name: units that one call does}."""
-    parts, paths, name = run.fresh(), run.paths, edit_sites(run.config)[0][0]
+    parts, paths, name, n = run.fresh(), run.paths, edit_sites(run.config)[0][0], run.args.n_edits
     model, batches, facts = parts["model"], run.batches(parts["generator"]), editing.queries(paths)[:1000]
     gold, W = paths.facts[:1000, 2:].expand(-1, 2), model.get_submodule(name).weight
-    K, R, X = (torch.randn(n, W.shape[dim]).to(W) for n, dim in ((n_edits, 1), (n_edits, 0), (2 * W.shape[1], 1)))
+    K, R, X = (torch.randn(rows, W.shape[dim]).to(W) for rows, dim in ((n, 1), (n, 0), (2 * W.shape[1], 1)))
     tasks = {"step": lambda: run.advance(parts, batches, model, 0), "evaluation": lambda: accuracy(model, paths),
              "edits": lambda: editing.memit_update(K, R, editing.second_moment(X), 1.0),
              "factors": lambda: curvature.kronecker_factors(model, [(facts, gold)], F.cross_entropy, [name])}
-    units = run.recipe.batch * run.recipe.branches, len(paths.facts) + len(paths.first), n_edits, facts.numel()
+    units = run.recipe.batch * run.recipe.branches, len(paths.facts) + len(paths.first), n, facts.numel()
     return tasks, dict(zip(tasks, units))
 
 def bench(args, out: Path):
     """Time what the project does, at the sizes asked for and as they grow: tables, and bench.json in `out`."""
     scratch, middle, unfused = tempfile.TemporaryDirectory(), statistics.median, sdpa_kernel(SDPBackend.MATH)
-    make = lambda **sizes: prepare(argparse.Namespace(**vars(args) | {
-        "arch": "lmc", "seeds": 1, "out": Path(tempfile.mkdtemp(dir=scratch.name))} | sizes))[0]
+    asked = vars(args) | {"arch": "lmc", "seeds": 1, "n_edits": 100, "out": Path(scratch.name)}
+    make = lambda **sizes: prepare(argparse.Namespace(**asked | sizes))[0]
     X, d, n = torch.randn(1024, 1024, device=make().device), min(args.d_model, 1024), min(args.slots, 1024)
     s = in_turns({"shape": lambda: X[:, :d] @ X[:d, :n], "square": lambda: X @ X}, 50)
     peak = {"shape": 2048 * d * n / middle(s["shape"]), "square": 2 * 1024**3 / middle(s["square"])}    # FLOP/s
@@ -1164,13 +1158,11 @@ def bench(args, out: Path):
         cells.append((arch, f"{ms:.1f}", rates[0], f"{middle(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})",
                       *(f"{1000 * counter.get_total_flops() / ms / p:.2f}" for p in peak.values()), *rates[1:]))
     growth = [("time grows with", "sizes", *units)]          # the exponent: slope of log seconds over log size
-    for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("edits", 500):
-        sizes = [start // 2, start, 2 * start]
-        tasks = [bench_tasks(make(), x)[0] if axis == "edits" else bench_tasks(make(**{axis: x}))[0] for x in sizes]
-        s = in_turns({(u, x): some[u] for some, x in zip(tasks, sizes) for u in units}, 3)
-        logs = lambda values: [math.log(x) for x in values]
-        slopes = [statistics.linear_regression(logs(sizes), logs(middle(s[u, x]) for x in sizes))[0] for u in units]
-        growth.append((axis, " ".join(map(str, sizes)), *(f"{slope:.2f}" for slope in slopes)))
+    for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("n_edits", 500):
+        small, large = start // 2, 2 * start
+        s = in_turns({(u, x): task for x in (small, large) for u, task in bench_tasks(make(**{axis: x}))[0].items()}, 3)
+        slopes = [math.log(middle(s[u, large]) / middle(s[u, small]), large / small) for u in units]
+        growth.append((axis.removeprefix("n_"), f"{small} {large}", *(f"{slope:.2f}" for slope in slopes)))
     step, n_threads = bench_tasks(make())[0]["step"], torch.get_num_threads()
     s = in_turns({n: lambda n=n: (torch.set_num_threads(n), step()) for n in {1, n_threads}})
     torch.set_num_threads(n_threads)
@@ -1181,11 +1173,11 @@ def bench(args, out: Path):
     top = sorted(profiler.key_averages(), key=cost, reverse=True)
     profile = [("operator", "share", "calls")]
     profile += [(e.key[:50], f"{cost(e) / sum(map(cost, top)):.3f}", e.count) for e in top[:10]]
-    memory = peak_memory_mib(X.device)
-    results = {"cells": cells, "growth": growth, "threads": threads, "profile": profile, "peak_flops": peak,
-               "peak_memory_mib": memory, "device": device_name(X.device), "torch": torch.__version__}
-    print("\n\n".join([f"{table(cells)}\n{SPEED}", *map(table, (growth, threads, profile))]))
-    print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s at most; {memory} MiB at most")
+    tables = {"cells": cells, "growth": growth, "threads": threads, "profile": profile}
+    results = tables | {"peak_flops": peak, "peak_memory_mib": peak_memory_mib(X.device),
+                        "device": device_name(X.device), "torch": torch.__version__}
+    print("\n\n".join(table(rows) + f"\n{SPEED}" * (rows is cells) for rows in tables.values()))
+    print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s, {results['peak_memory_mib']} MiB at most")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "bench.json", json.dumps(results, indent=1).encode())
 
@@ -1225,35 +1217,34 @@ only that hop is OOD; grokked at: first evaluation with train >= 0.99, OOD >= 0.
 SHARED = """ROME, prototype target, a-priori site, on the compositions that all four cells answer right before
 (shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
 
-def form_of(key: str) -> str:
-    return ".0f" if key.startswith("step") else ".3f"
+def lookup(r: dict, place: str):
+    """What a result holds at "key.key...", None where nothing is."""
+    return functools.reduce(lambda found, key: (found or {}).get(key), place.split("."), r)
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share of n (Wilson 1927)."""
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
-CLAIMS = """n: queries of all runs; -: ours is a mean over the runs. interval: 95 % (Wilson), else the range of
-the runs. agrees: ours is in the range accepted (results/claims.tsv), differs: it is not; ?: the
-interval crosses its border."""
+CLAIMS = """n: queries of all runs; -: a mean over the runs. interval: 95 % (Wilson), or the runs' range.
+agrees: ours is in the range accepted (results/claims.tsv); ?: the interval crosses its border."""
 
 def claims(groups: list[list[dict]]):
     """What the papers claim beside ours, cell by cell, of the group with most runs. results/claims.tsv names our figure
-    by its place in a result, or two with - or / between, and the place of the number of queries that it is a share of."""
-    place = lambda r, keys: functools.reduce(lambda found, key: (found or {}).get(key), keys.split("."), r)
-    operators, rows = {"-": operator.sub, "/": operator.truediv}, [("claim", "theirs", "", "ours", "interval", "n", "")]
+    by its place in a result, or two with - or / between, and the place of the number of queries asked."""
+    rows, signs = [("claim", "theirs", "", "ours", "interval", "n", "")], {"-": operator.sub, "/": operator.truediv}
     file = Path(__file__).with_name("results") / "claims.tsv"
     for line in file.read_text().splitlines()[1:] if file.exists() else []:
         claim, theirs, low, high, cells, regime, figure, count = line.split("\t")
-        (one, *then), measured = figure.split(), {}
-        for group in (group for group in groups if group[0]["arch"] in cells.split()):
-            found = []
-            for r in (r for r in group if r["config"]["data"].get("regime", "natural") == regime):
-                values = [place(r, one), *(place(r, other) for other in then[1:])]
+        (one, *then), tested = figure.split(), {}            # {arch: (our figure, queries) of each run}
+        for group in groups:
+            arch, found, data = group[0]["arch"], [], group[0]["config"]["data"]
+            for r in group if arch in cells.split() and data.get("regime", "natural") == regime else []:
+                values = [lookup(r, place) for place in (one, *then[1:])]
                 if None not in values and values[1:] != [0]:
-                    found.append((operators[then[0]](*values) if then else values[0], place(r, count)))
-            measured[group[0]["arch"]] = max(measured.get(group[0]["arch"], []), found, key=len)
-        tested = {arch: found for arch, found in measured.items() if found}
+                    found.append((signs[then[0]](*values) if then else values[0], lookup(r, count)))
+            if len(found) > len(tested.get(arch, [])):
+                tested[arch] = found
         rows += [(claim, theirs, "-", "-", "-", "-", "not testable here")] * (not tested)
         for arch, found in tested.items():
             values, counts = zip(*found)
@@ -1282,6 +1273,11 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             first = lambda key, level: next((h["step"] for h in result["history"] if (h[key] or 0) >= level), None)
             result |= {"step_train": first("train", 0.99), "step_id": first("id", 0.99), "step_ood": first("ood", 0.9)}
+            if "circuits" in result:
+                data, n = config["data"], result["n_facts"]
+                phi = result["n_paths"]["train"] / (n - round(data["ood_fraction"] * n))
+                regime = f"{data.get('regime', 'natural')} {data.get('augment', '')}, {phi:.1f}"
+                result["regimes"] = [result | {"regime": regime}]
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
@@ -1289,42 +1285,38 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
         raise UserError(f"--report {folders[0]}: no results.json in it or below it; train a run there first")
     return sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
 
-def regime_of(r: dict) -> list[dict]:
-    """The row of a run with --circuits: how it was trained, when it got where, and whether the bridge is used."""
-    data, path = r["config"]["data"], r.get("circuits", {}).get("ood", {}).get("end", {})
-    phi = r["n_paths"]["train"] / (r["n_facts"] - round(data["ood_fraction"] * r["n_facts"]))
-    return [path | r | {"ood": r["accuracy"]["ood"], "fake": r["circuits"]["fake"], "regime":
-            f"{data.get('regime', 'natural')} {data.get('augment', '')}, {phi:.1f}"}] if path else []
-
 def summary(stage: str, groups: list[list[dict]]):
     """The table of a stage: means over the runs of each group."""
-    entries, words, shares, legend = TABLES[stage]
+    places, words, shares, legend = TABLES[stage]
     rows = [("arch", *words, *(name + " (lowest)" * name.startswith("hop") for name in shares.values()))]
     for group in groups:
         found = defaultdict(list)                            # {words: one entry of each run}
-        for e in (e for r in group for e in entries(r)):
-            short = e | {"site": "memory" if "memory" in e.get("site", "") else "ff", "target": target_of(e)}
-            found[tuple(short[word] for word in words)].append(e)
-        rows += [(group[0]["arch"], *key, *(mean([e.get(share) for e in some], form_of(share), share.startswith("hop"))
-                                            for share in shares)) for key, some in found.items()]
+        for r, place in itertools.product(group, places.split()):
+            entries = lookup(r, place) or []
+            for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
+                short = e | {"at": at, "queries": place.split(".")[-1], "target": target_of(e),
+                             "site": "memory" if "memory" in e.get("site", "") else "ff"}
+                found[tuple(short[word] for word in words)].append(e)
+        rows += [(group[0]["arch"], *key, *(
+            mean([lookup(e, share) for e in some], ".0f" if share[:4] == "step" else ".3f", share.startswith("hop"))
+            for share in shares)) for key, some in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
 
 REGIMES = """regime: with the share of --augment, and trained compositions per ID fact. train, ID, OOD at: steps
 to 0.99, 0.99, 0.9. bridge, visible: of OOD queries at the end. fake: OOD >= 0.9 and visible < 0.5."""
 WORTH = "direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"
-TABLES = {                                                   # of a stage: entries of a run, words, {share: column}
-    "edits": (lambda r: r.get("edits", []), ("site", "pass", "method", "target"), SHARES, COLUMNS),
-    "when": (lambda r: r.get("when", {}).get("written", []), ("pass", "acts"), HOPS, WRITTEN),
-    "mass": (lambda r: r.get("mass", {}).get("edits", []), ("method", "target", "n"), RATES, MASS_COLUMNS),
-    "paths": (lambda r: [{"queries": queries, "at": at} | path for queries in ("id", "ood")
-                         for at, path in r.get("circuits", {}).get(queries, {}).items()],
-              ("queries", "at"), dict(zip(PATH_KEYS, PATH_KEYS)), PATHS),
-    "worth": (lambda r: [{"at": at} | e for at, e in r.get("circuits", {}).get("worth", {}).items()],
-              ("at",), {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {"ablated": "ablated"}, WORTH),
-    "transfer": (lambda r: r.get("transfer", {}).values(), ("from",), TRANSFERRED, TRANSFER),
-    "regimes": (regime_of, ("regime",), {"step_train": "train at", "step_id": "ID at", "step_ood": "OOD at",
-                "ood": "OOD", "bridge": "bridge", "visible": "visible", "fake": "fake"}, REGIMES)}
+TABLES = {                                                   # of a stage: places in a result, words, {share: column}
+    "edits": ("edits", ("site", "pass", "method", "target"), SHARES, COLUMNS),
+    "when": ("when.written", ("pass", "acts"), HOPS, WRITTEN),
+    "mass": ("mass.edits", ("method", "target", "n"), RATES, MASS_COLUMNS),
+    "paths": ("circuits.id circuits.ood", ("queries", "at"), {key: key for key in PATH_KEYS}, PATHS),
+    "worth": ("circuits.worth", ("at",), {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {
+              "ablated": "ablated"}, WORTH),
+    "transfer": ("transfer", ("from",), TRANSFERRED, TRANSFER),
+    "regimes": ("regimes", ("regime",), {"step_train": "train at", "step_id": "ID at", "step_ood": "OOD at",
+                "accuracy.ood": "OOD", "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible",
+                "circuits.fake": "fake"}, REGIMES)}
 
 def report(folders: list[Path]) -> list[list[dict]]:
     """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
@@ -1333,25 +1325,23 @@ def report(folders: list[Path]) -> list[list[dict]]:
     for runs in groups:
         share = lambda split: mean([r["accuracy"][split] for r in runs], lowest=split == "ood")
         grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
+        when = f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never"
         rows.append((runs[0]["arch"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs),
-                     share("ood_first"), share("ood_second"),
-                     f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never",
-                     mean([r["seconds"] for r in runs], ".0f")))
+                     *map(share, SPLITS[3:]), when, mean([r["seconds"] for r in runs], ".0f")))
     print(f"{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
         summary(stage, groups)
-    shared = defaultdict(list)                               # {arch: (hop 1, hop 2) of each seed}
-    for r in (r for group in groups for r in sorted(group, key=lambda r: r["seed"])):
-        shared[r["arch"]] += [(e["hop1_shared"], e["hop2_shared"]) for e in filter(is_main, r.get("edits", []))
-                              if e.get("hop2_shared") is not None]
-    shared = {arch: list(zip(*pairs)) for arch, pairs in shared.items() if pairs}
+    runs, shared = sum(groups, []), defaultdict(lambda: ([], []))                # {arch: (hop 1, hop 2) of each seed}
+    for r, i in itertools.product(sorted(runs, key=lambda r: (list(ARCHS).index(r["arch"]), r["seed"])), (0, 1)):
+        if r["edit"].get("hop2_shared") is not None:
+            shared[r["arch"]][i].append(r["edit"][f"hop{i + 1}_shared"])
     if len(shared) > 1:
         p = lambda x, y: "" if x is y else cell(mann_whitney(x, y))
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
         for arch, both in shared.items():
             rows.append((arch, *(" ".join(map(cell, x)) for x in both), *(p(both[1], y) for _, y in shared.values())))
         print(f"\n{table(rows)}\n{SHARED}")
-    runs, stages = sum(groups, []), ("edits", "locate", "when", "mass", "ablate", "circuits", "transfer")
+    stages = "edits", "locate", "when", "mass", "ablate", "circuits", "transfer"
     absent = [f"{key} {n}" for key in stages if (n := sum(key not in r for r in runs))]
     print(f"\nnot run, of {len(runs)} runs: {', '.join(absent) or 'nothing'}")
     return groups
@@ -1427,17 +1417,13 @@ def device_name(device: torch.device) -> str:
 
 STAGES = {"edit": edit_stage, "edit_fact": edit_fact_stage, "locate": locate_stage, "when": when_stage,
           "mass_edit": mass_edit_stage, "ablate": ablate_stage, "circuits": circuits_stage, "transfer": transfer_stage}
-QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | {
-    "arch": "all", "entities": 12, "relations": 6, "d_model": 32, "d_ff": 128, "ff_top_k": 8, "slots": 128, "top_k": 8,
-    "depth": 2, "steps": 150, "eval_every": 50, "batch": 64, "warmup": 20, "n_edits": 8,
-    "label_noise": 0.1, "arithmetic": 1, "zipf": 1.0, "open_book": 8, "memorize": 20, "images": 50, "transfer_steps": 20}
-MASS = {"entities": 1000, "relations": 20, "aliases": True, "ood_fraction": 0.0, "branches": 0, "d_model": 128,
-        "slots": 2048, "d_ff": 2048, "depth": 2, "batch": 2048, "steps": 300, "eval_every": 25, "warmup": 50,
-        "momentum": 0.95, "label_smoothing": 0.1, "weight_decay": 0.3}
-
-ABLATE = {"entities": 30, "label_noise": 0.1, "arithmetic": 4, "zipf": 1.0, "open_book": 64, "steps": 2400,
-          "memorize": 1200, "eval_every": 50}
-
+QUICK = dict.fromkeys(set(STAGES) - {"edit_fact"}, True) | dict(arch="all", entities=12, relations=6, d_model=32,
+    d_ff=128, ff_top_k=8, slots=128, top_k=8, depth=2, steps=150, eval_every=50, batch=64, warmup=20, n_edits=8,
+    label_noise=0.1, arithmetic=1, zipf=1.0, open_book=8, memorize=20, images=50, transfer_steps=20)
+MASS = dict(entities=1000, relations=20, aliases=True, ood_fraction=0.0, branches=0, d_model=128, slots=2048, d_ff=2048,
+    depth=2, batch=2048, steps=300, eval_every=25, warmup=50, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
+ABLATE = dict(entities=30, label_noise=0.1, arithmetic=4, zipf=1.0, open_book=64, steps=2400, memorize=1200,
+    eval_every=50)
 FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, replacing what the folder holds",
          "compile": "torch.compile the step's forward pass", "aliases": "train every relation under two tokens",
          "quick": "all cells and stages at toy size; without --out in runs/quick, anew",
@@ -1445,8 +1431,7 @@ FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, repl
          "bench": "time training, edits and factors, as they are and as they grow, and stop",
          "feed_forward": "keep the private feed-forward beside the memory"}
 VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from it"), "seeds": (1, "number of seeds"),
-          "n_edits": (64, "number of facts for --edit"),
-          "transfer_steps": (600, "steps of --transfer, from each start"),
+          "n_edits": (64, "number of facts for --edit"), "transfer_steps": (600, "steps of --transfer from each start"),
           "edit_batch": (1024, "requests whose targets --mass-edit seeks at a time"),
           "images": (3000, "training images of the vision transformer of --ablate, 0: none"),
           "entities": (50, "entities of the synthetic graph"), "relations": (20, "relations of the synthetic graph"),
@@ -1493,14 +1478,13 @@ def prepare(args) -> list[Run]:
         if wrong:
             raise UserError(message)
     args.device = torch.device(devices[0] if args.device == "auto" else args.device)
-    graph, data = None, {name: getattr(args, name) for name in ("entities", "relations", "out_degree")}
+    graph, names = None, ["ood_fraction", "train_fraction"] + ["regime", "augment"] * bool(args.augment)
+    data = {name: getattr(args, name) for name in names + ["entities", "relations", "out_degree"] * (not args.triples)}
     if args.triples:
         graph = kg.from_triples(args.triples)
-        data = {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
+        data |= {"triples": str(args.triples), "sha256": hashlib.sha256(args.triples.read_bytes()).hexdigest()}
         print(f"{args.triples}: {int((graph.facts >= 0).sum())} facts, {graph.n_entities} entities, "
               f"{graph.n_relations} relations" + "".join(f"; {note}" for note in graph.notes))
-    data |= {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
-    data |= {"regime": args.regime, "augment": args.augment} if args.augment else {}
     archs, seeds = ARCHS if args.arch == "all" else [args.arch], range(args.seed, args.seed + args.seeds)
     parent, alone = args.out or Path("runs/quick" if args.quick else "runs"), args.out and len(archs) * args.seeds == 1
     return [Run(args, arch, seed, args.out if alone else parent / f"{arch}-seed{seed}", graph, data)
@@ -1554,16 +1538,14 @@ def main(argv: list[str] | None = None) -> int:
             plot(folders, args.out or args.report or folders[0].parent)
         return 0
     except KeyboardInterrupt:
-        print("minedit: interrupted" + (f"; --resume goes on from the last evaluation of {run.folder}" if run else ""),
-              file=sys.stderr)
-        return 130
+        resume = f"; --resume goes on from the last evaluation of {run.folder}" if run else ""
+        message, status = "interrupted" + resume, 130
     except OSError as error:
-        print("minedit:", f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
-        return 2
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else error, 2
     except UserError as error:
         message, status = (*error.args, 2)[:2]
-        print(f"minedit: {message}", file=sys.stderr)
-        return status
+    print(f"minedit: {message}", file=sys.stderr)
+    return status
 
 if __name__ == "__main__":
     sys.exit(main())
