@@ -26,9 +26,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,8 +101,7 @@ class Batches:
     """Batches of facts with their trained continuations, drawn on the device without waiting for it, all facts alike or
     in proportion to `frequency`. With `alias`, half of the relations are asked for by their token + `alias`."""
 
-    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0,
-                 frequency: Tensor | None = None):
+    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias=0, frequency=None):
         self.paths, self.recipe, self.generator, self.alias = paths, recipe, generator, alias
         self.frequency, self.queries = frequency, editing.queries(paths)
         self.rows = paths.masks["train"].nonzero().flatten()
@@ -432,12 +430,12 @@ def rome_edits(run: Run, model: Model, name: str, call: int, requests: editing.R
     return at, u, *residual(run, model, at, requests, "prototype", known, u)
 
 HOPS = {"direct": "direct", "hop1": "hop 1", "hop2": "hop 2"}                    # entry of results.json: column
-SHARES = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps.", "same_row_moved": "row"}
-COLUMNS = """direct: edits whose own question has the new answer. hop 1, hop 2: compositions with the edited fact
-first, second, whose answer is what now follows, among edits with direct success (number of probes).
-facts, comps., row: answers that moved though they should not, of other facts, of compositions of
-them, of facts with the same largest key entry. near: gradient, pulled towards stored values."""
-FAR = "far: distance of the value written from the nearest of a known fact, in units of their mean length"
+SHARES = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps.", "same_row_moved": "row",
+                 "distance": "far"}
+COLUMNS = """direct: edits whose question has the new answer. hop 1, hop 2: compositions with the edited fact
+first, second, that get what now follows, among edits with direct success. facts, comps., row: other
+facts, compositions of them, facts of the same largest key entry, whose answer moved. near: gradient
+pulled to stored values. far: of the value written from the nearest of these, in their mean length"""
 
 def edit_stage(run: Run, model: Model):
     """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
@@ -458,7 +456,7 @@ def edit_stage(run: Run, model: Model):
     for site in edit_sites(run.config):
         at = editing.site(model, *site[:2], editing.queries(paths), run.ordinary())
         near = editing.neighbour_probes(requests, at, paths, one_hop)
-        stored = at.values[known] if known.any() else at.values
+        stored, length = at.values[known] if known.any() else at.values, at.values.norm(dim=-1).mean()
         store = {"site": at.name, "pass": site[2], "a_priori": site == chosen,
                  "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"]),
                  "facts_per_row": 1 + len(near["same_row"].edit) / n}
@@ -470,16 +468,12 @@ def edit_stage(run: Run, model: Model):
                 distance = editing.distance_to_values(stored, at.values[requests.fact] + r)
                 entries.append(store | diagnostics | editing.score(model, at, requests, u, r, probes | near) | {
                     "method": method, "target": target.replace("near", "gradient"), "near": target == "near",
-                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean()),
-                    "gradient_for_want_of_a_prototype": fallbacks})
+                    "distance": float((distance / length).mean()), "gradient_for_want_of_a_prototype": fallbacks})
     run.results["edit_left_out"] = left_out
-    rows = [("site", "pass", "method", "target", *SHARES.values(), "far")]
-    for e in entries:
-        shares = [cell(e[key]) + (f" ({e[f'probes_{key}']})" if key.startswith("hop") else "") for key in SHARES]
-        site = e["site"].replace("feed_forward", "ff")
-        rows.append((site, e["pass"], e["method"], target_of(e), *shares, cell(e["distance"], ".2f")))
-    print(f"compositions left out: {listed(left_out)}\nwanted tails of no other known fact, reached by gradient: "
-          f"{entries[0]['gradient_for_want_of_a_prototype']} of {n}\n{table(rows)}\n{COLUMNS}\n{FAR}")
+    print(f"compositions left out: {listed(left_out)}\nasked: {len(probes['hop1'].edit)} for hop 1, "
+          f"{len(probes['hop2'].edit)} for hop 2; wanted tails of no other known fact, by gradient: "
+          f"{entries[0]['gradient_for_want_of_a_prototype']} of {n}")
+    summary("edits", [[run.results]])
 
 def edit_fact_stage(run: Run, model: Model):
     """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model answers then."""
@@ -584,8 +578,7 @@ def when_stage(run: Run, model: Model):
             shares = {key: share_of(hit[key][success[probes[key].edit] | (key == "direct")]) for key in probes}
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
         when["held"] = when.get("held") or hold(run, model, at, u, r, requests, probes, hits["always"], generator)
-    written = [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
-               for e in when["written"]]
+    written = [(e["site"], e["pass"], e["acts"], *(bar(e[key]) for key in probes)) for e in when["written"]]
     print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}\n"
           f"{table([('edit for', 'pass', 'acts', *HOPS.values()), *written])}\n{WRITTEN}")
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")] + [
@@ -832,8 +825,7 @@ def ablate_stage(run: Run, model: Model):
         run.results["ablate"]["vision"] = vision(run)
 
 def further(run: Run, weights: dict, at, first: int):
-    """Train on from these weights, optimizers anew, from step number `first`; after each number of steps in `at` yields
-    it and the trained and the averaged model."""
+    """Train on from `weights` at step `first`, optimizers anew; yields (steps, trained, averaged model) `at` some."""
     parts = run.fresh()
     for name in "model", "average":
         parts[name].load_state_dict(weights)
@@ -1298,8 +1290,8 @@ def regime_of(r: dict) -> list[dict]:
 
 def summary(stage: str, groups: list[list[dict]]):
     """The table of a stage: means over the runs of each group."""
-    entries, words, shares, legend = TABLES[stage]
-    rows = [("arch", *words, *(name + " (lowest)" * name.startswith("hop") for name in shares.values()))]
+    (entries, words, shares, legend), several = TABLES[stage], any(group[1:] for group in groups)
+    rows = [("arch", *words, *(name + " (lowest)" * (name.startswith("hop") and several) for name in shares.values()))]
     for group in groups:
         found = defaultdict(list)                            # {words: one entry of each run}
         for e in (e for r in group for e in entries(r)):
