@@ -32,10 +32,9 @@ or r comes by gradient descent on -log p(wanted answer) of the model with the ed
     tensor([[ 0.5000, -0.2500],
             [ 0.5000,  0.2500]], dtype=torch.float64)
 
-Glossary: K — keys [n, d_in]; R — residuals [n, d_out]; C — `second_moment` E[k k^T] [d_in, d_in]; lam — the weight λ
-of C; a **site** is an `nn.Linear` by name and the number of its call in a forward pass (a loop calls it several times).
-The file needs torch alone, and any model called as `model(tokens) -> logits [batch, token, answers]`. Left out: biases
-(no part of a key), several keys averaged for one fact (prefixes, as in [2]). Numbers are those of arXiv.
+K: keys [n, d_in]; R: residuals [n, d_out]; C: `second_moment` E[k k^T] [d_in, d_in]; lam: its weight. A **site** is an
+`nn.Linear` by name and the number of its call in a forward pass. The file needs torch alone, and any model called as
+`model(tokens) -> logits [batch, token, answers]`. Left out: biases, several keys averaged for one fact as in [2].
 
 [1] Niu 2026, 2606.20737 (the single-row edit).   [2] Meng et al. 2022, ROME, 2202.05262, equation 2.
 [3] Gupta et al. 2024, 2403.07175: two different keys in one ROME update make disabling edits; here there is one.

@@ -1,9 +1,8 @@
 """minedit.py: the story, in the order in which it is told.
 
 Train a small transformer on a knowledge graph until it composes facts it never composed in training (grokking), edit
-facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon on the hidden matrices
-and AdamW on the embedding at constant rates, strong weight decay, label smoothing, a loss that weighs facts above
-compositions, and a moving average of the weights, which is what is evaluated and edited.
+facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon (AdamW for the embedding),
+constant rates, strong weight decay, label smoothing, facts weighed above compositions, and a moving average to edit.
 """
 
 import argparse
@@ -373,13 +372,12 @@ class Run:
 
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
     """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order."""
-    absent, found = ["memory", "feed-forward"][config.memory] * (not (config.memory and config.feed_forward)), []
+    found, private = [], config.feed_forward or not config.memory
     for i in range(config.depth * config.blocks):
-        at_pass, block = i // config.blocks, f"blocks.{i % config.blocks if config.loop else i}"
-        call = at_pass * config.loop
-        found += [(at_pass, part, *state) for part, *state in (
-            ("attention", f"{block}.attention", call), ("memory", "memory", i),
-            ("feed-forward", f"{block}.feed_forward", call), ("stream", block, call)) if part != absent]
+        t, block = i // config.blocks, f"blocks.{i % config.blocks if config.loop else i}"
+        call = t * config.loop
+        found += [(t, "attention", f"{block}.attention", call)] + [(t, "memory", "memory", i)] * config.memory
+        found += [(t, "feed-forward", f"{block}.feed_forward", call)] * private + [(t, "stream", block, call)]
     return found
 
 def edit_sites(config: Config) -> list[tuple[str, int, int]]:
@@ -602,11 +600,10 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
 # --- Stage: many edits at once ----------------------------------------------------------------------------------------
 
 RATES = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec"}
-MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
-eff: facts with the new answer; para: asked through the relation's other token. spec: other facts
-that keep their answer. score: harmonic mean of the three in percent (none: no solution). cond: of
-the system solved. left: mean |r - dW k| / |r|; pred: as the identity predicts. cos: largest between
-two directions. norm: |dW| / |W|. s: seconds, targets and C included; ms: per edit."""
+MASS_COLUMNS = """n: edits at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning. eff: new
+answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
+mean in percent (-: no solution). cond: of the system. left: mean |r - dW k| / |r|, pred: predicted.
+cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C; ms: per edit."""
 CLOSED_FORMS = {
     "memit": lambda C, K, r, lam, **more: editing.memit_update(K, r, C, lam, **more),
     "emmet": lambda C, K, r, _, **more: editing.emmet_update(K, r, C, **more),
@@ -706,13 +703,11 @@ def mass_edit_stage(run: Run, model: Model):
 def mass_table(entries: list[dict], varied: str) -> str:
     columns = {varied: "" if varied == "blocks" else "g"} | dict.fromkeys(RATES, ".3f") | {
         "score": ".1f", "condition": ".1e", "residual_left": ".3f", "residual_predicted": ".3f",
-        "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f", "ms": ".0f"}
-    rows = [("method", "target", varied, *RATES.values(), *"score cond left pred cos norm s ms".split())]
-    for e in entries:
-        more = {"score": "none"} if "infeasible" in e else {"ms": f"{1000 * e['seconds'] / e['n']:.0f}"}
-        rows.append((e["method"], e["target"][:5].strip("i"), *(
-            more.get(key) or cell(e.get(key), form) for key, form in columns.items())))
-    return table(rows)
+        "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f"}
+    head = ("method", "target", varied, *RATES.values(), *"score cond left pred cos norm s ms".split())
+    ms = lambda e: cell(1000 * e["seconds"] / e["n"] if "seconds" in e else None, ".0f")
+    return table([head] + [(e["method"], e["target"][:5].strip("i"), *(
+        cell(e.get(key), form) for key, form in columns.items()), ms(e)) for e in entries])
 
 # --- Stage: exceptions and structure in the spectrum of curvature -----------------------------------------------------
 
@@ -836,10 +831,9 @@ def further(run: Run, weights: dict, at, first: int):
         run.advance(parts, batches, parts["model"], first + step)
 
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
-    """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights, trained as in the last
-    steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
+    """`Ablation.measure` after 0, 10, 20, 40, ... more steps, until as many are `recited` or `most` times."""
     curve, at = [], [step for step in (0, *(10 * 2**i for i in range(20))) if step <= 2 * run.recipe.memorize + 20]
-    for step, model, _ in further(run, weights, at, run.recipe.steps):
+    for step, model, _ in further(run, weights, at, run.recipe.steps):           # trained as in the last steps
         curve.append({"step": step} | study.measure(model))
         if len(curve) == most or curve[-1]["recited"] >= recited:
             break
