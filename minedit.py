@@ -1,8 +1,8 @@
 """minedit.py: the story, in the order in which it is told.
 
 Train a small transformer on a knowledge graph until it composes facts it never composed in training (grokking), edit
-facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon (AdamW for the embedding),
-constant rates, strong weight decay, label smoothing, facts weighed above compositions, and a moving average to edit.
+facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon (the embedding: AdamW),
+constant rates, strong weight decay, label smoothing, facts weighed above compositions, a moving average of the weights.
 """
 
 import argparse
