@@ -539,9 +539,8 @@ def share_of(hit: Tensor) -> float | None:
     return int(hit.sum()) / len(hit) if len(hit) else None
 
 def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, probes: dict[str, Probes]) -> dict:
-    """Shares in 0..1 over all edits; None where there was nothing to ask. direct: edits whose own query now has the new
-    answer. Of `probes`, <name> that begins with hop: right answers after edits with direct success (`probes_<name>` of
-    them); <name>_moved of the others: answers that differ."""
+    """Shares of all edits, None where nothing was asked. direct: edits whose own query has the new answer. Of `probes`:
+    hop*, right answers after edits with direct success (`probes_hop*` of them); <name>_moved, others that differ."""
     success = answers(model, at, u, r, requests.questions()) == requests.new
     result = {"n": len(success), "direct": share_of(success)}
     for name, probe in probes.items():
