@@ -93,17 +93,15 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
     counts = (targets != -100).view(output.shape[:-1]) if positions == "counted" else slice(None)
     return [(name, a[counts].flatten(0, -2), g[counts].flatten(0, -2)) for (name, a, _), g in zip(calls, gradients)]
 
-def kronecker_factors(model: nn.Module, batches, loss, layers, labels: str = "sampled",
-                      generator: torch.Generator | None = None, dtype: torch.dtype | None = None, positions="all",
-                      block=8192, statistics=lambda name, a, g: (a.T @ a, g.T @ g)) -> dict[str, tuple[Tensor, ...]]:
+def kronecker_factors(model: nn.Module, batches, loss, layers, labels="sampled", generator=None, dtype=None,
+                      positions="all", block=8192, statistics=lambda name, a, g: (a.T @ a, g.T @ g)) -> dict:
     """{name: (A, G)} of nn.Linear layers by name: means over positions of a a^T [d_in, d_in] and g g^T [d_out, d_out].
     batches: pairs (inputs, targets). The logits are flattened to [N, classes], targets of -100 dropped, and
     loss(logits, targets) is a mean over the N that are left; g is the gradient of their sum. labels: "sampled" by
     `generator` from softmax(logits) (the true Fisher), or "gold", the targets themselves (the empirical Fisher).
-    positions: "all" rows that the layer is handed, at every call (K-FAC-expand [2]), with g = 0 where no loss depends
-    on one; or "counted", those alone whose own target counts (that of a whole example for all its rows).
-    `statistics` are summed over blocks of positions, in the model's own dtype (float32 at least) or in `dtype`. Raises
-    ValueError, or TypeError for bad names, that names the value and the remedy."""
+    positions: "all" rows that the layer is handed, at every call (K-FAC-expand [2]), g = 0 where no loss depends on
+    one; or "counted", those alone whose own target counts (that of a whole example for all its rows). `statistics` are
+    summed over blocks, in `dtype` (the model's, float32 at least). ValueError on bad input, TypeError on bad names."""
     if labels not in ("sampled", "gold") or positions not in ("all", "counted"):
         raise ValueError(f"labels are 'sampled' or 'gold', positions 'all' or 'counted'; got {labels!r}, {positions!r}")
     if isinstance(layers, str) or not (layers := list(layers)):
@@ -199,13 +197,12 @@ def ablated(model: nn.Module, weights: dict[str, Tensor]):
     for name, W in weights.items():
         if W.shape != old[name].shape or not W.isfinite().all():
             raise ValueError(f"the weight of {name!r} must be finite, {list(old[name].shape)}; got {list(W.shape)}")
+    write = lambda new: [linear(model, name).weight.data.copy_(W) for name, W in new.items()]
     try:
-        for name, W in weights.items():
-            linear(model, name).weight.data.copy_(W)
+        write(weights)
         yield model
     finally:
-        for name, W in old.items():
-            linear(model, name).weight.data.copy_(W)
+        write(old)
 
 def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
     """|U_band^T x| / |x| for inputs X [..., d_in] -> [..., n_bands]: how much of x, whatever its length, lies in each
@@ -218,9 +215,8 @@ def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
 
 def random_orthogonal(d: int, generator: torch.Generator | None = None) -> Tensor:
     """[d, d], uniform over rotations and reflections: Q of a Gaussian matrix Q R, the diagonal of R made positive."""
-    options = {"generator": generator, "device": generator.device} if generator else {}
-    Q, R = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, **options))
-    return Q * R.diagonal().sign()
+    empty = torch.empty(d, d, dtype=torch.float64, device=generator.device if generator else None)
+    return nn.init.orthogonal_(empty, generator=generator)
 
 def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: int | None = None,
             generator: torch.Generator | None = None, removed: float | None = None) -> Tensor:
@@ -253,12 +249,10 @@ def control(name: str, W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, kept: in
         kept = len(order) - int((lost <= (removed + 1e-12) ** 2 * lost[-1]).sum())
     return project(W, A, G, mask_of(order[:kept], scores))
 
-def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, steps: int = 200, lr: float = 0.02,
-                 weight: float = 1.0) -> dict[str, Tensor]:
+def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, steps=200, lr=0.02, weight=1.0) -> dict:
     """{name: W' [d_out, d_in]} with the share in (0, 1] of each layer's weights of highest learned scores s, top(s).
-    Adam minimises loss(others) - weight * loss(forget) with weights W * top(s), from s = |W| / max |W|, and top(s) is
-    taken for s in the gradient (straight-through). forget, others: lists of batches (inputs, targets), one of each per
-    step. After BalancedSubnet [4], not it: start and schedule are ours."""
+    Adam minimises loss(others) - weight * loss(forget) with weights W * top(s), from s = |W| / max |W|; the gradient
+    takes top(s) for s. forget, others: lists of batches, one of each per step. After BalancedSubnet [4], not it."""
     if not 0 < share <= 1 or not forget or not others:
         raise ValueError(f"share must be in (0, 1], both lists not empty; got {share}, {len(forget)}, {len(others)}")
     weights = {name: linear(model, name).weight.detach() for name in layers}
@@ -292,8 +286,7 @@ def outcome(model: nn.Module, measure, weights: dict[str, Tensor], **label) -> d
     with ablated(model, weights):
         return label | measure(model)
 
-def edited(model: nn.Module, method: str, factors: dict, layers, strength: float, masses: dict,
-           generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def edited(model: nn.Module, method: str, factors: dict, layers, strength: float, masses: dict, generator=None) -> dict:
     """{name: W'}: `ablate` with keep = strength (by `masses` "ekfac"), or a `control` with |W - W'| = strength |W|."""
     W = {name: linear(model, name).weight.detach() for name in layers}
     if method in KEEPING:

@@ -32,10 +32,9 @@ or r comes by gradient descent on -log p(wanted answer) of the model with the ed
     tensor([[ 0.5000, -0.2500],
             [ 0.5000,  0.2500]], dtype=torch.float64)
 
-Glossary: K — keys [n, d_in]; R — residuals [n, d_out]; C — `second_moment` E[k k^T] [d_in, d_in]; lam — the weight λ
-of C; a **site** is an `nn.Linear` by name and the number of its call in a forward pass (a loop calls it several times).
-The file needs torch alone, and any model called as `model(tokens) -> logits [batch, token, answers]`. Left out: biases
-(no part of a key), several keys averaged for one fact (prefixes, as in [2]). Numbers are those of arXiv.
+K: keys [n, d_in]; R: residuals [n, d_out]; C: `second_moment` E[k k^T] [d_in, d_in]; lam: its weight. A **site** is an
+`nn.Linear` by name and the number of its call in a forward pass. The file needs torch alone, and any model called as
+`model(tokens) -> logits [batch, token, answers]`. Left out: biases, several keys averaged for one fact as in [2].
 
 [1] Niu 2026, 2606.20737 (the single-row edit).   [2] Meng et al. 2022, ROME, 2202.05262, equation 2.
 [3] Gupta et al. 2024, 2403.07175: two different keys in one ROME update make disabling edits; here there is one.
@@ -129,8 +128,7 @@ def rome_update(W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | 
     ordinary values least. `diagnostics`: `inverse_factor`, `finish`. ValueError for a bad request: `check_batch`."""
     check_batch(k[None], v[None], C, W)
     r = double(v) - double(W) @ double(k)
-    dW = torch.outer(r, rome_direction(C, k[None], diagnostics)[0])
-    return finish(dW, k[None], r[None], W, W, diagnostics)
+    return finish(torch.outer(r, rome_direction(C, k[None], diagnostics)[0]), k[None], r[None], W, W, diagnostics)
 
 def rome_sequence(W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None) -> Tensor:
     """ROME for one request after another, each on the weight that the last one left: the sum of the updates. Only the
@@ -153,8 +151,7 @@ def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, dia
 
 # --- Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P ------------------------------------------------------
 
-def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None,
-                 diagnostics: dict | None = None) -> Tensor:
+def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None, diagnostics=None) -> Tensor:
     """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n facts at once.
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request, for keys that
     coincide and for more requests than the keys have rank. `diagnostics` and W: see `solve`."""
@@ -174,7 +171,7 @@ def memit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, form: str | Non
     return solve(K, R, inverse_factor(C, diagnostics), lam, form, W, diagnostics)
 
 def alphaedit_update(K: Tensor, R: Tensor, C: Tensor, lam: float, *, threshold: float = 1e-2, W: Tensor | None = None,
-                     diagnostics: dict | None = None) -> Tensor:
+                     diagnostics=None) -> Tensor:
     """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit [6], for one batch.
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in squared lengths of a key (the paper: 1).
     The null space is that of eigenvalues of C below bound = threshold * trace(C) / d_in (the paper: 1e-2), so that over
@@ -431,8 +428,7 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     r [n, d_out]. Site after site, with the edits so far in place, what is missing there, divided by the number of sites
     left, is written by `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
     came, over `ordinary` [n, token]. diagnostics[name, call]: see `solve`. ValueError for two requests for one fact.
-    In a loop the sites are calls of one weight; dW sums what is written at each but acts at all. It keeps what earlier
-    calls return, but does not foresee later ones: unlike in a stack, more sites need not bring the stream nearer."""
+    In a loop dW sums what is written at each call, but acts at all: more sites need not bring the stream nearer."""
     requests.check_distinct()
     moments = [key_second_moment(model, model.get_submodule(name), (ordinary, call)) for name, call in sites]
     wanted = last_token(model, *stream, requests.tokens)[0] + r
@@ -495,9 +491,8 @@ def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor
     before the edit (one_hop [n_facts], two_hop [n_paths])."""
     device, probes = paths.facts.device, {}
     facts, edited = torch.arange(len(paths.facts), device=device), requests.fact[:, None]
-    for name, rows, hops, tokens, answer in \
-            ("unrelated_one_hop", facts, [facts], queries(paths), one_hop), \
-            ("unrelated_two_hop", asked.nonzero().flatten(), [paths.first, paths.second], paths.tokens, two_hop):
+    for name, rows, hops, tokens, answer in ("unrelated_one_hop", facts, [facts], queries(paths), one_hop), (
+            "unrelated_two_hop", asked.nonzero().flatten(), [paths.first, paths.second], paths.tokens, two_hop):
         place = torch.rand(len(edited), len(rows), generator=generator).argsort(1)[:, :n].to(device)
         drawn = rows[place]                                                      # [request, n]
         keep = torch.stack([hop[drawn] != edited for hop in hops]).all(0)
@@ -507,9 +502,8 @@ def unrelated_probes(requests: Requests, paths, one_hop: Tensor, two_hop: Tensor
 def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> dict[str, Probes]:
     """Other facts near an edited one: with its head ("same_subject"), its relation ("same_relation"), or the place of
     its largest key entry, on the row that the row edit changes ("same_row")."""
-    probes = {}
-    for name, group in ("same_subject", paths.facts[:, 0]), ("same_relation", paths.facts[:, 1]), \
-                       ("same_row", at.keys.abs().argmax(-1)):
+    probes, (head, relation, _) = {}, paths.facts.T
+    for name, group in ("same_subject", head), ("same_relation", relation), ("same_row", at.keys.abs().argmax(-1)):
         i, row = (group[requests.fact][:, None] == group).nonzero(as_tuple=True)
         keep = row != requests.fact[i]
         probes[name] = Probes(i[keep], queries(paths)[row[keep]], one_hop[row[keep]])
@@ -545,9 +539,8 @@ def share_of(hit: Tensor) -> float | None:
     return int(hit.sum()) / len(hit) if len(hit) else None
 
 def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, probes: dict[str, Probes]) -> dict:
-    """Shares in 0..1 over all edits; None where there was nothing to ask. direct: edits whose own query now has the new
-    answer. Of `probes`, <name> that begins with hop: right answers after edits with direct success (`probes_<name>` of
-    them); <name>_moved of the others: answers that differ."""
+    """Shares of all edits, None where nothing was asked. direct: edits whose own query has the new answer. Of `probes`:
+    hop*, right answers after edits with direct success (`probes_hop*` of them); <name>_moved, others that differ."""
     success = answers(model, at, u, r, requests.questions()) == requests.new
     result = {"n": len(success), "direct": share_of(success)}
     for name, probe in probes.items():
@@ -574,10 +567,9 @@ def interchange(model: nn.Module, name: str, call: int, token: int, other: Tenso
 
 @torch.no_grad()
 def trace(model: nn.Module, clean: Tensor, corrupted: Tensor, answer: Tensor, sites: list, each: bool = False):
-    """Causal tracing: the corrupted run with one state restored from the clean run, for each (name, call) of `sites`
-    and each token. clean, corrupted [n, token]; answer [n], that of the clean run, read at the last token. Returns
-    whether it is back, and the rise of its probability: two means [site, token], or [site, token, n] with `each`.
-    ValueError where the prompts do not pair up or a site is not called."""
+    """Causal tracing: the corrupted run with one state of the clean run, for each (name, call) of `sites` and token.
+    clean, corrupted [n, token]; answer [n] of the clean run, at the last token. Returns whether it is back and the rise
+    of its probability: means [site, token], with `each` [site, token, n]. ValueError: no pairs, a site not called."""
     if clean.shape != corrupted.shape or not len(clean):
         raise ValueError(f"prompts must pair up, one pair at least, got {list(clean.shape)}, {list(corrupted.shape)}")
     probability = lambda logits: logits.softmax(-1).gather(-1, answer[:, None])[:, 0]

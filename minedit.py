@@ -1,9 +1,8 @@
 """minedit.py: the story, in the order in which it is told.
 
 Train a small transformer on a knowledge graph until it composes facts it never composed in training (grokking), edit
-facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon on the hidden matrices
-and AdamW on the embedding at constant rates, strong weight decay, label smoothing, a loss that weighs facts above
-compositions, and a moving average of the weights, which is what is evaluated and edited.
+facts in it in closed form, and see whether what follows from them changes too. The recipe: Muon (the embedding: AdamW),
+constant rates, strong weight decay, label smoothing, facts weighed above compositions, a moving average of the weights.
 """
 
 import argparse
@@ -26,9 +25,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,8 +100,7 @@ class Batches:
     """Batches of facts with their trained continuations, drawn on the device without waiting for it, all facts alike or
     in proportion to `frequency`. With `alias`, half of the relations are asked for by their token + `alias`."""
 
-    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias: int = 0,
-                 frequency: Tensor | None = None):
+    def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator, alias=0, frequency=None):
         self.paths, self.recipe, self.generator, self.alias = paths, recipe, generator, alias
         self.frequency, self.queries = frequency, editing.queries(paths)
         self.rows = paths.masks["train"].nonzero().flatten()
@@ -375,13 +372,12 @@ class Run:
 
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
     """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order."""
-    absent, found = ["memory", "feed-forward"][config.memory] * (not (config.memory and config.feed_forward)), []
+    found, private = [], config.feed_forward or not config.memory
     for i in range(config.depth * config.blocks):
-        at_pass, block = i // config.blocks, f"blocks.{i % config.blocks if config.loop else i}"
-        call = at_pass * config.loop
-        found += [(at_pass, part, *state) for part, *state in (
-            ("attention", f"{block}.attention", call), ("memory", "memory", i),
-            ("feed-forward", f"{block}.feed_forward", call), ("stream", block, call)) if part != absent]
+        t, block = i // config.blocks, f"blocks.{i % config.blocks if config.loop else i}"
+        call = t * config.loop
+        found += [(t, "attention", f"{block}.attention", call)] + [(t, "memory", "memory", i)] * config.memory
+        found += [(t, "feed-forward", f"{block}.feed_forward", call)] * private + [(t, "stream", block, call)]
     return found
 
 def edit_sites(config: Config) -> list[tuple[str, int, int]]:
@@ -432,12 +428,12 @@ def rome_edits(run: Run, model: Model, name: str, call: int, requests: editing.R
     return at, u, *residual(run, model, at, requests, "prototype", known, u)
 
 HOPS = {"direct": "direct", "hop1": "hop 1", "hop2": "hop 2"}                    # entry of results.json: column
-SHARES = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps.", "same_row_moved": "row"}
-COLUMNS = """direct: edits whose own question has the new answer. hop 1, hop 2: compositions with the edited fact
-first, second, whose answer is what now follows, among edits with direct success (number of probes).
-facts, comps., row: answers that moved though they should not, of other facts, of compositions of
-them, of facts with the same largest key entry. near: gradient, pulled towards stored values."""
-FAR = "far: distance of the value written from the nearest of a known fact, in units of their mean length"
+SHARES = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps.", "same_row_moved": "row",
+                 "distance": "far"}
+COLUMNS = """direct: edits whose question has the new answer. hop 1, hop 2: compositions with the edited fact
+first, second, that get what now follows, among edits with direct success. facts, comps., row: other
+facts, compositions of them, facts of the same largest key entry, whose answer moved. near: gradient
+pulled to stored values. far: of the value written from the nearest of these, in their mean length"""
 
 def edit_stage(run: Run, model: Model):
     """Edit `--n-edits` random ID facts one at a time, at every store and pass, by every method and with both targets.
@@ -458,7 +454,7 @@ def edit_stage(run: Run, model: Model):
     for site in edit_sites(run.config):
         at = editing.site(model, *site[:2], editing.queries(paths), run.ordinary())
         near = editing.neighbour_probes(requests, at, paths, one_hop)
-        stored = at.values[known] if known.any() else at.values
+        stored, length = at.values[known] if known.any() else at.values, at.values.norm(dim=-1).mean()
         store = {"site": at.name, "pass": site[2], "a_priori": site == chosen,
                  "overlap_hop2": editing.address_overlap(model, at, requests, probes["hop2"]),
                  "facts_per_row": 1 + len(near["same_row"].edit) / n}
@@ -470,16 +466,12 @@ def edit_stage(run: Run, model: Model):
                 distance = editing.distance_to_values(stored, at.values[requests.fact] + r)
                 entries.append(store | diagnostics | editing.score(model, at, requests, u, r, probes | near) | {
                     "method": method, "target": target.replace("near", "gradient"), "near": target == "near",
-                    "distance": float((distance / at.values.norm(dim=-1).mean()).mean()),
-                    "gradient_for_want_of_a_prototype": fallbacks})
+                    "distance": float((distance / length).mean()), "gradient_for_want_of_a_prototype": fallbacks})
     run.results["edit_left_out"] = left_out
-    rows = [("site", "pass", "method", "target", *SHARES.values(), "far")]
-    for e in entries:
-        shares = [cell(e[key]) + (f" ({e[f'probes_{key}']})" if key.startswith("hop") else "") for key in SHARES]
-        site = e["site"].replace("feed_forward", "ff")
-        rows.append((site, e["pass"], e["method"], target_of(e), *shares, cell(e["distance"], ".2f")))
-    print(f"compositions left out: {listed(left_out)}\nwanted tails of no other known fact, reached by gradient: "
-          f"{entries[0]['gradient_for_want_of_a_prototype']} of {n}\n{table(rows)}\n{COLUMNS}\n{FAR}")
+    print(f"compositions left out: {listed(left_out)}\nasked: {len(probes['hop1'].edit)} for hop 1, "
+          f"{len(probes['hop2'].edit)} for hop 2; wanted tails of no other known fact, by gradient: "
+          f"{entries[0]['gradient_for_want_of_a_prototype']} of {n}")
+    summary("edits", [[run.results]])
 
 def edit_fact_stage(run: Run, model: Model):
     """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model answers then."""
@@ -584,8 +576,7 @@ def when_stage(run: Run, model: Model):
             shares = {key: share_of(hit[key][success[probes[key].edit] | (key == "direct")]) for key in probes}
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
         when["held"] = when.get("held") or hold(run, model, at, u, r, requests, probes, hits["always"], generator)
-    written = [(e["site"].replace("feed_forward", "ff"), e["pass"], e["acts"], *(bar(e[key]) for key in probes))
-               for e in when["written"]]
+    written = [(e["site"], e["pass"], e["acts"], *(bar(e[key]) for key in probes)) for e in when["written"]]
     print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}\n"
           f"{table([('edit for', 'pass', 'acts', *HOPS.values()), *written])}\n{WRITTEN}")
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")] + [
@@ -609,11 +600,10 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
 # --- Stage: many edits at once ----------------------------------------------------------------------------------------
 
 RATES = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec"}
-MASS_COLUMNS = """n: facts edited at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning.
-eff: facts with the new answer; para: asked through the relation's other token. spec: other facts
-that keep their answer. score: harmonic mean of the three in percent (none: no solution). cond: of
-the system solved. left: mean |r - dW k| / |r|; pred: as the identity predicts. cos: largest between
-two directions. norm: |dW| / |W|. s: seconds, targets and C included; ms: per edit."""
+MASS_COLUMNS = """n: edits at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning. eff: new
+answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
+mean in percent (-: no solution). cond: of the system. left: mean |r - dW k| / |r|, pred: predicted.
+cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C; ms: per edit."""
 CLOSED_FORMS = {
     "memit": lambda C, K, r, lam, **more: editing.memit_update(K, r, C, lam, **more),
     "emmet": lambda C, K, r, _, **more: editing.emmet_update(K, r, C, **more),
@@ -713,13 +703,11 @@ def mass_edit_stage(run: Run, model: Model):
 def mass_table(entries: list[dict], varied: str) -> str:
     columns = {varied: "" if varied == "blocks" else "g"} | dict.fromkeys(RATES, ".3f") | {
         "score": ".1f", "condition": ".1e", "residual_left": ".3f", "residual_predicted": ".3f",
-        "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f", "ms": ".0f"}
-    rows = [("method", "target", varied, *RATES.values(), *"score cond left pred cos norm s ms".split())]
-    for e in entries:
-        more = {"score": "none"} if "infeasible" in e else {"ms": f"{1000 * e['seconds'] / e['n']:.0f}"}
-        rows.append((e["method"], e["target"][:5].strip("i"), *(
-            more.get(key) or cell(e.get(key), form) for key, form in columns.items())))
-    return table(rows)
+        "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f"}
+    head = ("method", "target", varied, *RATES.values(), *"score cond left pred cos norm s ms".split())
+    ms = lambda e: cell(1000 * e["seconds"] / e["n"] if "seconds" in e else None, ".0f")
+    return table([head] + [(e["method"], e["target"][:5].strip("i"), *(
+        cell(e.get(key), form) for key, form in columns.items()), ms(e)) for e in entries])
 
 # --- Stage: exceptions and structure in the spectrum of curvature -----------------------------------------------------
 
@@ -832,8 +820,7 @@ def ablate_stage(run: Run, model: Model):
         run.results["ablate"]["vision"] = vision(run)
 
 def further(run: Run, weights: dict, at, first: int):
-    """Train on from these weights, optimizers anew, from step number `first`; after each number of steps in `at` yields
-    it and the trained and the averaged model."""
+    """Train on from `weights` at step `first`, optimizers anew; yields (steps, trained, averaged model) `at` some."""
     parts = run.fresh()
     for name in "model", "average":
         parts[name].load_state_dict(weights)
@@ -844,10 +831,9 @@ def further(run: Run, weights: dict, at, first: int):
         run.advance(parts, batches, parts["model"], first + step)
 
 def relearn(run: Run, weights: dict, study: Ablation, recited: float, most: int = 20) -> list[dict]:
-    """What `Ablation.measure` finds after 0, 10, 20, 40, ... further steps from these weights, trained as in the last
-    steps of the recipe, until as many exceptions are `recited`; at most as often as said."""
+    """`Ablation.measure` after 0, 10, 20, 40, ... more steps, until as many are `recited` or `most` times."""
     curve, at = [], [step for step in (0, *(10 * 2**i for i in range(20))) if step <= 2 * run.recipe.memorize + 20]
-    for step, model, _ in further(run, weights, at, run.recipe.steps):
+    for step, model, _ in further(run, weights, at, run.recipe.steps):           # trained as in the last steps
         curve.append({"step": step} | study.measure(model))
         if len(curve) == most or curve[-1]["recited"] >= recited:
             break
@@ -1287,8 +1273,8 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
 
 def summary(stage: str, groups: list[list[dict]]):
     """The table of a stage: means over the runs of each group."""
-    places, words, shares, legend = TABLES[stage]
-    rows = [("arch", *words, *(name + " (lowest)" * name.startswith("hop") for name in shares.values()))]
+    (places, words, shares, legend), several = TABLES[stage], any(group[1:] for group in groups)
+    rows = [("arch", *words, *(name + " (lowest)" * (name.startswith("hop") and several) for name in shares.values()))]
     for group in groups:
         found = defaultdict(list)                            # {words: one entry of each run}
         for r, place in itertools.product(group, places.split()):

@@ -1160,6 +1160,9 @@ def test_every_cell_runs_and_reports(tmp_path, capsys):
     for arch in ARCHS:
         assert (tmp_path / "all" / f"{arch}-seed0" / "results.json").exists()
         assert f"\n{arch}, seed 0" in out
+    tables = [block for block in out.split("\n\n") if block.startswith("arch") and " far\n" in block]
+    assert len(tables) == len(ARCHS) + 1 and all(len(line) <= 100 for block in tables for line in block.splitlines())
+    assert out.count("\nasked: ") == len(ARCHS)
     results = {arch: json.loads((tmp_path / "all" / f"{arch}-seed0" / "results.json").read_text()) for arch in ARCHS}
     assert {e["site"] for e in results["dense"]["edits"]} == {"blocks.0.feed_forward.down", "blocks.1.feed_forward.down"}
     for arch in ARCHS:
