@@ -40,7 +40,6 @@ import torch
 from torch import Tensor, nn
 
 # --- Factors ----------------------------------------------------------------------------------------------------------
-
 def linear(model: nn.Module, name: str) -> nn.Linear:
     """The layer of that name; ValueError for an unknown name, TypeError for a module of another kind."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -75,7 +74,6 @@ def position_pairs(model: nn.Module, inputs, targets: Tensor, loss, layers: list
         zero = torch.zeros_like(output, requires_grad=True)
         calls.append((name, arguments[0].detach().clone(), zero))                # the model may overwrite its input
         return output + zero
-
     with ExitStack() as undo:
         for name in layers:
             undo.enter_context(linear(model, name).register_forward_hook(partial(watch, name)))
@@ -136,7 +134,6 @@ def corrected_masses(model: nn.Module, batches, loss, factors: dict, **options) 
     return {name: masses for name, (masses,) in found.items()}
 
 # --- The edit: float64 inside, the result in the dtype of the weights -------------------------------------------------
-
 class Eigen(NamedTuple):
     values: Tensor                      # [d] ascending, none negative
     vectors: Tensor                     # [d, d] in columns
@@ -212,7 +209,6 @@ def band_shares(X: Tensor, A: Tensor | Eigen, n_bands: int) -> Tensor:
     return bands / double(X).norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
 # --- Controls: as many components, or as large a change, chosen in another way ----------------------------------------
-
 def random_orthogonal(d: int, generator: torch.Generator | None = None) -> Tensor:
     """[d, d], uniform over rotations and reflections: Q of a Gaussian matrix Q R, the diagonal of R made positive."""
     empty = torch.empty(d, d, dtype=torch.float64, device=generator.device if generator else None)
@@ -262,7 +258,6 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
     def loss_on(inputs, targets):
         masked = {f"{name}.weight".lstrip("."): weights[name] * (top(s) + s - s.detach()) for name, s in scores.items()}
         return loss(*counted(torch.func.functional_call(model, masked, (inputs,)), targets))
-
     with evaluation_mode(model):
         for step in range(steps):
             value = loss_on(*others[step % len(others)]) - weight * loss_on(*forget[step % len(forget)])
@@ -274,7 +269,6 @@ def learned_mask(model: nn.Module, forget, others, loss, layers, share: float, s
     return {name: weights[name] * top(s) for name, s in scores.items()}
 
 # --- The study: what is lost when components are; `measure(model)` returns {name: share of right answers} -------------
-
 KEEPING = ("kfac", "ekfac")             # have a share to keep; the others, controls, a share of the norm to remove
 CONTROLS = ("svd", "random", "activations", "gradients", "magnitude")
 

@@ -49,7 +49,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- The closed forms: float64 inside, the result in the dtype of the weights -----------------------------------------
-
 def double(x: Tensor) -> Tensor:
     """x in float64, on the CPU where its device has none (MPS)."""
     return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)
@@ -150,7 +149,6 @@ def finish(dW: Tensor, K: Tensor, R: Tensor, like: Tensor, W: Tensor | None, dia
     return dW
 
 # --- Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P ------------------------------------------------------
-
 def emmet_update(K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None, diagnostics=None) -> Tensor:
     """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n facts at once.
     K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError for a bad request, for keys that
@@ -235,7 +233,6 @@ def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
     return best
 
 # --- Putting an edit into a model -------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add updates {layer name: dW} to the weights for good; returns the old weights, for `restore`. ValueError, and no
@@ -313,7 +310,6 @@ def key_second_moment(model: nn.Module, layer: nn.Linear, *inputs: tuple, chunk:
     return total / n
 
 # --- Requests and their target values ---------------------------------------------------------------------------------
-
 @dataclass
 class Requests:
     """n facts to be changed; the query of a fact is read at its last token."""
@@ -448,7 +444,6 @@ def memit_layers(model: nn.Module, sites: list[tuple[str, int]], requests: Reque
     return updates
 
 # --- What an edit did: the fact, what follows from it, and everything else --------------------------------------------
-
 @dataclass
 class Probes:
     """m questions, each to the model with one of the edits; the answer is read at the last token."""
@@ -544,12 +539,9 @@ def score(model: nn.Module, at: Site, requests: Requests, u: Tensor, r: Tensor, 
     success = answers(model, at, u, r, requests.questions()) == requests.new
     result = {"n": len(success), "direct": share_of(success)}
     for name, probe in probes.items():
-        hit = answers(model, at, u, r, probe) == probe.answer
-        if name.startswith("hop"):
-            hit = hit[success[probe.edit]]
-            result |= {name: share_of(hit), f"probes_{name}": len(hit)}
-        else:
-            result[f"{name}_moved"] = share_of(~hit)
+        hit, hop = answers(model, at, u, r, probe) == probe.answer, name.startswith("hop")
+        hit = hit[success[probe.edit]] if hop else ~hit
+        result |= {name: share_of(hit), f"probes_{name}": len(hit)} if hop else {f"{name}_moved": share_of(hit)}
     return result
 
 # --- Locate: which state carries an answer ----------------------------------------------------------------------------

@@ -39,7 +39,6 @@ REGIMES = {"natural": [], "first-hop": ["ood_first"], "second-hop": ["ood_second
            "both-hops": ["ood_first", "ood_second"]}
 
 # --- Graphs -----------------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class KnowledgeGraph:
     """A functional knowledge graph: `facts[h, r]` is the tail of head h under relation r, or -1."""
@@ -95,14 +94,12 @@ def from_triples(path) -> KnowledgeGraph:
                 raise refuse(f"expected head<tab>relation<tab>tail, got {len(fields)} field(s): {line.strip()[:60]!r}")
             tails.setdefault((fields[0], fields[1]), set()).add(fields[2])
             n_triples += 1
-
     kept = [(head, relation, next(iter(t))) for (head, relation), t in tails.items() if len(t) == 1]
     if not kept:
         raise refuse(f"the file ends, and no usable triple ({n_triples} read; questions with several tails keep none)")
     n_distinct, n_ambiguous = sum(map(len, tails.values())), len(tails) - len(kept)
     notes = [f"{n_triples - n_distinct} repeated triples were merged"] * (n_triples > n_distinct) + [
         f"{n_ambiguous} questions have several tails: {n_distinct - len(kept)} triples left out"] * (n_ambiguous > 0)
-
     entity = {name: i for i, name in enumerate(dict.fromkeys(name for h, _, t in kept for name in (h, t)))}
     relation = {name: i for i, name in enumerate(dict.fromkeys(r for _, r, _ in kept))}
     heads, columns, tails = torch.tensor([(entity[h], relation[r], entity[t]) for h, r, t in kept]).T
@@ -113,7 +110,6 @@ def from_triples(path) -> KnowledgeGraph:
     return KnowledgeGraph(facts, [*entity], [*relation], notes)
 
 # --- Paths and splits -------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Paths:
     """All paths, fact by fact. A fact with no fact after it has one row: two_hop -100, third token its own relation."""
@@ -150,7 +146,6 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     tail, n_facts = graph.facts[head, relation], len(head)
     ood_fact = torch.zeros(n_facts, dtype=torch.bool)
     ood_fact[torch.randperm(n_facts, generator=generator)[:round(ood_fraction * n_facts)]] = True
-
     # The facts are sorted by head, so those that leave an entity are a slice: fact i continues with each fact in the
     # slice of its tail, or has one row of its own where that slice is empty.
     out_degree = torch.bincount(head, minlength=n_entities)
@@ -163,7 +158,6 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     next_relation = torch.where(has_second, relation[second], relation[first])
     tokens = torch.stack([head[first], n_entities + relation[first], n_entities + next_relation], 1)
     two_hop = torch.where(has_second, tail[second], -100)
-
     ood1, ood2 = ood_fact[first] & has_second, ood_fact[second] & has_second
     both_id = (has_second & ~ood1 & ~ood2).nonzero().flatten()
     train = torch.zeros(len(first), dtype=torch.bool)

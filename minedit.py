@@ -72,7 +72,6 @@ class Recipe:
                 raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
 class Muon(torch.optim.Optimizer):
     """Momentum with every singular value of the update made about 1: all directions move at the same rate (Jordan et
     al. 2024). torch.optim.Muon uses bfloat16, which on many CPUs takes 30 times as long: more than all the rest."""
@@ -179,7 +178,6 @@ def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, f
 
 class Run:
     """One model in its folder: config.json, log.jsonl, ckpt.pt, results.json."""
-
     def __init__(self, args, arch: str, seed: int, folder: Path, graph: kg.KnowledgeGraph | None, data: dict):
         self.args, self.arch, self.seed, self.folder, self.device = args, arch, seed, folder, args.device
         self.recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
@@ -369,7 +367,7 @@ class Run:
               f"{self.results['peak_memory_mib']} MiB at most")
 
 # --- Stage: edits -----------------------------------------------------------------------------------------------------
-
+STATE = "pass", "part", "module", "call"
 def traced_states(config: Config) -> list[tuple[int, str, str, int]]:
     """(pass, part, module, call) of what each block adds to the stream, and of the stream after it, in order."""
     found, private = [], config.feed_forward or not config.memory
@@ -495,7 +493,6 @@ def edit_fact_stage(run: Run, model: Model):
         print("\n" + table(rows))
 
 # --- Stages: where a fact is, and when it is written ------------------------------------------------------------------
-
 def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: torch.Generator, clean_rows=None):
     """Rows [n], [n] of at most n random pairs in tokens [m, token] that differ at `place` alone and in answers [m]; the
     first of each pair in the mask `clean_rows` [m], where there is one."""
@@ -544,14 +541,12 @@ def locate_stage(run: Run, model: Model):
             effects.append({"query": query, "corrupted": words[place], "n": len(clean), "top1": top1, "rise": rise})
             columns.append([f"{query}: " * (place == 0) + words[place], "".join(
                 f"{word:>4}" for word in words[:tokens.shape[1]]), *(cells or ["-"] * len(states)), f"{len(clean):4}"])
-    run.results["locate"] = {"effects": effects, "states": [
-        dict(zip(("pass", "part", "module", "call"), state)) for state in states]}
+    run.results["locate"] = {"effects": effects, "states": [dict(zip(STATE, state)) for state in states]}
     print(f"\ncausal tracing\n{table(list(zip(*columns)))}\n{TRACED}")
     print(f"site for edits, chosen without the edited facts: {name}, call {call} (pass {at_pass})")
 
-WRITTEN = """edit for: layer and pass whose key and prototype make the edit (ROME), that of --locate first. acts:
-always, or at some calls of the layer alone (with one block per pass, call t is in pass t). direct,
-hop 1, hop 2: as for --edit, among edits that have direct success when they always act."""
+WRITTEN = """pass: whose key and prototype make the edit (ROME), that of --locate first. acts: always, or at some
+calls of the layer (call t: pass t). Hops: among edits with direct success when they always act."""
 HELD = """share of the answers right in the first row above that stay right when the stream after the pass (at
 r1, hop 2: at the last token) is as without the edit in the plane of both answers, or a random one."""
 
@@ -576,11 +571,10 @@ def when_stage(run: Run, model: Model):
             shares = {key: share_of(hit[key][success[probes[key].edit] | (key == "direct")]) for key in probes}
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
         when["held"] = when.get("held") or hold(run, model, at, u, r, requests, probes, hits["always"], generator)
-    written = [(e["site"], e["pass"], e["acts"], *(bar(e[key]) for key in probes)) for e in when["written"]]
-    print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}\n"
-          f"{table([('edit for', 'pass', 'acts', *HOPS.values()), *written])}\n{WRITTEN}")
+    print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}")
+    summary("when", [[run.results]])
     held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")] + [
-        (e["after"], *(x for key in probes for x in (bar(e[key]), cell(e[key + "_random"])))) for e in when["held"]]
+        (e["after"], *(x for key in probes for x in (cell(e[key]), cell(e[key + "_random"])))) for e in when["held"]]
     print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
 
 def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
@@ -598,7 +592,6 @@ def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, request
     return entries
 
 # --- Stage: many edits at once ----------------------------------------------------------------------------------------
-
 RATES = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec"}
 MASS_COLUMNS = """n: edits at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning. eff: new
 answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
@@ -612,7 +605,6 @@ CLOSED_FORMS = {
 
 class MassEdit:
     """Many facts of a model in one update, at its first store and pass, and what becomes of these and other facts."""
-
     def __init__(self, run: Run, model: Model):
         self.run, self.model, self.tokens, self.tails = run, model, editing.queries(run.paths), run.paths.facts[:, 2]
         self.site, began = edit_sites(run.config)[0], time.perf_counter()
@@ -684,7 +676,6 @@ def mass_edit_stage(run: Run, model: Model):
     grid += [("alphaedit", threshold) for threshold in (0.01, 0.03, 0.1, 0.3, 1.0)]
     tuned = [("finetune", bound) for bound in (0.03, 0.1, 0.3, 0.5, 1.0)]
     sweep = mass.each(mass.tuning, "prototype", grid) + mass.each(mass.tuning, "gradient", grid + tuned)
-    print(mass_table(sweep, "strength") + "\n", flush=True)
     best = lambda *kind: max((e for e in sweep if (e["method"], e["target"]) == kind), key=lambda e: e.get("score", 0))
     target = max(("prototype", "gradient"), key=lambda target: best("memit", target).get("score", 0))
     chosen = lambda *kind: (kind[0], best(*kind)["strength"])
@@ -695,22 +686,12 @@ def mass_edit_stage(run: Run, model: Model):
     dense = not run.config.loop and not run.config.memory
     layers = [mass.over_blocks(first, last, mass.requests[:1000], chosen("memit", "prototype")[1])
               for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
-    run.results["mass"] = {"facts": len(mass.tokens), "sweep": sweep, "edits": edits, "layers": layers}
+    scores = {f"{e['method']} {e['n']}": e.get("score", 0) for e in edits if e["target"] == target}
+    run.results["mass"] = dict(facts=len(mass.tokens), sweep=sweep, edits=edits, layers=layers, scores=scores)
     edits.sort(key=lambda e: (e["method"] != "memit", e["method"], e["target"]))
-    blocks = f"\n\nover several blocks\n{mass_table(layers, 'blocks')}" * dense
-    print(f"{mass_table(edits, 'n')}{blocks}\n{MASS_COLUMNS}")
-
-def mass_table(entries: list[dict], varied: str) -> str:
-    columns = {varied: "" if varied == "blocks" else "g"} | dict.fromkeys(RATES, ".3f") | {
-        "score": ".1f", "condition": ".1e", "residual_left": ".3f", "residual_predicted": ".3f",
-        "largest_cosine": ".3f", "relative_norm": ".2f", "seconds": ".1f"}
-    head = ("method", "target", varied, *RATES.values(), *"score cond left pred cos norm s ms".split())
-    ms = lambda e: cell(1000 * e["seconds"] / e["n"] if "seconds" in e else None, ".0f")
-    return table([head] + [(e["method"], e["target"][:5].strip("i"), *(
-        cell(e.get(key), form) for key, form in columns.items()), ms(e)) for e in entries])
+    summary("mass", [[run.results]])
 
 # --- Stage: exceptions and structure in the spectrum of curvature -----------------------------------------------------
-
 GROUPS = {"q+k": ("attention.query", "attention.key"), "v+out": ("attention.value", "attention.out"),
           "address": ("up", "memory.query", "keys"), "store": ("down", "memory.values")}
 KEEPS = 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7
@@ -718,21 +699,18 @@ REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
 TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
          "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
 ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions.
-strengths: in q+k / v+out / address / store the share kept of the curvature mass (learned: of all
-weights) or removed of the norm, chosen on other paths for true - recited, held-out accuracy kept up
-to 0.02. matched: own choice; in the layers of the better of kfac and ekfac its number of components
-(parts), its |W - W'| (norm); one strength for all of them (alike). removed: |W - W'| / |W|."""
-RETENTION = """kept: after / before in percent. rare, frequent: the fifth of the facts drawn least, most often.
-paper: the same in a language model of 7B parameters [Merullo et al. 2025], in brackets its task."""
-BANDS = """what a layer reads at the last token, exceptions over clean trained paths: the part in each eighth
-of A's eigenvectors, largest eigenvalues first, in units of the whole length; norm: that length."""
+matched: own choice of the curvature mass kept (removed: of the norm) in q+k, v+out, address, store,
+on other paths, for true - recited with held-out accuracy kept up to 0.02; in the layers of the better
+of kfac and ekfac its number of components (parts), its |W - W'| (norm), one keep (alike)."""
+RETENTION = "rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model [10]"
+BANDS = "last token's inputs by eighths of A's eigenvectors, largest first, exceptions / clean; norm: length"
 RETAINED = "recited", "true", *ANSWERS
-RELEARNED = "exceptions recited after further steps of training"
-VISION = "memorized, true: images with a wrong label, answered so, and right; validation: others."
+REMAINING = {"removed": "removed"} | {key: LABELS.get(key, key) for key in RETAINED}
+RELEARNED = "accuracy after further steps of training, of the ablated and of a fresh model"
+VISION = "a vision transformer. memorized, true: images with a wrong label, answered so, and right"
 
 class Ablation:
     """What a model of --ablate is asked, and the batches that its curvature is measured on."""
-
     def __init__(self, run: Run):
         self.run, self.batches, paths, self.before = run, run.batches(run.stream(run.device)), run.paths, None
         self.prompts, self.told = self.batches.open_book(500, run.config.n_entities)
@@ -770,11 +748,6 @@ def spectrum(run: Run, model: nn.Module, batches: list, names: list[str]) -> tup
     factors = {name: (curvature.eigen(A), curvature.eigen(G)) for name, (A, G) in factors.items()}
     return factors, curvature.corrected_masses(model, batches, F.cross_entropy, factors, generator=seeded())
 
-def outcomes(entries: list[dict], *columns: str) -> str:
-    strengths = lambda e: "/".join(cell(s, "g").lstrip("0") for s in e.get("strengths", {}).values())
-    return table([("", "matched", "strengths", *(LABELS.get(key, key) for key in columns))] + [
-        (e["method"], e.get("matched", ""), strengths(e), *(cell(e[key]) for key in columns)) for e in entries])
-
 def ablate_stage(run: Run, model: Model):
     """Exceptions out of a model by K-FAC and by every control; what else goes with them; how soon they are back."""
     if not run.recipe.label_noise or not run.recipe.branches:
@@ -786,38 +759,40 @@ def ablate_stage(run: Run, model: Model):
     mixture, began = study.batches.mixture(25, run.config.n_entities), time.perf_counter()
     factors, masses = spectrum(run, model, mixture, names)
     seconds = round(time.perf_counter() - began, 2)
-    best, after, (before, *entries) = curvature.compare(model, study.measure, study.value, factors, masses, groups,
-                                                        KEEPS[::every], REMOVED[::every], run.stream())
+    best, after, entries = curvature.compare(model, study.measure, study.value, factors, masses, groups,
+                                              KEEPS[::every], REMOVED[::every], run.stream())
+    before = entries[0]
     rows, masked = exceptions & ~study.scored, {}
     forget = [(paths.tokens[rows], F.pad(paths.two_hop[rows][:, None], (2, 0), value=-100))]
     for share in (0.99, 0.95, 0.85):
         masked[share] = curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
     chosen, learned = curvature.search(model, study.value, {"all": masked}, 1)
     entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="own", strengths=chosen))
-    sweep = [{"method": best["method"], "matched": "alike", "strengths": {"all": keep}, "keep": keep} for keep in KEEPS]
+    sweep = [{"method": best["method"], "matched": f"alike {keep}", "keep": keep} for keep in KEEPS]
     sweep = [curvature.outcome(model, study.measure, curvature.edited(model, x["method"], factors, after, x["keep"],
                                                                       masses), **x) for x in sweep]
     bands, part = {}, lambda x, A: [*curvature.band_shares(x, A, 8).mean(0).tolist(), float(x.norm(dim=-1).mean())]
     for name in names:
         read = [editing.record(model, model.get_submodule(name), paths.tokens[mask][:2000])[0][:, :, -1].flatten(0, 1)
                 for mask in (exceptions, paths.masks["train"] & ~exceptions)]
-        bands[name] = dict(zip(("exceptions", "clean"), (part(x, factors[name][0]) for x in read)))
+        odd, clean = (part(x, factors[name][0]) for x in read)
+        bands[name] = {"exceptions": odd, "clean": clean} | {
+            band: x / y if y else None for band, x, y in zip((*"12345678", "norm"), odd, clean)}
     with curvature.ablated(model, after):
         ablated = relearn(run, model.state_dict(), study, before["recited"])
     fresh = relearn(run, Model(run.config, run.stream()).state_dict(), study, 2, len(ablated))
+    tasks = {key: {"paper": paper, "before": before[key], "after": best[key], "kept": best[key] / before[key]}
+             for key, paper in TASKS.items() if before[key]}
     run.results["ablate"] = {"spectrum_seconds": seconds, "before": before, "chosen": best, "entries": entries,
-                             "sweep": sweep, "bands": bands, "relearning": {"ablated": ablated, "fresh": fresh}}
-    kept = [(key, cell(before[key]), cell(best[key]), cell(100 * best[key] / before[key], ".0f"), paper)
-            for key, paper in TASKS.items() if before[key]]
-    ratios = [(name, *(cell(x / y, ".2f") if y else "-" for x, y in zip(*b.values()))) for name, b in bands.items()]
-    curves = [(x["step"], *map(cell, (x["recited"], y["recited"], x["ood"]))) for x, y in zip(ablated, fresh)]
-    print(f"\n{int(exceptions.sum())} exceptions; {seconds:.1f} s for factors, bases and the masses of EK-FAC")
-    print(outcomes([before, *entries, *sweep], "removed", *RETAINED), ABLATED, sep="\n")
-    print("", table([("", "before", "after", "kept", "paper"), *kept]), RETENTION, sep="\n")
-    print("", table([("layer", *range(1, 9), "norm"), *ratios]), BANDS, sep="\n")
-    print("", table([("steps", "ablated", "fresh", "OOD, ablated"), *curves]), RELEARNED, sep="\n")
+                             "sweep": sweep, "bands": bands, "tasks": tasks,
+                             "relearning": {"ablated": ablated, "fresh": fresh}}
+    print(f"\n{int(exceptions.sum())} exceptions; {seconds:.1f} s for factors, bases and the masses of EK-FAC\n"
+          f"{best['method']} keeps {listed({s: kind for kind, s in best['strengths'].items()})}")
+    for shown in "ablation", "retention", "bands", "relearning":
+        summary(shown, [[run.results]])
     if run.args.images and (run.args.arch != "all" or run.arch == "dense"):      # the same beside all four cells
         run.results["ablate"]["vision"] = vision(run)
+        summary("vision", [[run.results]])
 
 def further(run: Run, weights: dict, at, first: int):
     """Train on from `weights` at step `first`, optimizers anew; yields (steps, trained, averaged model) `at` some."""
@@ -871,11 +846,7 @@ def vision(run: Run) -> list[dict]:
         optimizer.zero_grad()
         F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=0.1).backward()
         optimizer.step()
-
-    @torch.no_grad()
-    def measure(model, scored=~chooses) -> dict[str, float]:
-        return shares_of(sets, model(images[scored]).argmax(-1), scored)
-
+    measure = torch.no_grad()(lambda m, rows=~chooses: shares_of(sets, m(images[rows]).argmax(-1), rows))
     def value(model, held=measure(model, chooses)["validation"]) -> float:
         found = measure(model, chooses)
         return found["true"] - found["memorized"] - 10 * max(0, 0.98 * held - found["validation"])
@@ -883,17 +854,14 @@ def vision(run: Run) -> list[dict]:
     every, batches = 3 if run.args.quick else 1, list(zip(images[:n].split(250), labels[:n].split(250)))
     entries = curvature.compare(model, measure, value, *spectrum(run, model, batches, sum(groups.values(), [])), groups,
                                 KEEPS[::every], REMOVED[::every], run.stream(), ("svd", "random"))[2]
-    print(f"\na vision transformer, {n} images\n{outcomes(entries, 'removed', *sets)}\n{VISION}")
     return entries
 
 # --- Stages: inference paths before and after grokking, and transfer to new facts -------------------------------------
-
 # Fake grokking: OOD >= 0.9, and fewer OOD answers than this are redirected with the visible part of the bridge
 BRIDGE_USED, PATH_KEYS = 0.5, ("right", "bridge", "relation", "whole", "visible")
 PATHS = """right: accuracy; else shares, after the pass (but the last) where they are largest. bridge: the
 lens at r1 has the bridge first of all entities; relation: at r2, the second one. whole, visible:
 with the stream at r1 of a query with the same r2 (or its part in both bridges' plane), its answer."""
-SAME = "r = {r:.3f}, 95 % bootstrap interval {low:.3f}..{high:.3f} ({n} prompts)"
 
 def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
     """Of at most 300 compositions of a set: logit lens, causal tracing, swaps of the stream at r1. And {token replaced:
@@ -951,8 +919,7 @@ def circuits_stage(run: Run, model: Model):
     """Inference paths before memorization, after it and at the end, ID and OOD apart; what else these models can do."""
     if not run.recipe.branches:
         raise UserError("--circuits looks at compositions; give --branches more than 0")
-    hits, states = defaultdict(dict), [dict(zip(("pass", "part", "module", "call"), state))
-                                       for state in traced_states(run.config)]
+    hits, states = defaultdict(dict), [dict(zip(STATE, state)) for state in traced_states(run.config)]
     found = run.results["circuits"] = {"states": states, "id": {}, "ood": {}, "worth": {}}
     for moment, (record, weights) in run.moments.items():
         then = copy.deepcopy(model)
@@ -965,8 +932,9 @@ def circuits_stage(run: Run, model: Model):
     found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
     summary("paths", [[run.results]])
     print(f"\nfake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
-    for queries, same in found["same"].items():
-        print(f"tracing maps, {queries}, memorized against end: {SAME.format(**same) if same else 'none'}")
+    for queries, maps in found["same"].items():
+        print(f"tracing maps, {queries}, memorized against end: " + (
+            "r = {r:.3f}, 95 % interval {low:.3f}..{high:.3f}, {n} prompts".format(**maps) if maps else "none"))
     summary("worth", [[run.results]])
 
 def later(run: Run, model: Model) -> dict:
@@ -984,10 +952,9 @@ def later(run: Run, model: Model) -> dict:
     return editing.score(model, at, requests, u, r, probes) | {"ablated": ablated}
 
 def grown(run: Run) -> Run:
-    """The run in a graph with 2/5 more entities and 1/5 more relations. New facts fill empty places of its table as
-    densely as the old ones filled theirs: about new entities, and about old ones, without which no old fact would lead
-    on to a new one. The old sets stay; three are added, by the age of the two facts, in new->new both about new
-    entities, the second under an old relation. What the old facts and the old `train` teach is trained, and the new."""
+    """The run in a graph with 2/5 more entities and 1/5 more relations, whose places new facts fill as densely as the
+    old ones did: some are about old entities, as no old fact would lead on to a new one otherwise. To the old sets come
+    three, by the age of both facts; in new->new both are about new entities, the second under an old relation."""
     old, (E, R), child = run.graph.facts, run.graph.facts.shape, copy.copy(run)
     N, M = E + max(2, 2 * E // 5), R + max(1, R // 5)
     kept = F.pad(old, (0, M - R, 0, N - E), value=-1)
@@ -995,13 +962,12 @@ def grown(run: Run) -> Run:
     child.graph = kg.from_table(torch.where(new, kg.synthetic(N, M, 2**58 + run.seed).facts, kept))
     paths = kg.split(child.graph, 0, 1, 0)
     composed, is_new = paths.second >= 0, new[tuple(paths.facts[:, :2].T)]
-    first, second = is_new[paths.first], is_new[paths.second]
+    first, second = is_new[paths.first], is_new[paths.second] & composed
     rows = (composed & ~first & ~second).nonzero().flatten()                     # the old ones, in their old order
     masks = {name: torch.zeros_like(composed).index_copy(0, rows, mask[run.paths.second >= 0].cpu())
              for name, mask in run.paths.masks.items()} | {
-        "new->old": composed & first & ~second, "old->new": composed & ~first & second,
-        "new->new": composed & first & second & (paths.tokens[:, 0] >= E) & (paths.one_hop >= E)
-        & (paths.tokens[:, 2] < N + R)}
+        "new->old": composed & first & ~second, "old->new": ~first & second, "new->new": first & second
+        & (paths.tokens[:, 0] >= E) & (paths.one_hop >= E) & (paths.tokens[:, 2] < N + R)}
     child.paths = replace(paths, masks=masks).to(run.device)
     child.config, child.recipe = replace(run.config, n_entities=N, n_relations=M), replace(run.recipe, zipf=0.0)
     return child
@@ -1031,7 +997,6 @@ def transfer_stage(run: Run, model: Model):
     summary("transfer", [[run.results]])
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
-
 FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
            "mass": "facts edited at once", "locate": "question: token replaced, token restored",
            "retention": "share of the curvature mass kept"}
@@ -1097,10 +1062,8 @@ def plot(folders: list[Path], out: Path):
                 figure.savefig(out / f"{file}.svg", metadata={"Date": None})
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
-
-SPEED = """ms: one step. plain: times as long with exact top-k, median (lowest-highest). shape, square: FLOPs
-of a step as a share of what torch reaches in that time for its keys, for a 1024 square. Per second:
-paths trained, answers evaluated, edits in one MEMIT update of 100, tokens to factors of a store."""
+SPEED = """ms: one step. plain: times as long with exact top-k. shape, square: share of the FLOPs that torch
+reaches for keys, for a 1024 square. Per second: paths, answers, edits (of 100), tokens to factors."""
 
 def in_turns(tasks: dict, rounds: int = 5) -> dict:
     """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. One trial round."""
@@ -1155,20 +1118,15 @@ def bench(args, out: Path):
     threads = [("threads", "ms"), *((n, f"{1000 * middle(s[n]):.1f}") for n in s)]
     with torch.profiler.profile() as profiler:
         step()
-    cost = lambda e: e.self_device_time_total or e.self_cpu_time_total
-    top = sorted(profiler.key_averages(), key=cost, reverse=True)
-    profile = [("operator", "share", "calls")]
-    profile += [(e.key[:50], f"{cost(e) / sum(map(cost, top)):.3f}", e.count) for e in top[:10]]
-    tables = {"cells": cells, "growth": growth, "threads": threads, "profile": profile}
-    results = tables | {"peak_flops": peak, "peak_memory_mib": peak_memory_mib(X.device),
-                        "device": device_name(X.device), "torch": torch.__version__}
-    print("\n\n".join(table(rows) + f"\n{SPEED}" * (rows is cells) for rows in tables.values()))
+    profile = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10)
+    results = {"cells": cells, "growth": growth, "threads": threads, "profile": profile, "torch": torch.__version__,
+               "peak_flops": peak, "peak_memory_mib": peak_memory_mib(X.device), "device": device_name(X.device)}
+    print(table(cells), SPEED, "", table(growth), "", table(threads), "", profile, sep="\n")
     print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s, {results['peak_memory_mib']} MiB at most")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "bench.json", json.dumps(results, indent=1).encode())
 
 # --- Report -----------------------------------------------------------------------------------------------------------
-
 def table(rows: list[tuple]) -> str:
     """Rows of cells, the first one the header, as aligned columns: text to the left, the rest to the right."""
     rows = [[str(cell) for cell in row] for row in rows]
@@ -1177,7 +1135,9 @@ def table(rows: list[tuple]) -> str:
     line = lambda row: "  ".join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip()
     return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2)] + [line(row) for row in rows[1:]])
 
-def cell(value, form: str = ".3f") -> str:
+def cell(value, form: str | None = ".3f") -> str:
+    """A number, by its size where no form is given; "-" for None."""
+    form = form or (".3f" if value is None or abs(value) < 10 else ".1f" if abs(value) < 100 else ".0f")
     return "-" if value is None else format(value, form)
 
 def mean(values: list, form: str = ".3f", lowest: bool = False) -> str:
@@ -1185,9 +1145,6 @@ def mean(values: list, form: str = ".3f", lowest: bool = False) -> str:
     values = [v for v in values if v is not None]
     text = cell(sum(values) / len(values) if values else None, form)
     return text + f" ({cell(min(values), form)})" if lowest and len(values) > 1 else text
-
-def bar(share: float | None) -> str:
-    return "-" if share is None else f"{share:.3f} {'#' * round(10 * share):.<10}"
 
 def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -1200,8 +1157,7 @@ def is_main(entry: dict) -> bool:
 
 ACCURACY = """means over runs that differ in the seed alone (the lowest); paths: OOD paths of all; first, second:
 only that hop is OOD; grokked at: first evaluation with train >= 0.99, OOD >= 0.9; s: of training"""
-SHARED = """ROME, prototype target, a-priori site, on the compositions that all four cells answer right before
-(shared set, per seed). p: exact two-sided Mann-Whitney test on hop 2 between two cells."""
+SHARED = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"
 
 def lookup(r: dict, place: str):
     """What a result holds at "key.key...", None where nothing is."""
@@ -1252,18 +1208,10 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
             log = file.with_name("log.jsonl")                # the evaluations during the training
-            for e in result.get("mass", {}).get("edits", []):                    # for claims(): by the better target
-                scores = result["mass"].setdefault("scores", {}).setdefault(e["method"], {})
-                scores[str(e["n"])] = max(scores.get(str(e["n"]), 0), e.get("score", 0))
             result["edit"] = next(filter(is_main, result.get("edits", [])), {})
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             first = lambda key, level: next((h["step"] for h in result["history"] if (h[key] or 0) >= level), None)
             result |= {"step_train": first("train", 0.99), "step_id": first("id", 0.99), "step_ood": first("ood", 0.9)}
-            if "circuits" in result:
-                data, n = config["data"], result["n_facts"]
-                phi = result["n_paths"]["train"] / (n - round(data["ood_fraction"] * n))
-                regime = f"{data.get('regime', 'natural')} {data.get('augment', '')}, {phi:.1f}"
-                result["regimes"] = [result | {"regime": regime}]
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
@@ -1278,31 +1226,38 @@ def summary(stage: str, groups: list[list[dict]]):
     for group in groups:
         found = defaultdict(list)                            # {words: one entry of each run}
         for r, place in itertools.product(group, places.split()):
-            entries = lookup(r, place) or []
+            entries = [r] if place == "." and "circuits" in r else lookup(r, place) or []
             for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
-                short = e | {"at": at, "queries": place.split(".")[-1], "target": target_of(e),
-                             "site": "memory" if "memory" in e.get("site", "") else "ff"}
-                found[tuple(short[word] for word in words)].append(e)
-        rows += [(group[0]["arch"], *key, *(
-            mean([lookup(e, share) for e in some], ".0f" if share[:4] == "step" else ".3f", share.startswith("hop"))
-            for share in shares)) for key, some in found.items()]
+                short = e | {"at": at, "of": place.split(".")[-1], "target": target_of(e),
+                             "site": e.get("site", "").removesuffix(".feed_forward.down").removesuffix(".values")}
+                found[tuple(lookup(short, word) or "" for word in words)].append(e)
+        rows += [(group[0]["arch"], *key, *(mean([lookup(e, share) for e in some], None, share.startswith("hop"))
+                                            for share in shares)) for key, some in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
 
-REGIMES = """regime: with the share of --augment, and trained compositions per ID fact. train, ID, OOD at: steps
-to 0.99, 0.99, 0.9. bridge, visible: of OOD queries at the end. fake: OOD >= 0.9 and visible < 0.5."""
+REGIMES = "at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.9, visible < 0.5"
 WORTH = "direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"
+same = lambda *keys: dict(zip(keys, keys))
 TABLES = {                                                   # of a stage: places in a result, words, {share: column}
     "edits": ("edits", ("site", "pass", "method", "target"), SHARES, COLUMNS),
     "when": ("when.written", ("pass", "acts"), HOPS, WRITTEN),
-    "mass": ("mass.edits", ("method", "target", "n"), RATES, MASS_COLUMNS),
-    "paths": ("circuits.id circuits.ood", ("queries", "at"), {key: key for key in PATH_KEYS}, PATHS),
+    "mass": ("mass.sweep mass.edits mass.layers", ("of", "method", "target", "n", "strength", "blocks"), RATES | {
+             "score": "score", "condition": "cond", "residual_left": "left", "residual_predicted": "pred",
+             "largest_cosine": "cos", "relative_norm": "norm", "seconds": "s"}, MASS_COLUMNS),
+    "ablation": ("ablate.entries ablate.sweep", ("method", "matched"), REMAINING, ABLATED),
+    "retention": ("ablate.tasks", ("at", "paper"), same("before", "after", "kept"), RETENTION),
+    "bands": ("ablate.bands", ("at",), same(*"12345678", "norm"), BANDS),
+    "relearning": ("ablate.relearning.ablated ablate.relearning.fresh", ("of", "step"), REMAINING, RELEARNED),
+    "vision": ("ablate.vision", ("method", "matched"), same("memorized", "true", "validation"), VISION),
+    "paths": ("circuits.id circuits.ood", ("of", "at"), same(*PATH_KEYS), PATHS),
     "worth": ("circuits.worth", ("at",), {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {
               "ablated": "ablated"}, WORTH),
     "transfer": ("transfer", ("from",), TRANSFERRED, TRANSFER),
-    "regimes": ("regimes", ("regime",), {"step_train": "train at", "step_id": "ID at", "step_ood": "OOD at",
-                "accuracy.ood": "OOD", "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible",
-                "circuits.fake": "fake"}, REGIMES)}
+    "regimes": (".", ("config.data.regime", "config.data.augment", "config.data.train_fraction"), {
+                "step_train": "train at", "step_id": "ID at", "step_ood": "OOD at", "accuracy.ood": "OOD",
+                "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible", "circuits.fake": "fake"},
+                REGIMES)}
 
 def report(folders: list[Path]) -> list[list[dict]]:
     """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
@@ -1357,7 +1312,6 @@ def curve(history: list[dict]) -> str:
     return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), {steps}"
 
 # --- Files, machine, command line -------------------------------------------------------------------------------------
-
 def write_atomically(path: Path, content):
     """bytes, or a function that writes to a file: at `path` is the old file or the new one, never half of it."""
     part = path.with_name(path.name + ".part")
@@ -1378,16 +1332,13 @@ def load_parts(parts: dict, state: dict):
                 x.dim() and x.shape != p.shape for p, kept in part.state.items() for x in kept.values()):
             raise ValueError(f"the state of {name} does not fit its weights")
 
-def differences(found: dict, asked: dict, group: str = "") -> list[str]:
+def differences(found: dict, asked: dict) -> list[str]:
     """Settings found on disk that are not those asked for; of the triples the content counts, not the place."""
-    differ = []
-    for key in asked | found:
-        there, here = found.get(key), asked.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            differ += differences(there, here, f"{group}{key}.")
-        elif (there or 0) != (here or 0) and key != "triples":                   # what an older run lacks is off
-            differ.append(f"{group}{key} ({json.dumps(there)} there, {json.dumps(here)} asked)")
-    return differ
+    flat = lambda d: {(f"{key}." if deep else key) + deep: x for key, value in d.items()
+                      for deep, x in (flat(value) if isinstance(value, dict) else {"": value}).items()}
+    found, asked = flat(found), flat(asked)                  # what an older run lacks is off
+    return [f"{key} ({json.dumps(found.get(key))} there, {json.dumps(asked.get(key))} asked)" for key in asked | found
+            if (found.get(key) or 0) != (asked.get(key) or 0) and not key.endswith("triples")]
 
 def peak_memory_mib(device: torch.device) -> int:
     """Peak of the process, or of the accelerator's allocations where the model lives on one; 0 on Windows."""
@@ -1412,18 +1363,14 @@ ABLATE = dict(entities=30, label_noise=0.1, arithmetic=4, zipf=1.0, open_book=64
     eval_every=50)
 FLAGS = {"resume": "go on with an unfinished run", "retrain": "train again, replacing what the folder holds",
          "compile": "torch.compile the step's forward pass", "aliases": "train every relation under two tokens",
-         "quick": "all cells and stages at toy size; without --out in runs/quick, anew",
-         "plot": "draw the runs, or those of --report, as SVG files in --out or beside them",
-         "bench": "time training, edits and factors, as they are and as they grow, and stop",
-         "feed_forward": "keep the private feed-forward beside the memory"}
+         "plot": "draw the runs as SVG files in --out or beside them", "bench": "time everything and how it grows",
+         "quick": "everything at toy size", "feed_forward": "keep private feed-forwards beside the memory"}
 VALUES = {"seed": (0, "first seed: graph, split, weights and batches follow from it"), "seeds": (1, "number of seeds"),
           "n_edits": (64, "number of facts for --edit"), "transfer_steps": (600, "steps of --transfer from each start"),
-          "edit_batch": (1024, "requests whose targets --mass-edit seeks at a time"),
-          "images": (3000, "training images of the vision transformer of --ablate, 0: none"),
-          "entities": (50, "entities of the synthetic graph"), "relations": (20, "relations of the synthetic graph"),
-          "ood_fraction": (0.1, "share of the facts that no trained composition uses"),
-          "train_fraction": (0.8, "share of the ID paths that is trained"),
-          "augment": (0.0, "share of the compositions of --regime that is trained")}
+          "edit_batch": (1024, "targets sought at a time"), "images": (3000, "training images of --ablate, 0: none"),
+          "entities": (50, "of the synthetic graph"), "relations": (20, "of the synthetic graph"),
+          "ood_fraction": (0.1, "of facts: in no trained composition"), "train_fraction": (0.8, "of ID paths: trained"),
+          "augment": (0.0, "of the compositions of --regime: trained")}
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("minedit.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,

@@ -66,7 +66,6 @@ class Config:
                 raise ValueError(f"{width} must be at least {k}, for 'groups' a multiple of it, got {n} and {n_kept}")
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions [3]: the pair (x_i, x_{i + d/2}) is turned by the angle position * frequency_i."""
     a, b = x.chunk(2, dim=-1)
@@ -151,7 +150,6 @@ class Block(nn.Module):
         return x + sum(reads[1:], reads[0])
 
 # --- The model --------------------------------------------------------------------------------------------------------
-
 class Model(nn.Module):
     """A causal transformer over entity and relation tokens that answers with an entity at every token."""
     def __init__(self, config: Config, generator: torch.Generator | None = None):
@@ -178,7 +176,6 @@ class Model(nn.Module):
         angle = positions[:, None] * frequency                                   # [token, d_head / 2]
         cos, sin = angle.cos(), angle.sin()
         hidden = (positions[:, None] <= positions).fill_diagonal_(False)         # [token, token]
-
         x = self.embedding(tokens)                                               # [batch, token, d_model]
         for block in [*self.blocks] * (config.depth if config.loop else 1):
             x = block(x, cos, sin, hidden, self.memory)
