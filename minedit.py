@@ -521,8 +521,7 @@ def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Ten
     run.results["a_priori"] = dict(zip(("site", "call", "pass"), chosen)) | {"effects": effects, "n": len(clean)}
     return chosen
 
-TRACED = """percent of the prompts that get their answer back (dot: none): one token is replaced (corrupted),
-then one state put back (restored), of attention, a store or the stream, at the token of the column."""
+TRACED = "percent of prompts whose answer is back: one token corrupted, one state (column: its token) restored"
 
 def locate_stage(run: Run, model: Model):
     """Causal tracing of known ID facts and of known compositions of them: which state carries the answer."""
@@ -686,7 +685,7 @@ def mass_edit_stage(run: Run, model: Model):
     dense = not run.config.loop and not run.config.memory
     layers = [mass.over_blocks(first, last, mass.requests[:1000], chosen("memit", "prototype")[1])
               for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
-    scores = {f"{e['method']} {e['n']}": e.get("score", 0) for e in edits if e["target"] == target}
+    scores = {f"{e['method']}_{e['n']}": e.get("score", 0) for e in edits if e["target"] == target}
     run.results["mass"] = dict(facts=len(mass.tokens), sweep=sweep, edits=edits, layers=layers, scores=scores)
     edits.sort(key=lambda e: (e["method"] != "memit", e["method"], e["target"]))
     summary("mass", [[run.results]])
@@ -699,9 +698,9 @@ REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
 TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
          "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
 ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions.
-matched: own choice of the curvature mass kept (removed: of the norm) in q+k, v+out, address, store,
-on other paths, for true - recited with held-out accuracy kept up to 0.02; in the layers of the better
-of kfac and ekfac its number of components (parts), its |W - W'| (norm), one keep (alike)."""
+matched: own choice of the mass kept (removed: norm) in q+k, v+out, address, store, by other paths: true
+- recited, held-out accuracy within 0.02; or as many components (parts) or as much removed
+(norm) as by the better of kfac and ekfac in its layers; or one keep for these (alike)."""
 RETENTION = "rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model [10]"
 BANDS = "last token's inputs by eighths of A's eigenvectors, largest first, exceptions / clean; norm: length"
 RETAINED = "recited", "true", *ANSWERS
@@ -990,9 +989,9 @@ def transfer_stage(run: Run, model: Model):
     for name, start in starts.items():
         curve = [{"step": step} | accuracy(average, child.paths)
                  for step, _, average in further(child, start, range(0, steps + 1, max(1, steps // 12)), 0)]
-        first = {f"step_{kind}": next((e["step"] for e in curve if (e[kind] or 0) >= 0.9), None) for kind in n}
-        facts = next((e["step"] for e in curve if e["one_hop"] >= 0.99), None)
-        found[name] = curve[-1] | first | {"from": name, "n": n, "step_facts": facts, "curve": curve}
+        first = lambda key, level: next((e["step"] for e in curve if (e[key] or 0) >= level), None)
+        found[name] = curve[-1] | {"from": name, "n": n, "curve": curve, "step_facts": first("one_hop", 0.99)}
+        found[name] |= {f"step_{kind}": first(kind, 0.9) for kind in n}
     run.results["transfer"] = found
     summary("transfer", [[run.results]])
 
@@ -1118,10 +1117,13 @@ def bench(args, out: Path):
     threads = [("threads", "ms"), *((n, f"{1000 * middle(s[n]):.1f}") for n in s)]
     with torch.profiler.profile() as profiler:
         step()
-    profile = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10)
+    cost = lambda e: e.self_device_time_total or e.self_cpu_time_total
+    top = sorted(profiler.key_averages(), key=cost, reverse=True)
+    share = lambda e: f"{cost(e) / sum(map(cost, top)):.3f}"
+    profile = [("operator", "share", "calls"), *((e.key[:50], share(e), e.count) for e in top[:10])]
     results = {"cells": cells, "growth": growth, "threads": threads, "profile": profile, "torch": torch.__version__,
                "peak_flops": peak, "peak_memory_mib": peak_memory_mib(X.device), "device": device_name(X.device)}
-    print(table(cells), SPEED, "", table(growth), "", table(threads), "", profile, sep="\n")
+    print(table(cells), SPEED, "", table(growth), "", table(threads), "", table(profile), sep="\n")
     print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s, {results['peak_memory_mib']} MiB at most")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "bench.json", json.dumps(results, indent=1).encode())
@@ -1222,15 +1224,16 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
 def summary(stage: str, groups: list[list[dict]]):
     """The table of a stage: means over the runs of each group."""
     (places, words, shares, legend), several = TABLES[stage], any(group[1:] for group in groups)
-    rows = [("arch", *words, *(name + " (lowest)" * (name.startswith("hop") and several) for name in shares.values()))]
+    header = (name + " (lowest)" * (name.startswith("hop") and several) for name in shares.values())
+    text = lambda x: "" if x is None else str(x).replace("feed_forward.down", "ff").replace("feed_forward", "ff")
+    rows = [("arch", *(word.split(".")[-1] for word in words), *header)]
     for group in groups:
         found = defaultdict(list)                            # {words: one entry of each run}
         for r, place in itertools.product(group, places.split()):
             entries = [r] if place == "." and "circuits" in r else lookup(r, place) or []
             for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
-                short = e | {"at": at, "of": place.split(".")[-1], "target": target_of(e),
-                             "site": e.get("site", "").removesuffix(".feed_forward.down").removesuffix(".values")}
-                found[tuple(lookup(short, word) or "" for word in words)].append(e)
+                named = e | {"at": at, "of": place.split(".")[-1], "target": target_of(e)}
+                found[tuple(text(lookup(named, word)) for word in words)].append(e)
         rows += [(group[0]["arch"], *key, *(mean([lookup(e, share) for e in some], None, share.startswith("hop"))
                                             for share in shares)) for key, some in found.items()]
     if len(rows) > 1:
@@ -1255,9 +1258,8 @@ TABLES = {                                                   # of a stage: place
               "ablated": "ablated"}, WORTH),
     "transfer": ("transfer", ("from",), TRANSFERRED, TRANSFER),
     "regimes": (".", ("config.data.regime", "config.data.augment", "config.data.train_fraction"), {
-                "step_train": "train at", "step_id": "ID at", "step_ood": "OOD at", "accuracy.ood": "OOD",
-                "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible", "circuits.fake": "fake"},
-                REGIMES)}
+        "step_train": "train at", "step_id": "ID at", "step_ood": "OOD at", "accuracy.ood": "OOD", "circuits.fake": "fake",
+        "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible"}, REGIMES)}
 
 def report(folders: list[Path]) -> list[list[dict]]:
     """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
