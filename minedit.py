@@ -698,9 +698,9 @@ REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
 TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
          "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
 ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions.
-matched: own choice of the mass kept (removed: norm) in q+k, v+out, address, store, by other paths: true
-- recited, held-out accuracy within 0.02; or as many components (parts) or as much removed
-(norm) as by the better of kfac and ekfac in its layers; or one keep for these (alike)."""
+matched: own choice of the mass kept (removed: norm) in q+k, v+out, address, store, for the highest
+true - recited of other paths, held-out accuracy within 0.02; or as many components (parts) or as
+much removed (norm) as by the better of kfac and ekfac in its layers; or one keep for these (alike)."""
 RETENTION = "rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model [10]"
 BANDS = "last token's inputs by eighths of A's eigenvectors, largest first, exceptions / clean; norm: length"
 RETAINED = "recited", "true", *ANSWERS
@@ -1258,8 +1258,8 @@ TABLES = {                                                   # of a stage: place
               "ablated": "ablated"}, WORTH),
     "transfer": ("transfer", ("from",), TRANSFERRED, TRANSFER),
     "regimes": (".", ("config.data.regime", "config.data.augment", "config.data.train_fraction"), {
-        "step_train": "train at", "step_id": "ID at", "step_ood": "OOD at", "accuracy.ood": "OOD", "circuits.fake": "fake",
-        "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible"}, REGIMES)}
+        "step_train": "train at", "step_id": "ID at", "step_ood": "OOD at", "accuracy.ood": "OOD",
+        "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible", "circuits.fake": "fake"}, REGIMES)}
 
 def report(folders: list[Path]) -> list[list[dict]]:
     """Tables out of many runs, wherever they were computed: accuracy, all edits, hop 2 between the cells."""
