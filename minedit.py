@@ -1234,7 +1234,8 @@ def summary(stage: str, groups: list[list[dict]]):
             for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
                 named = e | {"at": at, "of": place.split(".")[-1], "target": target_of(e)}
                 found[tuple(text(lookup(named, word)) for word in words)].append(e)
-        rows += [(group[0]["arch"], *key, *(mean([lookup(e, share) for e in some], None, share.startswith("hop"))
+        name = f"{group[0]['arch']} {text(lookup(group[0], 'config.data.regime'))}".strip()
+        rows += [(name, *key, *(mean([lookup(e, share) for e in some], None, share.startswith("hop"))
                                             for share in shares)) for key, some in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
@@ -1271,7 +1272,7 @@ def report(folders: list[Path]) -> list[list[dict]]:
         when = f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never"
         rows.append((runs[0]["arch"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs),
                      *map(share, SPLITS[3:]), when, mean([r["seconds"] for r in runs], ".0f")))
-    print(f"{table(rows)}\n{ACCURACY}")
+    print(f"\n{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
         summary(stage, groups)
     runs, shared = sum(groups, []), defaultdict(lambda: ([], []))                # {arch: (hop 1, hop 2) of each seed}
@@ -1465,7 +1466,6 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"{seconds:.0f} s for --{name.replace('_', '-')}")
         folders = [args.report] if args.report else [run.folder for run in runs]
         if args.report or len(runs) > 1:
-            print(end="\n" * bool(runs))
             groups = report(folders)
         if args.report:
             claims(groups)
