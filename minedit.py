@@ -999,8 +999,8 @@ def transfer_stage(run: Run, model: Model):
 FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
            "mass": "facts edited at once", "locate": "question: token replaced, token restored",
            "retention": "share of the curvature mass kept"}
-STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),     # Okabe, Ito: for all eyes
-                  "os^Dv*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)))))                   # and in grey
+STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"),  # Okabe-Ito
+                  "os^Dv*PX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)), (0, (3, 1)), (0, (7, 2)))))
 
 def points(groups: list[list[dict]]) -> dict:
     """{figure: {panel: {line: {x: values}}}} of all that is drawn, a value for each run."""
@@ -1017,7 +1017,7 @@ def points(groups: list[list[dict]]) -> dict:
                 ("when", name, "{key}", "{pass}, {acts}", sorted(of("when.written"), key=lambda e: e["pass"]), HOPS),
                 ("locate", f"tracing, {name}", "{pass} {part}", "{query:.4}: {corrupted}, {word}", traced, ["share"]),
                 ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass.edits"), RATES),
-                ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate.sweep"), RETAINED)):
+                ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate.sweep"), ("true", *TASKS))):
             for e, key in itertools.product(entries, keys):
                 if e.get(key) is not None:
                     values = found[file][panel.format(key=key, **e)][line.format(key=key, **e)]
