@@ -856,11 +856,10 @@ def vision(run: Run) -> list[dict]:
     return entries
 
 # --- Stages: inference paths before and after grokking, and transfer to new facts -------------------------------------
-# Fake grokking: OOD >= 0.9, and fewer OOD answers than this are redirected with the visible part of the bridge
-BRIDGE_USED, PATH_KEYS = 0.5, ("right", "bridge", "relation", "whole", "visible")
-PATHS = """right: accuracy; else shares, after the pass (but the last) where they are largest. bridge: the
-lens at r1 has the bridge first of all entities; relation: at r2, the second one. whole, visible:
-with the stream at r1 of a query with the same r2 (or its part in both bridges' plane), its answer."""
+BRIDGE_USED, PATH_KEYS = 0.5, ("right", "bridge", "relation", "whole", "visible", "rest")
+PATHS = """right: accuracy; else shares, the largest over passes (but the last). bridge: the lens at r1 has the
+bridge first of all entities; relation: at r2, the second one. whole, visible, rest: with the stream
+at r1 of a query with the same r2, or its part in (out of) the plane of both bridges, its answer."""
 
 def inference_path(run: Run, model: Model, queries: str) -> tuple[dict, dict]:
     """Of at most 300 compositions of a set: logit lens, causal tracing, swaps of the stream at r1. And {token replaced:
@@ -948,7 +947,7 @@ def later(run: Run, model: Model) -> dict:
     with curvature.ablated(model, curvature.edited(model, "ekfac", factors, names, 0.99, masses)):
         ablated = accuracy(model, run.paths)["id"]
     at, u, r, _ = rome_edits(run, model, name, call, requests, seen[0])
-    return editing.score(model, at, requests, u, r, probes) | {"ablated": ablated}
+    return editing.score(model, at, requests, u, r, probes) | {"ablated": ablated, "site": name}
 
 def grown(run: Run) -> Run:
     """The run in a graph with 2/5 more entities and 1/5 more relations, whose places new facts fill as densely as the
@@ -997,8 +996,7 @@ def transfer_stage(run: Run, model: Model):
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
-           "mass": "facts edited at once", "locate": "question: token replaced, token restored",
-           "retention": "share of the curvature mass kept"}
+           "mass": "facts edited at once", "locate": "question: replaced, restored", "retention": "share of mass kept"}
 STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"),  # Okabe-Ito
                   "os^Dv*PX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)), (0, (3, 1)), (0, (7, 2)))))
 
@@ -1006,7 +1004,7 @@ def points(groups: list[list[dict]]) -> dict:
     """{figure: {panel: {line: {x: values}}}} of all that is drawn, a value for each run."""
     found = {file: defaultdict(lambda: defaultdict(lambda: defaultdict(list))) for file in FIGURES}
     for i, r in ((i, r) for i, runs in enumerate(groups) for r in runs):
-        name = r["arch"] + f" {i}" * (r["arch"] in [runs[0]["arch"] for runs in groups[:i]])     # with other settings
+        name = groups[i][0].get("name", r["arch"])
         of = lambda place: lookup(r, place) or []
         traced = [e | state | {"word": word, "share": share} for e in of("locate.effects")
                   for state, shares in zip(of("locate.states"), e["top1"] or [])
@@ -1157,8 +1155,7 @@ def target_of(entry: dict) -> str:
 def is_main(entry: dict) -> bool:
     return entry["a_priori"] and (entry["method"], target_of(entry)) == ("rome", "prototype")
 
-ACCURACY = """means over runs that differ in the seed alone (the lowest); paths: OOD paths of all; first, second:
-only that hop is OOD; grokked at: first evaluation with train >= 0.99, OOD >= 0.9; s: of training"""
+ACCURACY = "means (lowest); paths: OOD, of all; first, second: only this hop OOD; grokked: train 0.99, OOD 0.9"
 SHARED = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"
 
 def lookup(r: dict, place: str):
@@ -1210,6 +1207,7 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
             log = file.with_name("log.jsonl")                # the evaluations during the training
+            result["folder"] = "/".join(file.parent.parts[-2:])
             result["edit"] = next(filter(is_main, result.get("edits", [])), {})
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             first = lambda key, level: next((h["step"] for h in result["history"] if (h[key] or 0) >= level), None)
@@ -1219,6 +1217,9 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
     if not groups:
         raise UserError(f"--report {folders[0]}: no results.json in it or below it; train a run there first")
+    archs = [runs[0]["arch"] for runs in groups.values()]
+    for first in (runs[0] for runs in groups.values()):      # beside other groups of its cell one is named by a folder
+        first["name"] = first["arch" if archs.count(first["arch"]) == 1 else "folder"]
     return sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
 
 def summary(stage: str, groups: list[list[dict]]):
@@ -1234,9 +1235,9 @@ def summary(stage: str, groups: list[list[dict]]):
             for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
                 named = e | {"at": at, "of": place.split(".")[-1], "target": target_of(e)}
                 found[tuple(text(lookup(named, word)) for word in words)].append(e)
-        name = f"{group[0]['arch']} {text(lookup(group[0], 'config.data.regime'))}".strip()
-        rows += [(name, *key, *(mean([lookup(e, share) for e in some], None, share.startswith("hop"))
-                                            for share in shares)) for key, some in found.items()]
+        rows += [(group[0].get("name", group[0]["arch"]), *key, *(
+            mean([lookup(e, share) for e in some], None, share.startswith("hop")) for share in shares))
+                 for key, some in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
 
@@ -1270,7 +1271,7 @@ def report(folders: list[Path]) -> list[list[dict]]:
         share = lambda split: mean([r["accuracy"][split] for r in runs], lowest=split == "ood")
         grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
         when = f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never"
-        rows.append((runs[0]["arch"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs),
+        rows.append((runs[0]["name"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs),
                      *map(share, SPLITS[3:]), when, mean([r["seconds"] for r in runs], ".0f")))
     print(f"\n{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
@@ -1383,7 +1384,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("arch", choices=[*ARCHS, "all"], default="lmc", help="architecture")
     add("device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("out", type=Path, help="run folder, of several runs its parent; None: runs/<arch>-seed<k>")
-    add("report", type=Path, metavar="DIR", help="print one table out of all runs below DIR and stop")
+    add("report", type=Path, metavar="DIR", help="print the tables of all runs below DIR and stop")
     add("triples", type=Path, metavar="FILE.tsv", help="your own graph: head <tab> relation <tab> tail per line")
     add("edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"), help="stage: edit this fact")
     add("out-degree", type=int, help="facts per entity of the synthetic graph, None: one per relation")
@@ -1465,8 +1466,7 @@ def main(argv: list[str] | None = None) -> int:
                     run.save_results()
                     print(f"{seconds:.0f} s for --{name.replace('_', '-')}")
         folders = [args.report] if args.report else [run.folder for run in runs]
-        if args.report or len(runs) > 1:
-            groups = report(folders)
+        groups = report(folders) if args.report or len(runs) > 1 else []
         if args.report:
             claims(groups)
         if args.plot and folders:

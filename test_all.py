@@ -1879,7 +1879,7 @@ def made_up_runs():
                  + [{"method": "emmet", "target": "prototype", "n": 1000, "infeasible": "rank"}]},
         "ablate": {"sweep": [{"keep": keep, "recited": 0.1, "true": 0.5, "train": 1.0, "id": 1.0, "ood": 0.5, "one_hop": 1.0}
                              for keep in (0.99, 0.9)]}} for seed in (1, 2)]
-    return [[result(0, "dense")], full, [result(0)]]
+    return [[result(0, "dense")], full, [result(0) | {"name": "lmc 2"}]]
 
 def test_the_points_of_the_pictures():
     figures = minedit.points(made_up_runs())
