@@ -300,10 +300,10 @@ class Run:
             record = {"step": step, "loss": loss} | accuracy(parts["average"], self.paths, recipe.branches > 0)
             self.step, record["seconds"] = step, round(time.perf_counter() - began, 2)
             self.history.append(record)
-            weights = {name: p.cpu().clone() for name, p in parts["average"].state_dict().items()}
             early, fitted = "memorized" not in self.moments, record["train"] or 0.0      # what --circuits compares
             moments = {"before": early and fitted < 0.9, "memorized": early and fitted >= 0.99, "end": self.finished}
-            self.moments |= {name: (record, weights) for name, holds in moments.items() if holds}
+            self.moments |= {name: (record, {key: p.cpu().clone() for key, p in parts["average"].state_dict().items()})
+                             for name, holds in moments.items() if holds}
             print(progress(record, recipe.steps), flush=True)
             self.checkpoint(parts)
         return parts["average"].eval()
@@ -482,14 +482,14 @@ def edit_fact_stage(run: Run, model: Model):
           + f"; {fallbacks} by gradient, as no other known fact has the wanted tail" * (fallbacks > 0))
     words = lambda *tokens: " ".join((run.graph.entities + run.graph.relations)[token] for token in tokens)
     asked = {"fact": requests.questions(), "first hop": probes["hop1"], "second hop": probes["hop2"]}
+    asked = {kind: (ask.edit, ask.tokens, last_answers(model, ask.tokens), editing.answers(model, at, u, r, ask),
+                    ask.answer) for kind, ask in asked.items()}
     for i in range(len(requests.fact)):
         rows = [("question", "before", "after", "right now", "")]
-        for kind, ask in asked.items():
-            columns = ask.tokens, last_answers(model, ask.tokens), editing.answers(model, at, u, r, ask), ask.answer
+        for kind, (edit, *columns) in asked.items():
             found = [(words(*tokens), *map(words, answers), "ok" if answers[1] == answers[2] else "NO")
-                     for tokens, *answers in zip(*(x[ask.edit == i].tolist() for x in columns))]
-            n_right = sum(row[-1] == "ok" for row in found)
-            rows += found[:10] + [(f"-- {kind}: {n_right} of {len(found)} right", "", "", "", "")]
+                     for tokens, *answers in zip(*(x[edit == i].tolist() for x in columns))]
+            rows += found[:10] + [(f"-- {kind}: {sum(x[-1] == 'ok' for x in found)} of {len(found)} right", *[""] * 4)]
         print("\n" + table(rows))
 
 # --- Stages: where a fact is, and when it is written ------------------------------------------------------------------
