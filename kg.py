@@ -78,8 +78,7 @@ def from_triples(path) -> KnowledgeGraph:
     """Read a UTF-8 file of lines `head <tab> relation <tab> tail`; blank lines and lines that begin with # are skipped.
     Repeated triples are merged; a head and relation with several tails keep none, since which is right cannot be known;
     both are counted in `notes`. Raises ValueError with the line number for a malformed line, OSError from the file."""
-    tails: dict[tuple[str, str], set[str]] = {}         # a dict keeps the order of the file
-    n_lines = n_triples = 0
+    tails, n_lines, n_triples = {}, 0, 0                # {(head, relation): its tails}, in the order of the file
     refuse = lambda why: ValueError(f"{path}:{n_lines}: {why}")
     with open(path, "rb") as file:
         for n_lines, raw in enumerate(file, 1):
@@ -140,8 +139,7 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1 or not 0 <= augment <= 1:
         raise ValueError("ood_fraction must be in [0, 1), train_fraction in (0, 1], augment in [0, 1], got "
                          f"{ood_fraction}, {train_fraction}, {augment}")
-    generator = torch.Generator().manual_seed(4 * seed + 1)
-    n_entities = graph.n_entities
+    generator, n_entities = torch.Generator().manual_seed(4 * seed + 1), graph.n_entities
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
     tail, n_facts = graph.facts[head, relation], len(head)
     ood_fact = torch.zeros(n_facts, dtype=torch.bool)

@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import curvature
@@ -176,6 +175,10 @@ def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, f
         name: share_of((two_hop == paths.two_hop)[mask]) if compose else None
         for name, mask in paths.masks.items() if name != "validation"}
 
+def first_step(curve: list[dict], **levels: float) -> int | None:
+    """The first step of a curve at which all these shares have reached their levels, None: never."""
+    return next((e["step"] for e in curve if all((e[key] or 0) >= level for key, level in levels.items())), None)
+
 class Run:
     """One model in its folder: config.json, log.jsonl, ckpt.pt, results.json."""
     def __init__(self, args, arch: str, seed: int, folder: Path, graph: kg.KnowledgeGraph | None, data: dict):
@@ -241,7 +244,7 @@ class Run:
             if differences(state["identity"], self.identity) or state["history"][-1]["step"] != state["step"]:
                 raise ValueError("it belongs to a run with other settings")
             load_parts(self.parts, state)
-            self.step, self.history, self.moments = state["step"], state["history"], state.get("moments", {})
+            self.step, self.history, self.moments = state["step"], state["history"], state["moments"]
         except Exception as error:                           # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
             raise UserError(f"{path}: not a checkpoint of this run ({why}); use --retrain or another --out") from None
@@ -351,14 +354,13 @@ class Run:
     def summarize(self):
         """The final figures of the training in results.json and on the screen."""
         last = self.history[-1]
-        first = lambda reached: next((r["step"] for r in self.history if reached(r)), None)
         self.results |= {
             "arch": self.arch, "seed": self.seed, "steps": last["step"], "seconds": last["seconds"],
             "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
             "parameters": count_parameters(self.config), "flops_per_path": flops_per_path(self.config),
             "accuracy": {key: last[key] for key in LABELS}, "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
-            "memorized_at": first(lambda r: r["train" if self.recipe.branches else "one_hop"] >= 0.99),
-            "grokked_at": first(lambda r: r["ood"] is not None and r["train"] >= 0.99 and r["ood"] >= 0.9),
+            "memorized_at": first_step(self.history, **{"train" if self.recipe.branches else "one_hop": 0.99}),
+            "grokked_at": first_step(self.history, train=0.99, ood=0.9),
             "config": self.write_config()}
         self.save_results()
         step = lambda name: f"at step {self.results[name]}" if self.results[name] else "not reached"
@@ -682,9 +684,8 @@ def mass_edit_stage(run: Run, model: Model):
     for n in sorted({min(n, largest) for n in (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)}):
         for kind in "prototype", "gradient":
             edits += mass.each(mass.requests[:n], kind, [chosen("memit", kind)] + peers * (kind == target))
-    dense = not run.config.loop and not run.config.memory
     layers = [mass.over_blocks(first, last, mass.requests[:1000], chosen("memit", "prototype")[1])
-              for last in range(len(model.blocks)) for first in range(last + 1)] if dense else []
+              for last in range(len(model.blocks)) for first in range(last + 1) if run.arch == "dense"]
     scores = {f"{e['method']}_{e['n']}": e.get("score", 0) for e in edits if e["target"] == target}
     run.results["mass"] = dict(facts=len(mass.tokens), sweep=sweep, edits=edits, layers=layers, scores=scores)
     edits.sort(key=lambda e: (e["method"] != "memit", e["method"], e["target"]))
@@ -698,9 +699,8 @@ REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
 TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
          "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
 ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions.
-matched: own choice of the mass kept (removed: norm) in q+k, v+out, address, store, for the highest
-true - recited of other paths, held-out accuracy within 0.02; or as many components (parts) or as
-much removed (norm) as by the better of kfac and ekfac in its layers; or one keep for these (alike)."""
+matched: strengths of its own choice in q+k, v+out, address, store (highest true - recited of other
+paths); as many components (parts), as large a change (norm) as kfac or ekfac; one keep (alike)."""
 RETENTION = "rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model [10]"
 BANDS = "last token's inputs by eighths of A's eigenvectors, largest first, exceptions / clean; norm: length"
 RETAINED = "recited", "true", *ANSWERS
@@ -851,9 +851,8 @@ def vision(run: Run) -> list[dict]:
         return found["true"] - found["memorized"] - 10 * max(0, 0.98 * held - found["validation"])
     groups = {f"{name} {i}": [f"{i}.{name}"] for i in (1, 2) for name in ("linear1", "linear2")}
     every, batches = 3 if run.args.quick else 1, list(zip(images[:n].split(250), labels[:n].split(250)))
-    entries = curvature.compare(model, measure, value, *spectrum(run, model, batches, sum(groups.values(), [])), groups,
-                                KEEPS[::every], REMOVED[::every], run.stream(), ("svd", "random"))[2]
-    return entries
+    return curvature.compare(model, measure, value, *spectrum(run, model, batches, sum(groups.values(), [])), groups,
+                             KEEPS[::every], REMOVED[::every], run.stream(), ("svd", "random"))[2]
 
 # --- Stages: inference paths before and after grokking, and transfer to new facts -------------------------------------
 BRIDGE_USED, PATH_KEYS = 0.5, ("right", "bridge", "relation", "whole", "visible", "rest")
@@ -930,10 +929,8 @@ def circuits_stage(run: Run, model: Model):
     found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
     summary("paths", [[run.results]])
     print(f"\nfake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
-    for queries, maps in found["same"].items():
-        print(f"tracing maps, {queries}, memorized against end: " + (
-            "r = {r:.3f}, 95 % interval {low:.3f}..{high:.3f}, {n} prompts".format(**maps) if maps else "none"))
-    summary("worth", [[run.results]])
+    for shown in "same", "worth":
+        summary(shown, [[run.results]])
 
 def later(run: Run, model: Model) -> dict:
     """What a model at some moment is worth: edits as of --edit (ROME, prototype, a-priori site), and ID accuracy after
@@ -970,10 +967,9 @@ def grown(run: Run) -> Run:
     child.config, child.recipe = replace(run.config, n_entities=N, n_relations=M), replace(run.recipe, zipf=0.0)
     return child
 
-TRANSFER = """compositions first fact -> second, none trained; facts: all, trained; OOD: the old set. from: the
-start. at: first evaluation with facts at 0.99, new->old (n->o), new->new (n->n) at 0.9."""
-TRANSFERRED = {"one_hop": "facts", "ood": "OOD"} | {kind: kind for kind in ("new->old", "old->new", "new->new")} | {
-    "step_facts": "facts at", "step_new->old": "n->o at", "step_new->new": "n->n at"}
+TRANSFER = "compositions first fact -> second, none trained; OOD: the old set; facts: all, and the step of 0.99"
+TRANSFERRED = {key: key for key in ("new->old", "old->new", "new->new")} | {
+    "ood": "OOD", "one_hop": "facts", "step_facts": "at", "step_new->old": "n->o at", "step_new->new": "n->n at"}
 
 def transfer_stage(run: Run, model: Model):
     """New facts, trained from scratch, the memorized weights and the last ones; then compositions with them."""
@@ -988,9 +984,8 @@ def transfer_stage(run: Run, model: Model):
     for name, start in starts.items():
         curve = [{"step": step} | accuracy(average, child.paths)
                  for step, _, average in further(child, start, range(0, steps + 1, max(1, steps // 12)), 0)]
-        first = lambda key, level: next((e["step"] for e in curve if (e[key] or 0) >= level), None)
-        found[name] = curve[-1] | {"from": name, "n": n, "curve": curve, "step_facts": first("one_hop", 0.99)}
-        found[name] |= {f"step_{kind}": first(kind, 0.9) for kind in n}
+        found[name] = curve[-1] | {"from": name, "n": n, "curve": curve, "step_facts": first_step(curve, one_hop=0.99)}
+        found[name] |= {f"step_{kind}": first_step(curve, **{kind: 0.9}) for kind in n}
     run.results["transfer"] = found
     summary("transfer", [[run.results]])
 
@@ -1011,7 +1006,7 @@ def points(groups: list[list[dict]]) -> dict:
                   for word, share in zip(("h", "r1", "r2"), shares)]
         for file, panel, line, x, entries, keys in (
                 ("grokking", name, "{key}", "{step}", r["history"], ANSWERS),
-                ("propagation", "edits: ROME, prototype", "{key}", name, filter(is_main, of("edits")), HOPS),
+                ("propagation", "edits: ROME, prototype", "{key}", name, [r["edit"]], HOPS),
                 ("when", name, "{key}", "{pass}, {acts}", sorted(of("when.written"), key=lambda e: e["pass"]), HOPS),
                 ("locate", f"tracing, {name}", "{pass} {part}", "{query:.4}: {corrupted}, {word}", traced, ["share"]),
                 ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass.edits"), RATES),
@@ -1059,8 +1054,8 @@ def plot(folders: list[Path], out: Path):
                 figure.savefig(out / f"{file}.svg", metadata={"Date": None})
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
-SPEED = """ms: one step. plain: times as long with exact top-k. shape, square: share of the FLOPs that torch
-reaches for keys, for a 1024 square. Per second: paths, answers, edits (of 100), tokens to factors."""
+SPEED = """ms: one step. topk: times as long with the exact top-k; plain: and every path a row of its own.
+shape, square: share of torch's FLOP/s for keys, for a 1024 square. The rest: done per second."""
 
 def in_turns(tasks: dict, rounds: int = 5) -> dict:
     """Seconds of each task in each round; all take turns, so that what disturbs one disturbs all. One trial round."""
@@ -1073,10 +1068,16 @@ def in_turns(tasks: dict, rounds: int = 5) -> dict:
         seconds[name] += [time.perf_counter() - began] * (i > 0)
     return seconds
 
-def bench_tasks(run: Run) -> tuple[dict, dict]:
+def apart(tokens: Tensor, positions: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch with every path a row of its own, in which its fact is computed anew: the plain formulation."""
+    rows = lambda x, n: torch.cat([x[:, [*range(n), i]] for i in range(n, x.shape[1])] or [x])
+    return rows(tokens, 2), positions[:3], rows(answers, 1)
+
+def bench_tasks(run: Run, plain: bool = False) -> tuple[dict, dict]:
     """What is timed of a run, {name: function}, and {name: units that one call does}."""
     parts, paths, name, n = run.fresh(), run.paths, edit_sites(run.config)[0][0], run.args.n_edits
     model, batches, facts = parts["model"], run.batches(parts["generator"]), editing.queries(paths)[:1000]
+    batches.draw = (lambda draw=batches.draw: apart(*draw())) if plain else batches.draw
     gold, W = paths.facts[:1000, 2:].expand(-1, 2), model.get_submodule(name).weight
     K, R, X = (torch.randn(rows, W.shape[dim]).to(W) for rows, dim in ((n, 1), (n, 0), (2 * W.shape[1], 1)))
     tasks = {"step": lambda: run.advance(parts, batches, model, 0), "evaluation": lambda: accuracy(model, paths),
@@ -1087,21 +1088,22 @@ def bench_tasks(run: Run) -> tuple[dict, dict]:
 
 def bench(args, out: Path):
     """Time what the project does, at the sizes asked for and as they grow: tables, and bench.json in `out`."""
-    scratch, middle, unfused = tempfile.TemporaryDirectory(), statistics.median, sdpa_kernel(SDPBackend.MATH)
+    scratch, middle = tempfile.TemporaryDirectory(), statistics.median
     asked = vars(args) | {"arch": "lmc", "seeds": 1, "n_edits": 100, "out": Path(scratch.name)}
     make = lambda **sizes: prepare(argparse.Namespace(**asked | sizes))[0]
     X, d, n = torch.randn(1024, 1024, device=make().device), min(args.d_model, 1024), min(args.slots, 1024)
     s = in_turns({"shape": lambda: X[:, :d] @ X[:d, :n], "square": lambda: X @ X}, 50)
     peak = {"shape": 2048 * d * n / middle(s["shape"]), "square": 2 * 1024**3 / middle(s["square"])}    # FLOP/s
-    cells = [("arch", "ms", "paths", "plain", *peak, "answers", "edits", "tokens")]
+    cells = [("arch", "ms", "paths", "topk", "plain", *peak, "answers", "edits", "tokens")]
     for arch in ARCHS:
         tasks, units = bench_tasks(make(arch=arch))
-        s = in_turns(tasks | {"plain": unfused(bench_tasks(make(arch=arch, addressing="topk"))[0]["step"])})
+        s = in_turns(tasks | {name: bench_tasks(make(arch=arch, addressing="topk"), name == "plain")[0]["step"]
+                              for name in ("topk", "plain")})
         with FlopCounterMode(display=False) as counter:
-            unfused(tasks["step"])()                         # the fused attention is not counted on a CPU
+            tasks["step"]()
         ms, rates = 1000 * middle(s["step"]), [f"{units[name] / middle(s[name]):.0f}" for name in units]
-        ratio = [x / y for x, y in zip(s["plain"], s["step"])]
-        cells.append((arch, f"{ms:.1f}", rates[0], f"{middle(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})",
+        ratios = ([x / y for x, y in zip(s[name], s["step"])] for name in ("topk", "plain"))
+        cells.append((arch, f"{ms:.1f}", rates[0], *(f"{middle(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios),
                       *(f"{1000 * counter.get_total_flops() / ms / p:.2f}" for p in peak.values()), *rates[1:]))
     growth = [("time grows with", "sizes", *units)]          # the exponent: slope of log seconds over log size
     for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("n_edits", 500):
@@ -1152,9 +1154,6 @@ def listed(counts: dict[str, int]) -> str:
 def target_of(entry: dict) -> str:
     return "near" if entry.get("near") else entry.get("target")
 
-def is_main(entry: dict) -> bool:
-    return entry["a_priori"] and (entry["method"], target_of(entry)) == ("rome", "prototype")
-
 ACCURACY = "means (lowest); paths: OOD, of all; first, second: only this hop OOD; grokked: train 0.99, OOD 0.9"
 SHARED = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"
 
@@ -1199,7 +1198,7 @@ def claims(groups: list[list[dict]]):
 
 def read_runs(folders: list[Path]) -> list[list[dict]]:
     """The results of all runs in or below the folders; runs that differ in the seed alone are one group."""
-    groups: dict[str, list[dict]] = {}
+    groups, root = {}, os.path.commonpath(folders)           # {configuration but for the seed: its runs}
     for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
         try:
             result = json.loads(file.read_text())
@@ -1207,11 +1206,12 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
             log = file.with_name("log.jsonl")                # the evaluations during the training
-            result["folder"] = "/".join(file.parent.parts[-2:])
-            result["edit"] = next(filter(is_main, result.get("edits", [])), {})
+            result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
+            main = lambda e: e["a_priori"] and (e["method"], target_of(e)) == ("rome", "prototype")
+            result["edit"] = next(filter(main, result.get("edits", [])), {})
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            first = lambda key, level: next((h["step"] for h in result["history"] if (h[key] or 0) >= level), None)
-            result |= {"step_train": first("train", 0.99), "step_id": first("id", 0.99), "step_ood": first("ood", 0.9)}
+            result |= {f"step_{split}": first_step(result["history"], **{split: level})
+                       for split, level in (("train", 0.99), ("id", 0.99), ("ood", 0.9))}
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
@@ -1225,7 +1225,7 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
 def summary(stage: str, groups: list[list[dict]]):
     """The table of a stage: means over the runs of each group."""
     (places, words, shares, legend), several = TABLES[stage], any(group[1:] for group in groups)
-    header = (name + " (lowest)" * (name.startswith("hop") and several) for name in shares.values())
+    header = (name + " (lowest)" * (share in LOWEST and several) for share, name in shares.items())
     text = lambda x: "" if x is None else str(x).replace("feed_forward.down", "ff").replace("feed_forward", "ff")
     rows = [("arch", *(word.split(".")[-1] for word in words), *header)]
     for group in groups:
@@ -1236,13 +1236,15 @@ def summary(stage: str, groups: list[list[dict]]):
                 named = e | {"at": at, "of": place.split(".")[-1], "target": target_of(e)}
                 found[tuple(text(lookup(named, word)) for word in words)].append(e)
         rows += [(group[0].get("name", group[0]["arch"]), *key, *(
-            mean([lookup(e, share) for e in some], None, share.startswith("hop")) for share in shares))
+            mean([lookup(e, share) for e in some], None, share in LOWEST) for share in shares))
                  for key, some in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
 
 REGIMES = "at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.9, visible < 0.5"
 WORTH = "direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"
+SAME = "correlation of the tracing maps, memorized against end, and its 95 % bootstrap interval; n: prompts"
+LOWEST = "hop1", "hop2", "true", "visible", "circuits.ood.end.visible", "new->old", "old->new"
 same = lambda *keys: dict(zip(keys, keys))
 TABLES = {                                                   # of a stage: places in a result, words, {share: column}
     "edits": ("edits", ("site", "pass", "method", "target"), SHARES, COLUMNS),
@@ -1256,6 +1258,7 @@ TABLES = {                                                   # of a stage: place
     "relearning": ("ablate.relearning.ablated ablate.relearning.fresh", ("of", "step"), REMAINING, RELEARNED),
     "vision": ("ablate.vision", ("method", "matched"), same("memorized", "true", "validation"), VISION),
     "paths": ("circuits.id circuits.ood", ("of", "at"), same(*PATH_KEYS), PATHS),
+    "same": ("circuits.same", ("at",), same("n", "r", "low", "high"), SAME),
     "worth": ("circuits.worth", ("at",), {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {
               "ablated": "ablated"}, WORTH),
     "transfer": ("transfer", ("from",), TRANSFERRED, TRANSFER),

@@ -98,8 +98,7 @@ class SquaredWinners(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        kept, = ctx.saved_tensors
-        return torch.mul(grad, kept).mul_(2), None
+        return torch.mul(grad, ctx.saved_tensors[0]).mul_(2), None
 
 def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
     """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width]. Ties aside, the top_k
