@@ -991,7 +991,8 @@ def transfer_stage(run: Run, model: Model):
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
-           "mass": "facts edited at once", "locate": "question: replaced, restored", "retention": "share of mass kept"}
+           "mass": "facts edited at once", "locate": "question: replaced, restored", "retention": "share of mass kept",
+           "paths": "queries, weights"}
 STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"),  # Okabe-Ito
                   "os^Dv*PX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)), (0, (3, 1)), (0, (7, 2)))))
 
@@ -1004,12 +1005,14 @@ def points(groups: list[list[dict]]) -> dict:
         traced = [e | state | {"word": word, "share": share} for e in of("locate.effects")
                   for state, shares in zip(of("locate.states"), e["top1"] or [])
                   for word, share in zip(("h", "r1", "r2"), shares)]
+        swaps = [e | {"of": q, "at": at} for q in ("id", "ood") for at, e in dict(of(f"circuits.{q}")).items()]
         for file, panel, line, x, entries, keys in (
                 ("grokking", name, "{key}", "{step}", r["history"], ANSWERS),
                 ("propagation", "edits: ROME, prototype", "{key}", name, [r["edit"]], HOPS),
                 ("when", name, "{key}", "{pass}, {acts}", sorted(of("when.written"), key=lambda e: e["pass"]), HOPS),
                 ("locate", f"tracing, {name}", "{pass} {part}", "{query:.4}: {corrupted}, {word}", traced, ["share"]),
                 ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass.edits"), RATES),
+                ("paths", name, "{key}", "{of} {at}", swaps, PATH_KEYS),
                 ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate.sweep"), ("true", *TASKS))):
             for e, key in itertools.product(entries, keys):
                 if e.get(key) is not None:
@@ -1044,7 +1047,7 @@ def plot(folders: list[Path], out: Path):
                     ax.set_yticks(range(len(lines)), lines)
                 for i, (line, values) in enumerate(() if tracing else lines.items()):
                     colour, mark, dash = STYLES[i % len(STYLES)]
-                    x = [ticks.index(x) + 0.2 * (i - len(lines) / 2 + 0.5) * (not joined) for x in values]
+                    x = [ticks.index(x) + 0.6 * ((i + 0.5) / len(lines) - 0.5) * (not joined) for x in values]
                     y, low, high = ([f(v) for v in values.values()] for f in (statistics.fmean, min, max))
                     ax.plot(x, y, color=colour, marker=mark, ls=dash if joined else "", ms=4, lw=1, label=line)
                     (ax.fill_between if joined else ax.vlines)(x, low, high, color=colour, alpha=0.2 if joined else 1)
@@ -1133,7 +1136,7 @@ def table(rows: list[tuple]) -> str:
     """Rows of cells, the first one the header, as aligned columns: text to the left, the rest to the right."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = [not any(row[i][:1].isdigit() for row in rows[1:]) for i in range(len(widths))]
+    left = [not any(row[i][:1].isdigit() or row[i] == "-" for row in rows[1:]) for i in range(len(widths))]
     line = lambda row: "  ".join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip()
     return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2)] + [line(row) for row in rows[1:]])
 
@@ -1143,10 +1146,11 @@ def cell(value, form: str | None = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 def mean(values: list, form: str = ".3f", lowest: bool = False) -> str:
-    """Mean of what was measured and, if asked, the lowest of several; '-' where nothing was."""
-    values = [v for v in values if v is not None]
-    text = cell(sum(values) / len(values) if values else None, form)
-    return text + f" ({cell(min(values), form)})" if lowest and len(values) > 1 else text
+    """Mean of what was measured, "-" where nothing was; the lowest if asked; of how many, where others have none."""
+    found = [v for v in values if v is not None]
+    text = cell(sum(found) / len(found) if found else None, form)
+    text += f" ({cell(min(found), form)})" if lowest and len(found) > 1 else ""
+    return text + f" ({len(found)} of {len(values)})" * (0 < len(found) < len(values))
 
 def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -1154,7 +1158,7 @@ def listed(counts: dict[str, int]) -> str:
 def target_of(entry: dict) -> str:
     return "near" if entry.get("near") else entry.get("target")
 
-ACCURACY = "means (lowest); paths: OOD, of all; first, second: only this hop OOD; grokked: train 0.99, OOD 0.9"
+ACCURACY = "means; paths: OOD, of all; first, second: only this hop OOD; grokked: train 0.99, OOD 0.9 (-: never)"
 SHARED = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"
 
 def lookup(r: dict, place: str):
@@ -1272,10 +1276,8 @@ def report(folders: list[Path]) -> list[list[dict]]:
     rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "first", "second", "grokked at", "s")]
     for runs in groups:
         share = lambda split: mean([r["accuracy"][split] for r in runs], lowest=split == "ood")
-        grokked = [r["grokked_at"] for r in runs if r["grokked_at"]]
-        when = f"{mean(grokked, '.0f')} ({len(grokked)} of {len(runs)})" if grokked else "never"
-        rows.append((runs[0]["name"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs),
-                     *map(share, SPLITS[3:]), when, mean([r["seconds"] for r in runs], ".0f")))
+        rows.append((runs[0]["name"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs), *map(
+            share, SPLITS[3:]), *(mean([r[key] for r in runs], ".0f") for key in ("grokked_at", "seconds"))))
     print(f"\n{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
         summary(stage, groups)
@@ -1348,11 +1350,9 @@ def differences(found: dict, asked: dict) -> list[str]:
             if (found.get(key) or 0) != (asked.get(key) or 0) and not key.endswith("triples")]
 
 def peak_memory_mib(device: torch.device) -> int:
-    """Peak of the process, or of the accelerator's allocations where the model lives on one; 0 on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    if sys.platform == "win32":
-        return 0
+    """Peak of the process, or of CUDA's allocations where the model lives there (and on Windows: 0 without CUDA)."""
+    if device.type == "cuda" or sys.platform == "win32":
+        return torch.cuda.max_memory_allocated() >> 20
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 

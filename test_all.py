@@ -1879,6 +1879,7 @@ def made_up_runs():
             {"query": "fact", "corrupted": "r1", "n": 0, "top1": None}]},
         "mass": {"edits": [{"method": "memit", "target": "prototype", "n": n, "efficacy": 0.9, "specificity": 0.8} for n in (1, 1000)]
                  + [{"method": "emmet", "target": "prototype", "n": 1000, "infeasible": "rank"}]},
+        "circuits": {"id": {"before": {"n": 2, "right": 0.5, "whole": 0.25 * seed}}, "ood": {"end": {"n": 0, "lens": {}}}},
         "ablate": {"sweep": [{"keep": keep, "recited": 0.1, "true": 0.5, "train": 1.0, "id": 1.0, "ood": 0.5, "one_hop": 1.0}
                              for keep in (0.99, 0.9)]}} for seed in (1, 2)]
     return [[result(0, "dense")], full, [result(0) | {"name": "lmc 2"}]]
@@ -1895,6 +1896,7 @@ def test_the_points_of_the_pictures():
     assert traced == {"0 attention": {"fact: h, h": [0.0, 0.0], "fact: h, r1": [1.0, 1.0]},
                       "0 memory": {"fact: h, h": [0.5, 0.5], "fact: h, r1": [0.25, 0.5]}}
     assert figures["mass"]["lmc, efficacy"] == {"memit, prototype": {"1": [0.9, 0.9], "1000": [0.9, 0.9]}}
+    assert figures["paths"]["lmc"] == {"right": {"id before": [0.5, 0.5]}, "whole": {"id before": [0.25, 0.5]}}
     assert {x for line in figures["retention"]["K-FAC, lmc"].values() for x in line} == {"0.99", "0.9"}
     assert all(len(v) == 2 for line in figures["retention"]["K-FAC, lmc"].values() for v in line.values()), "K-FAC on the chosen layers"
 
@@ -1911,7 +1913,7 @@ def test_pictures_are_drawn(tmp_path, capsys, monkeypatch):
         assert "n = 2" in text and minedit.FIGURES[file] in text
     monkeypatch.setattr(minedit, "read_runs", lambda folders: made_up_runs()[:1])
     minedit.plot([tmp_path], tmp_path)
-    assert capsys.readouterr().out.count("not drawn") == 5
+    assert capsys.readouterr().out.count("not drawn") == 6
 
 # --- minedit.py: speed ------------------------------------------------------------------------------------------------
 
@@ -2100,6 +2102,30 @@ def test_each_exercise_fails_without_the_body_it_asks_for(monkeypatch):
             without.setattr({"edit": editing, "curvature": curvature}[module], function, lambda *_, **__: None)
             with pytest.raises(Exception):
                 check(*[3] * check.__code__.co_argcount)         # of those with a parameter
+
+def test_the_blocks_of_the_readme_are_lines_of_the_report(capsys):
+    blocks, reports = re.findall(r"^```text (results/\w+)\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S), {}
+    assert len(blocks) > 10 and len({folder for folder, _ in blocks}) > 3
+    for folder, block in blocks:
+        if folder not in reports:
+            assert run_main("--report", HERE / folder) == 0
+            reports[folder] = capsys.readouterr().out
+        lines = iter(reports[folder].splitlines())           # in this order: rows stand below their own header
+        missing = [line for line in block.splitlines() if line not in lines]
+        assert block.startswith("arch") and not missing, f"not in --report {folder}: {missing[0]}"
+    assert (HERE / "results" / "report.txt").read_text().strip() == reports["results/main"].split("\nclaim ")[0].strip()
+
+def test_the_scores_of_mass_edits_in_the_readme_are_those_of_the_results():
+    """The one table of results that is turned round: a method a row, a number of edits a column."""
+    head, _, *rows = re.search(r"^\| score at n = .*\n(?:\|.*\n)+", (HERE / "README.md").read_text(), re.M)[0].splitlines()
+    cells = lambda row: [x.strip(" *") for x in row.strip("|").split("|")]
+    edits = json.loads((HERE / "results/mass/lmc-seed0/results.json").read_text())["mass"]["edits"]
+    for row in map(cells, rows):
+        method = {"MEMIT": "memit", "EMMET": "emmet", "ROME": "rome", "Alpha": "alphaedit", "fine-": "finetune"}[row[0][:5].strip()]
+        target = "prototype" if "prototype" in row[0] else "gradient"
+        found = {e["n"]: f"{e['score']:.1f}" if "score" in e else "infeasible" for e in edits if (e["method"], e["target"]) == (method, target)}
+        assert row[1:] == [found[int(n.replace(" ", ""))] for n in cells(head)[1:]], row[0]
+    assert len(rows) == 6
 
 def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path, capsys):
     for seed, folder in (0, "one/machine"), (1, "another"):
