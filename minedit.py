@@ -1136,7 +1136,7 @@ def table(rows: list[tuple]) -> str:
     """Rows of cells, the first one the header, as aligned columns: text to the left, the rest to the right."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = [not any(row[i][:1].isdigit() or row[i] == "-" for row in rows[1:]) for i in range(len(widths))]
+    left = [not any(c[:1].isdigit() for c in column) and {*column} != {"-"} for _, *column in zip(*rows)]
     line = lambda row: "  ".join(c.ljust(w) if l else c.rjust(w) for c, w, l in zip(row, widths, left)).rstrip()
     return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2)] + [line(row) for row in rows[1:]])
 
@@ -1154,9 +1154,6 @@ def mean(values: list, form: str = ".3f", lowest: bool = False) -> str:
 
 def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-def target_of(entry: dict) -> str:
-    return "near" if entry.get("near") else entry.get("target")
 
 ACCURACY = "means; paths: OOD, of all; first, second: only this hop OOD; grokked: train 0.99, OOD 0.9 (-: never)"
 SHARED = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"
@@ -1179,11 +1176,13 @@ def claims(groups: list[list[dict]]):
     rows, signs = [("claim", "theirs", "", "ours", "interval", "n", "")], {"-": operator.sub, "/": operator.truediv}
     file = Path(__file__).with_name("results") / "claims.tsv"
     for line in file.read_text().splitlines()[1:] if file.exists() else []:
-        claim, theirs, low, high, cells, regime, figure, count = line.split("\t")
+        claim, theirs, low, high, cells, trained, figure, count = line.split("\t")
         (one, *then), tested = figure.split(), {}            # {arch: (our figure, queries) of each run}
         for group in groups:
-            arch, found, data = group[0]["arch"], [], group[0]["config"]["data"]
-            for r in group if arch in cells.split() and data.get("regime", "natural") == regime else []:
+            arch, found, (data, recipe) = group[0]["arch"], [], (group[0]["config"][key] for key in ("data", "recipe"))
+            kind = f"{data.get('regime', 'natural')} {data['train_fraction']}"
+            kind += " noise" * bool(recipe.get("label_noise"))
+            for r in group if arch in cells.split() and kind == trained else []:
                 values = [lookup(r, place) for place in (one, *then[1:])]
                 if None not in values and values[1:] != [0]:
                     found.append((signs[then[0]](*values) if then else values[0], lookup(r, count)))
@@ -1211,7 +1210,7 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
             log = file.with_name("log.jsonl")                # the evaluations during the training
             result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
-            main = lambda e: e["a_priori"] and (e["method"], target_of(e)) == ("rome", "prototype")
+            main = lambda e: e["a_priori"] and (e["method"], e["target"]) == ("rome", "prototype")
             result["edit"] = next(filter(main, result.get("edits", [])), {})
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             result |= {f"step_{split}": first_step(result["history"], **{split: level})
@@ -1237,7 +1236,7 @@ def summary(stage: str, groups: list[list[dict]]):
         for r, place in itertools.product(group, places.split()):
             entries = [r] if place == "." and "circuits" in r else lookup(r, place) or []
             for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
-                named = e | {"at": at, "of": place.split(".")[-1], "target": target_of(e)}
+                named = e | {"at": at, "of": place.split(".")[-1]} | ({"target": "near"} if e.get("near") else {})
                 found[tuple(text(lookup(named, word)) for word in words)].append(e)
         rows += [(group[0].get("name", group[0]["arch"]), *key, *(
             mean([lookup(e, share) for e in some], None, share in LOWEST) for share in shares))
@@ -1291,7 +1290,7 @@ def report(folders: list[Path]) -> list[list[dict]]:
         for arch, both in shared.items():
             rows.append((arch, *(" ".join(map(cell, x)) for x in both), *(p(both[1], y) for _, y in shared.values())))
         print(f"\n{table(rows)}\n{SHARED}")
-    stages = "edits", "locate", "when", "mass", "ablate", "circuits", "transfer"
+    stages = "edits locate when mass ablate circuits transfer".split()
     absent = [f"{key} {n}" for key in stages if (n := sum(key not in r for r in runs))]
     print(f"\nnot run, of {len(runs)} runs: {', '.join(absent) or 'nothing'}")
     return groups

@@ -2496,9 +2496,11 @@ def test_verdicts_follow_from_the_figures(capsys):
                 "ood": {"memorized": path(), "end": path(visible=0.2)}}
     run = lambda seed, **more: {
         "arch": "loop", "seed": seed, "step_train": 10, "step_id": 20, "step_ood": 80, "accuracy": {"ood": 0.99},
-        "n_paths": {"ood": 1000}, "config": {"data": {}}, "circuits": circuits, "transfer": {"end": {
+        "n_paths": {"ood": 1000}, "config": {"data": {"train_fraction": 0.8}, "recipe": {}}, "circuits": circuits, "transfer": {"end": {
             "new->old": 1.0, "old->new": 0.5, "new->new": 0.15, "n": dict.fromkeys(("new->old", "old->new"), 1000)}}} | more
-    minedit.claims([[run(0, step_id=10)], [run(0), run(1, step_ood=70)]])        # the larger group is the one that counts
+    apart = lambda **config: [run(seed, config={"data": {"train_fraction": 0.8}, "recipe": {}} | config, step_id=1000) for seed in range(3)]
+    minedit.claims([apart(recipe={"label_noise": 0.1}), apart(data={"train_fraction": 0.5}), apart(data={"train_fraction": 0.8, "regime": "first-hop"}),
+                    [run(0, step_id=10)], [run(0), run(1, step_ood=70)]])        # the larger group of the kind asked counts
     said = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
     says = lambda claim: next(rest for key, rest in said.items() if key.startswith(claim))
     assert says("[2] ID steps / train")[-5:] == ["loop", "2.000", "2.000..2.000", "-", "differs"], "2 is not 50"
