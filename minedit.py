@@ -990,9 +990,8 @@ def transfer_stage(run: Run, model: Model):
     summary("transfer", [[run.results]])
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
-FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting",         # x axes
-           "mass": "facts edited at once", "locate": "question: replaced, restored", "retention": "share of mass kept",
-           "paths": "queries, weights"}
+FIGURES = {"grokking": "training step", "propagation": "", "when": "edit made for pass, acting", "paths": "asked, when",
+           "mass": "facts edited at once", "locate": "question: replaced, restored", "retention": "share of mass kept"}
 STYLES = list(zip(("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"),  # Okabe-Ito
                   "os^Dv*PX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 3)), (0, (3, 1)), (0, (7, 2)))))
 
@@ -1013,7 +1012,7 @@ def points(groups: list[list[dict]]) -> dict:
                 ("locate", f"tracing, {name}", "{pass} {part}", "{query:.4}: {corrupted}, {word}", traced, ["share"]),
                 ("mass", name + ", {key}", "{method}, {target}", "{n}", of("mass.edits"), RATES),
                 ("paths", name, "{key}", "{of} {at}", swaps, PATH_KEYS),
-                ("retention", f"K-FAC, {name}", "{key}", "{keep}", of("ablate.sweep"), ("true", *TASKS))):
+                ("retention", f"curvature, {name}", "{key}", "{keep}", of("ablate.sweep"), ("true", *TASKS))):
             for e, key in itertools.product(entries, keys):
                 if e.get(key) is not None:
                     values = found[file][panel.format(key=key, **e)][line.format(key=key, **e)]
@@ -1079,9 +1078,9 @@ def apart(tokens: Tensor, positions: Tensor, answers: Tensor) -> tuple[Tensor, T
 def bench_tasks(run: Run, plain: bool = False) -> tuple[dict, dict]:
     """What is timed of a run, {name: function}, and {name: units that one call does}."""
     parts, paths, name, n = run.fresh(), run.paths, edit_sites(run.config)[0][0], run.args.n_edits
-    model, batches, facts = parts["model"], run.batches(parts["generator"]), editing.queries(paths)[:1000]
+    model, batches, facts = parts["model"], run.batches(parts["generator"]), editing.queries(paths)
     batches.draw = (lambda draw=batches.draw: apart(*draw())) if plain else batches.draw
-    gold, W = paths.facts[:1000, 2:].expand(-1, 2), model.get_submodule(name).weight
+    gold, W = paths.facts[:, 2:].expand(-1, 2), model.get_submodule(name).weight
     K, R, X = (torch.randn(rows, W.shape[dim]).to(W) for rows, dim in ((n, 1), (n, 0), (2 * W.shape[1], 1)))
     tasks = {"step": lambda: run.advance(parts, batches, model, 0), "evaluation": lambda: accuracy(model, paths),
              "edits": lambda: editing.memit_update(K, R, editing.second_moment(X), 1.0),
@@ -1167,21 +1166,19 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
-CLAIMS = """n: queries of all runs; -: a mean over the runs. interval: 95 % (Wilson), or the runs' range.
+CLAIMS = """n: queries of all runs; -: a mean over the runs. interval: 95 % (Wilson) and the runs' range.
 agrees: ours is in the range accepted (results/claims.tsv); ?: the interval crosses its border."""
 
 def claims(groups: list[list[dict]]):
     """What the papers claim beside ours, cell by cell, of the group with most runs. results/claims.tsv names our figure
     by its place in a result, or two with - or / between, and the place of the number of queries asked."""
     rows, signs = [("claim", "theirs", "", "ours", "interval", "n", "")], {"-": operator.sub, "/": operator.truediv}
-    file = Path(__file__).with_name("results") / "claims.tsv"
-    for line in file.read_text().splitlines()[1:] if file.exists() else []:
+    for line in f.read_text().splitlines()[1:] if (f := Path(__file__).parent / "results/claims.tsv").exists() else []:
         claim, theirs, low, high, cells, trained, figure, count = line.split("\t")
         (one, *then), tested = figure.split(), {}            # {arch: (our figure, queries) of each run}
         for group in groups:
-            arch, found, (data, recipe) = group[0]["arch"], [], (group[0]["config"][key] for key in ("data", "recipe"))
-            kind = f"{data.get('regime', 'natural')} {data['train_fraction']}"
-            kind += " noise" * bool(recipe.get("label_noise"))
+            arch, found, (data, how) = group[0]["arch"], [], (group[0]["config"][key] for key in ("data", "recipe"))
+            kind = f"{data.get('regime', 'natural')} {data['train_fraction']}" + " noise" * bool(how.get("label_noise"))
             for r in group if arch in cells.split() and kind == trained else []:
                 values = [lookup(r, place) for place in (one, *then[1:])]
                 if None not in values and values[1:] != [0]:
@@ -1193,21 +1190,25 @@ def claims(groups: list[list[dict]]):
             values, counts = zip(*found)
             n = sum(counts) if all(counts) else None
             ours = sum(map(operator.mul, values, counts)) / n if n else statistics.fmean(values)
-            ends = wilson(ours, n) if n else (min(values), max(values))
+            ends = [f([*values, *(wilson(ours, n) if n else ())]) for f in (min, max)]
             within = [float(low) <= x <= float(high) for x in (ours, *ends)]
             verdict = ("agrees" if within[0] else "differs") + " ?" * (len(set(within)) > 1)
             rows.append((claim, theirs, arch, cell(ours), "..".join(map(cell, ends)), cell(n, "d"), verdict))
     print(f"\n{table(rows)}\n{CLAIMS}")
 
 def read_runs(folders: list[Path]) -> list[list[dict]]:
-    """The results of all runs in or below the folders; runs that differ in the seed alone are one group."""
-    groups, root = {}, os.path.commonpath(folders)           # {configuration but for the seed: its runs}
+    """The results of all runs in or below the folders; runs that differ in the seed alone are one group, sorted by it,
+    and one run in two folders is one run, with the stages of both."""
+    groups, root = {}, os.path.commonpath(folders)           # {configuration but for the seed: {seed: result}}
     for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
         try:
             result = json.loads(file.read_text())
             config = {k: value for k, value in result["config"].items() if k not in ("seed", "environment", "stages")}
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
+            config["data"].pop("triples", None)              # their content counts, not their place
+            group = groups.setdefault(json.dumps(config, sort_keys=True), {})
+            result = group[result["seed"]] = group.get(result["seed"], {}) | result
             log = file.with_name("log.jsonl")                # the evaluations during the training
             result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
             main = lambda e: e["a_priori"] and (e["method"], e["target"]) == ("rome", "prototype")
@@ -1215,15 +1216,15 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             result |= {f"step_{split}": first_step(result["history"], **{split: level})
                        for split, level in (("train", 0.99), ("id", 0.99), ("ood", 0.9))}
-            groups.setdefault(json.dumps(config, sort_keys=True), []).append(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise UserError(f"{file}: not the results of a run; remove it or report another folder") from None
     if not groups:
         raise UserError(f"--report {folders[0]}: no results.json in it or below it; train a run there first")
-    archs = [runs[0]["arch"] for runs in groups.values()]
-    for first in (runs[0] for runs in groups.values()):      # beside other groups of its cell one is named by a folder
+    found = [[group[seed] for seed in sorted(group)] for group in groups.values()]
+    archs = [runs[0]["arch"] for runs in found]
+    for first, *_ in found:                                  # beside other groups of its cell one is named by a folder
         first["name"] = first["arch" if archs.count(first["arch"]) == 1 else "folder"]
-    return sorted(groups.values(), key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
+    return sorted(found, key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
 
 def summary(stage: str, groups: list[list[dict]]):
     """The table of a stage: means over the runs of each group."""
@@ -1232,15 +1233,16 @@ def summary(stage: str, groups: list[list[dict]]):
     text = lambda x: "" if x is None else str(x).replace("feed_forward.down", "ff").replace("feed_forward", "ff")
     rows = [("arch", *(word.split(".")[-1] for word in words), *header)]
     for group in groups:
-        found = defaultdict(list)                            # {words: one entry of each run}
-        for r, place in itertools.product(group, places.split()):
+        found, n = defaultdict(list), defaultdict(int)       # {(place, words): entries}, {place: runs that have some}
+        for place, r in itertools.product(places.split(), group):
             entries = [r] if place == "." and "circuits" in r else lookup(r, place) or []
+            n[place] += bool(entries)
             for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
                 named = e | {"at": at, "of": place.split(".")[-1]} | ({"target": "near"} if e.get("near") else {})
-                found[tuple(text(lookup(named, word)) for word in words)].append(e)
+                found[(place, *(text(lookup(named, word)) for word in words))].append(e)
         rows += [(group[0].get("name", group[0]["arch"]), *key, *(
-            mean([lookup(e, share) for e in some], None, share in LOWEST) for share in shares))
-                 for key, some in found.items()]
+            mean([lookup(e, share) for e in some] + [None] * (n[place] - len(some)), None, share in LOWEST)
+            for share in shares)) for (place, *key), some in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
 
@@ -1280,10 +1282,10 @@ def report(folders: list[Path]) -> list[list[dict]]:
     print(f"\n{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
         summary(stage, groups)
-    runs, shared = sum(groups, []), defaultdict(lambda: ([], []))                # {arch: (hop 1, hop 2) of each seed}
-    for r, i in itertools.product(sorted(runs, key=lambda r: (list(ARCHS).index(r["arch"]), r["seed"])), (0, 1)):
-        if r["edit"].get("hop2_shared") is not None:
-            shared[r["arch"]][i].append(r["edit"][f"hop{i + 1}_shared"])
+    runs, shared = sum(groups, []), {}                       # {arch: (hop 1, hop 2) of each seed of its largest group}
+    for arch, edits in ((runs[0]["arch"], [r["edit"] for r in runs if "hop2_shared" in r["edit"]]) for runs in groups):
+        if len(edits) > len(shared.get(arch, [[]])[0]):
+            shared[arch] = [[e[f"hop{i}_shared"] for e in edits] for i in (1, 2)]
     if len(shared) > 1:
         p = lambda x, y: "" if x is y else cell(mann_whitney(x, y))
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
@@ -1410,8 +1412,8 @@ def prepare(args) -> list[Run]:
             (args.device not in ("auto", *devices), f"--device {args.device}: none here; use --device auto or cpu"),
             (not 0 <= args.seed < 2**60, f"--seed must be in 0..2^60, got {args.seed}"),
             (args.resume and args.retrain, "--resume goes on with a run and --retrain replaces it; give one of them"),
-            (args.triples and (args.entities or args.relations or args.out_degree or args.arithmetic), "--entities, "
-             "--relations, --out-degree and --arithmetic describe a synthetic graph; leave them out with --triples"),
+            (args.triples and any((args.entities, args.relations, args.out_degree, args.arithmetic, args.bench)),
+             "--entities, --relations, --out-degree, --arithmetic, --bench: for synthetic graphs, not with --triples"),
             ((args.regime == "natural") != (args.augment == 0), f"--augment {args.augment:g} with --regime "
              f"{args.regime}: a share above 0 is for the regimes other than natural, which need one")):
         if wrong:
@@ -1434,8 +1436,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quick = QUICK | {"retrain": args.out is None and not args.resume}
     defaults = quick if args.quick else MASS if args.mass_edit else ABLATE if args.ablate else {}
-    no_sizes = {"entities": None, "relations": None, "arithmetic": 0}            # of a synthetic graph
-    parser.set_defaults(**defaults | (no_sizes if args.triples else {}))
+    parser.set_defaults(**defaults | ({"entities": None, "relations": None, "arithmetic": 0} if args.triples else {}))
     args = parser.parse_args(argv)
     try:
         if args.plot and importlib.util.find_spec("matplotlib") is None:

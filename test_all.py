@@ -1897,8 +1897,8 @@ def test_the_points_of_the_pictures():
                       "0 memory": {"fact: h, h": [0.5, 0.5], "fact: h, r1": [0.25, 0.5]}}
     assert figures["mass"]["lmc, efficacy"] == {"memit, prototype": {"1": [0.9, 0.9], "1000": [0.9, 0.9]}}
     assert figures["paths"]["lmc"] == {"right": {"id before": [0.5, 0.5]}, "whole": {"id before": [0.25, 0.5]}}
-    assert {x for line in figures["retention"]["K-FAC, lmc"].values() for x in line} == {"0.99", "0.9"}
-    assert all(len(v) == 2 for line in figures["retention"]["K-FAC, lmc"].values() for v in line.values()), "K-FAC on the chosen layers"
+    assert {x for line in figures["retention"]["curvature, lmc"].values() for x in line} == {"0.99", "0.9"}
+    assert all(len(v) == 2 for line in figures["retention"]["curvature, lmc"].values() for v in line.values()), "K-FAC on the chosen layers"
 
 def test_plot_without_matplotlib_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -2128,6 +2128,7 @@ def test_the_scores_of_mass_edits_in_the_readme_are_those_of_the_results():
     assert len(rows) == 6
 
 def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path, capsys):
+    import shutil
     for seed, folder in (0, "one/machine"), (1, "another"):
         assert run_main(*TINY, "--arch", "loop", "--seed", seed, "--out", tmp_path / folder, *["--when"] * (seed == 0)) == 0
     capsys.readouterr()
@@ -2137,6 +2138,20 @@ def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path
     assert rows[0][:2] == ["loop", "2"], "one row for both runs"
     assert ["loop", "0", "only", "call", "1"] in [row[:5] for row in rows], "the table of --when"
     assert "not run, of 2 runs: edits 2, locate 2, when 1" in out
+    shutil.copytree(tmp_path / "another", tmp_path / "copy")
+    kept = json.loads((tmp_path / "copy" / "results.json").read_text())
+    (tmp_path / "copy" / "results.json").write_text(json.dumps(kept | {"locate": {"effects": [], "states": []}}))
+    assert run_main("--report", tmp_path) == 0
+    assert "not run, of 2 runs: edits 2, locate 1, when 1" in capsys.readouterr().out, "one run in two folders has the stages of both"
+
+def test_a_mean_says_of_how_many_runs_it_is(capsys):
+    assert minedit.mean([None, None]) == "-" and minedit.mean([0.5, None]) == "0.500 (1 of 2)" and minedit.mean([0.5, 0.7]) == "0.600"
+    assert minedit.mean([0.5, None, 0.7], lowest=True) == "0.600 (0.500) (2 of 3)"
+    curve = lambda *steps: {"arch": "lmc", "ablate": {"relearning": {"ablated": [{"step": step, "recited": 0.5} for step in steps], "fresh": []}}}
+    minedit.summary("relearning", [[curve(0, 10), curve(0, 10, 20), {"arch": "lmc"}]])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("lmc")]
+    assert [row[2:5] for row in rows] == [["0", "-", "0.500"], ["10", "-", "0.500"], ["20", "-", "0.500"]]
+    assert [row[5:8] for row in rows] == [["-"] * 3, ["-"] * 3, ["(1", "of", "2)"]], "of those that have this stage"
 # --- edit.py: lens and swaps; kg.py: regimes --------------------------------------------------------------------------------------
 
 class Known(nn.Module):
