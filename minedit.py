@@ -1283,9 +1283,9 @@ def report(folders: list[Path]) -> list[list[dict]]:
     for stage in TABLES:
         summary(stage, groups)
     runs, shared = sum(groups, []), {}                       # {arch: (hop 1, hop 2) of each seed of its largest group}
-    for arch, edits in ((runs[0]["arch"], [r["edit"] for r in runs if "hop2_shared" in r["edit"]]) for runs in groups):
-        if len(edits) > len(shared.get(arch, [[]])[0]):
-            shared[arch] = [[e[f"hop{i}_shared"] for e in edits] for i in (1, 2)]
+    for arch, edits in ((group[0]["arch"], [r["edit"] for r in group]) for group in groups):
+        hops = [(e["hop1_shared"], e["hop2_shared"]) for e in edits if e.get("hop2_shared") is not None]
+        shared |= {arch: [*zip(*hops)]} if len(hops) > len(shared.get(arch, [[]])[0]) else {}
     if len(shared) > 1:
         p = lambda x, y: "" if x is y else cell(mann_whitney(x, y))
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
