@@ -968,8 +968,8 @@ def grown(run: Run) -> Run:
     return child
 
 TRANSFER = "compositions first fact -> second, none trained; OOD: the old set; facts: all, and the step of 0.99"
-TRANSFERRED = {key: key for key in ("new->old", "old->new", "new->new")} | {
-    "ood": "OOD", "one_hop": "facts", "step_facts": "at", "step_new->old": "n->o at", "step_new->new": "n->n at"}
+TRANSFERRED = {kind: kind for kind in ("new->old", "old->new", "new->new")} | {
+    "ood": "OOD", "one_hop": "facts", "step_facts": "at"}
 
 def transfer_stage(run: Run, model: Model):
     """New facts, trained from scratch, the memorized weights and the last ones; then compositions with them."""
