@@ -1240,9 +1240,9 @@ def summary(stage: str, groups: list[list[dict]]):
             for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
                 named = e | {"at": at, "of": place.split(".")[-1]} | ({"target": "near"} if e.get("near") else {})
                 found[(place, *(text(lookup(named, word)) for word in words))].append(e)
-        rows += [(group[0].get("name", group[0]["arch"]), *key, *(
-            mean([lookup(e, share) for e in some] + [None] * (n[place] - len(some)), None, share in LOWEST)
-            for share in shares)) for (place, *key), some in found.items()]
+        rows += [(group[0].get("name", group[0]["arch"]) + f" ({len(es)} of {n[place]})" * (len(es) < n[place]), *key,
+                  *(mean([lookup(e, share) for e in es], None, share in LOWEST) for share in shares))
+                 for (place, *key), es in found.items()]
     if len(rows) > 1:
         print(f"\n{table(rows)}\n{legend}")
 
