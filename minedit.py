@@ -924,7 +924,7 @@ def circuits_stage(run: Run, model: Model):
         for queries in "id", "ood":
             found[queries][moment], hits[queries][moment] = inference_path(run, then, queries)
         found["worth"][moment] = {key: record[key] for key in ("step", *ANSWERS)} | later(run, then)
-    found["same"] = {name: same_paths(run, by.get("memorized", {}), by["end"]) for name, by in hits.items()}
+    found["same"] = {name: same_paths(run, by.get("memorized", {}), by["end"]) or {} for name, by in hits.items()}
     used = found["ood"]["end"].get("visible")
     found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
     summary("paths", [[run.results]])
