@@ -1029,7 +1029,7 @@ def plot(folders: list[Path], out: Path):
     for file, panels in points(read_runs(folders)).items():
         print(f"{out / file}.svg" + ": not drawn, no run has results for it" * (not panels))
         tracing, joined = file == "locate", file in ("grokking", "mass", "retention")
-        columns = min(len(panels), 2 if tracing else 4)
+        columns, names = min(len(panels), 2 if tracing else 4), [*dict.fromkeys(itertools.chain(*panels.values()))]
         rows = -(-len(panels) // max(columns, 1))
         with rc_context(style):
             figure = Figure(((4.6 if tracing else 2.6) * columns + 0.8, 2.8 * rows + 0.5), layout="constrained")
@@ -1044,9 +1044,9 @@ def plot(folders: list[Path], out: Path):
                     ax.imshow(grey.kron(torch.ones(9, 9)).numpy(), "Greys", vmin=0, vmax=1, interpolation="none",
                               aspect="auto", extent=(-0.5, len(ticks) - 0.5, len(lines) - 0.5, -0.5))
                     ax.set_yticks(range(len(lines)), lines)
-                for i, (line, values) in enumerate(() if tracing else lines.items()):
-                    colour, mark, dash = STYLES[i % len(STYLES)]
-                    x = [ticks.index(x) + 0.6 * ((i + 0.5) / len(lines) - 0.5) * (not joined) for x in values]
+                for line, values in () if tracing else lines.items():                # one style in all panels
+                    colour, mark, dash = STYLES[(i := names.index(line)) % len(STYLES)]
+                    x = [ticks.index(x) + 0.6 * ((i + 0.5) / len(names) - 0.5) * (not joined) for x in values]
                     y, low, high = ([f(v) for v in values.values()] for f in (statistics.fmean, min, max))
                     ax.plot(x, y, color=colour, marker=mark, ls=dash if joined else "", ms=4, lw=1, label=line)
                     (ax.fill_between if joined else ax.vlines)(x, low, high, color=colour, alpha=0.2 if joined else 1)
