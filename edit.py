@@ -505,8 +505,7 @@ def neighbour_probes(requests: Requests, at: Site, paths, one_hop: Tensor) -> di
     return probes
 
 def address_overlap(model: nn.Module, at: Site, requests: Requests, probe: Probes, chunk: int = 512) -> float | None:
-    """How nearly a composition reads the store at the edited address: the cosine between the fact's key and that at its
-    last token, largest over the calls; mean over the probes, if any."""
+    """Cosine of the edited fact's key and a composition's, at its last token: largest over calls, mean of probes."""
     cosines = []
     for i, tokens in zip(probe.edit.split(chunk), probe.tokens.split(chunk)):
         keys = record(model, at.layer, tokens)[0][:, :, -1]                      # [call, m, d_in]

@@ -171,10 +171,6 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
         train[rows], masks[name][rows] = True, False
     return Paths(torch.stack([head, relation, tail], 1), tokens, tail[first], two_hop, first, second, ood_fact, masks)
 
-def true_two_hop(paths: Paths) -> Tensor:
-    """[n_paths]: what follows from the facts, -100 where nothing does; `two_hop` but for exceptions."""
-    return torch.where(paths.second >= 0, paths.facts[paths.second, 2], -100)
-
 def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
     """A `share` of the trained paths answered wrong in `two_hop`, each by one fixed other entity, uniformly drawn.
     New masks: `exceptions`, part of `train`, and `validation`, a random fifth of all paths, exceptions or not."""

@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import platform
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -243,7 +244,11 @@ class Run:
             state, self.parts = torch.load(path, map_location="cpu", weights_only=True), self.fresh()
             if differences(state["identity"], self.identity) or state["history"][-1]["step"] != state["step"]:
                 raise ValueError("it belongs to a run with other settings")
-            load_parts(self.parts, state)
+            for name, part in self.parts.items():
+                if name != "generator":
+                    part.load_state_dict(state[name])
+                elif state["device"] == self.device.type:    # the random state of another kind does not fit
+                    part.set_state(state[name])
             self.step, self.history, self.moments = state["step"], state["history"], state["moments"]
         except Exception as error:                           # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
@@ -354,14 +359,12 @@ class Run:
     def summarize(self):
         """The final figures of the training in results.json and on the screen."""
         last = self.history[-1]
-        self.results |= {
-            "arch": self.arch, "seed": self.seed, "steps": last["step"], "seconds": last["seconds"],
+        self.results |= {"arch": self.arch, "seed": self.seed, "steps": last["step"], "seconds": last["seconds"],
             "peak_memory_mib": self.results.get("peak_memory_mib") or peak_memory_mib(self.device),
             "parameters": count_parameters(self.config), "flops_per_path": flops_per_path(self.config),
             "accuracy": {key: last[key] for key in LABELS}, "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
             "memorized_at": first_step(self.history, **{"train" if self.recipe.branches else "one_hop": 0.99}),
-            "grokked_at": first_step(self.history, train=0.99, ood=0.9),
-            "config": self.write_config()}
+            "grokked_at": first_step(self.history, train=0.99, ood=0.9), "config": self.write_config()}
         self.save_results()
         step = lambda name: f"at step {self.results[name]}" if self.results[name] else "not reached"
         print(f"\n{curve(self.history)}\nmemorized (train >= 0.99) {step('memorized_at')}; grokked (OOD >= 0.9 on "
@@ -508,9 +511,8 @@ def corruptions(tokens: Tensor, answers: Tensor, place: int, n: int, generator: 
     return clean[pairs], other[pairs]
 
 def a_priori_site(run: Run, model: Model, requests: editing.Requests, known: Tensor) -> tuple[str, int, int]:
-    """(layer, call, pass) to edit, fixed before any edit is scored; recorded in results: the first store that is read.
-    Dense has a store in every block: there the one whose output at the last token, restored after the head was
-    corrupted, raises the probability of the answer most, over `known` facts that are not requested."""
+    """(layer, call, pass) to edit, fixed before any edit is scored: the first store that is read; in Dense that whose
+    output at the last token, restored after the head was corrupted, helps other `known` facts' answers most."""
     sites, paths, effects, clean = edit_sites(run.config), run.paths, None, []
     if not run.config.loop and not run.config.memory:
         apart = known.index_fill(0, requests.fact, False)
@@ -548,8 +550,8 @@ def locate_stage(run: Run, model: Model):
 
 WRITTEN = """pass: whose key and prototype make the edit (ROME), that of --locate first. acts: always, or at some
 calls of the layer (call t: pass t). Hops: among edits with direct success when they always act."""
-HELD = """share of the answers right in the first row above that stay right when the stream after the pass (at
-r1, hop 2: at the last token) is as without the edit in the plane of both answers, or a random one."""
+HELD = """the edit at the site of --locate, always acting: share of its right answers that stay right while
+the stream after a pass (at r1; hop 2: at r2) is held as unedited in the answers' or a random plane."""
 
 def when_stage(run: Run, model: Model):
     """Edits that act at some calls of their layer alone; then the first of them with its answer held as it was."""
@@ -573,10 +575,8 @@ def when_stage(run: Run, model: Model):
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
         when["held"] = when.get("held") or hold(run, model, at, u, r, requests, probes, hits["always"], generator)
     print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}")
-    summary("when", [[run.results]])
-    held = [("after pass", "direct", "random", "hop 1", "random", "hop 2", "random")] + [
-        (e["after"], *(x for key in probes for x in (cell(e[key]), cell(e[key + "_random"])))) for e in when["held"]]
-    print(f"\nthe answer held at its old value while the edit always acts\n{table(held)}\n{HELD}")
+    for shown in "when", "held":
+        summary(shown, [[run.results]])
 
 def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
          probes: dict[str, editing.Probes], right: dict[str, Tensor], generator: torch.Generator) -> list[dict]:
@@ -698,13 +698,12 @@ KEEPS = 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7
 REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
 TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
          "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
-ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained compositions.
+ABLATED = """recited, true: exceptions answered as trained, and right; train: other paths; book: open book.
 matched: strengths of its own choice in q+k, v+out, address, store (highest true - recited of other
 paths); as many components (parts), as large a change (norm) as kfac or ekfac; one keep (alike)."""
 RETENTION = "rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model [10]"
 BANDS = "last token's inputs by eighths of A's eigenvectors, largest first, exceptions / clean; norm: length"
-RETAINED = "recited", "true", *ANSWERS
-REMAINING = {"removed": "removed"} | {key: LABELS.get(key, key) for key in RETAINED}
+REMAINING = {key: LABELS.get(key, key) for key in ("removed", "recited", "true", *ANSWERS)} | {"open_book": "book"}
 RELEARNED = "accuracy after further steps of training, of the ablated and of a fresh model"
 VISION = "a vision transformer. memorized, true: images with a wrong label, answered so, and right"
 
@@ -713,7 +712,8 @@ class Ablation:
     def __init__(self, run: Run):
         self.run, self.batches, paths, self.before = run, run.batches(run.stream(run.device)), run.paths, None
         self.prompts, self.told = self.batches.open_book(500, run.config.n_entities)
-        true, exceptions, chooses = kg.true_two_hop(paths), paths.masks["exceptions"], paths.masks["validation"]
+        true = torch.where(paths.second >= 0, paths.facts[paths.second, 2], -100)            # no exceptions
+        exceptions, chooses = paths.masks["exceptions"], paths.masks["validation"]
         self.sets = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true)}
         self.sets |= {name: (paths.masks[name] & ~exceptions, true) for name in SPLITS}      # {name: (mask, answers)}
         self.scored, self.rows = ~chooses, torch.cat([                           # the paths by which choices are made
@@ -749,8 +749,6 @@ def spectrum(run: Run, model: nn.Module, batches: list, names: list[str]) -> tup
 
 def ablate_stage(run: Run, model: Model):
     """Exceptions out of a model by K-FAC and by every control; what else goes with them; how soon they are back."""
-    if not run.recipe.label_noise or not run.recipe.branches:
-        raise UserError("--ablate needs exceptions to forget: give --label-noise and --branches more than 0")
     study, paths, exceptions = Ablation(run), run.paths, run.paths.masks["exceptions"]
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     groups = {kind: [name for name in names if name.endswith(ends)] for kind, ends in GROUPS.items()}
@@ -767,9 +765,9 @@ def ablate_stage(run: Run, model: Model):
         masked[share] = curvature.learned_mask(model, forget, mixture, F.cross_entropy, [*after], share, steps=50)
     chosen, learned = curvature.search(model, study.value, {"all": masked}, 1)
     entries.append(curvature.outcome(model, study.measure, learned, method="learned", matched="own", strengths=chosen))
-    sweep = [{"method": best["method"], "matched": f"alike {keep}", "keep": keep} for keep in KEEPS]
-    sweep = [curvature.outcome(model, study.measure, curvature.edited(model, x["method"], factors, after, x["keep"],
-                                                                      masses), **x) for x in sweep]
+    method = best["method"]
+    sweep = [curvature.outcome(model, study.measure, curvature.edited(model, method, factors, after, keep, masses),
+                               method=method, matched=f"alike {keep}", keep=keep) for keep in KEEPS]
     bands, part = {}, lambda x, A: [*curvature.band_shares(x, A, 8).mean(0).tolist(), float(x.norm(dim=-1).mean())]
     for name in names:
         read = [editing.record(model, model.get_submodule(name), paths.tokens[mask][:2000])[0][:, :, -1].flatten(0, 1)
@@ -914,8 +912,6 @@ def same_paths(run: Run, one: dict, other: dict) -> dict | None:
 
 def circuits_stage(run: Run, model: Model):
     """Inference paths before memorization, after it and at the end, ID and OOD apart; what else these models can do."""
-    if not run.recipe.branches:
-        raise UserError("--circuits looks at compositions; give --branches more than 0")
     hits, states = defaultdict(dict), [dict(zip(STATE, state)) for state in traced_states(run.config)]
     found = run.results["circuits"] = {"states": states, "id": {}, "ood": {}, "worth": {}}
     for moment, (record, weights) in run.moments.items():
@@ -927,14 +923,12 @@ def circuits_stage(run: Run, model: Model):
     found["same"] = {name: same_paths(run, by.get("memorized", {}), by["end"]) or {} for name, by in hits.items()}
     used = found["ood"]["end"].get("visible")
     found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
-    summary("paths", [[run.results]])
-    print(f"\nfake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
-    for shown in "same", "worth":
+    for shown in "paths", "same", "worth":
         summary(shown, [[run.results]])
+    print(f"\nfake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
 
 def later(run: Run, model: Model) -> dict:
-    """What a model at some moment is worth: edits as of --edit (ROME, prototype, a-priori site), and ID accuracy after
-    an ablation of all its layers by EK-FAC, keep 0.99."""
+    """What a model is worth: edits as of --edit (ROME, prototype, a-priori site), ID accuracy after EK-FAC at 0.99."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     (_, _, *seen), requests = run.known(model), draw_requests(run, run.args.n_edits, run.stream())[0]
     probes = editing.propagation_probes(requests, run.paths, *seen)[0]
@@ -947,9 +941,8 @@ def later(run: Run, model: Model) -> dict:
     return editing.score(model, at, requests, u, r, probes) | {"ablated": ablated, "site": name}
 
 def grown(run: Run) -> Run:
-    """The run in a graph with 2/5 more entities and 1/5 more relations, whose places new facts fill as densely as the
-    old ones did: some are about old entities, as no old fact would lead on to a new one otherwise. To the old sets come
-    three, by the age of both facts; in new->new both are about new entities, the second under an old relation."""
+    """The run in a graph with 2/5 more entities and 1/5 more relations, with new facts as dense, some of them about old
+    entities. Sets by the age of both facts are added; in new->new both heads are new, the second relation is old."""
     old, (E, R), child = run.graph.facts, run.graph.facts.shape, copy.copy(run)
     N, M = E + max(2, 2 * E // 5), R + max(1, R // 5)
     kept = F.pad(old, (0, M - R, 0, N - E), value=-1)
@@ -968,8 +961,6 @@ def grown(run: Run) -> Run:
     return child
 
 TRANSFER = "compositions first fact -> second, none trained; OOD: the old set; facts: all, and the step of 0.99"
-TRANSFERRED = {kind: kind for kind in ("new->old", "old->new", "new->new")} | {
-    "ood": "OOD", "one_hop": "facts", "step_facts": "at"}
 
 def transfer_stage(run: Run, model: Model):
     """New facts, trained from scratch, the memorized weights and the last ones; then compositions with them."""
@@ -1029,8 +1020,8 @@ def plot(folders: list[Path], out: Path):
     for file, panels in points(read_runs(folders)).items():
         print(f"{out / file}.svg" + ": not drawn, no run has results for it" * (not panels))
         tracing, joined = file == "locate", file in ("grokking", "mass", "retention")
-        columns, names = min(len(panels), 2 if tracing else 4), [*dict.fromkeys(itertools.chain(*panels.values()))]
-        rows = -(-len(panels) // max(columns, 1))
+        columns = min(len(panels), {"locate": 2, "mass": 3}.get(file, 4))
+        rows, names = -(-len(panels) // max(columns, 1)), [*dict.fromkeys(itertools.chain(*panels.values()))]
         with rc_context(style):
             figure = Figure(((4.6 if tracing else 2.6) * columns + 0.8, 2.8 * rows + 0.5), layout="constrained")
             for place, (name, lines) in enumerate(panels.items()):
@@ -1056,7 +1047,7 @@ def plot(folders: list[Path], out: Path):
                 figure.savefig(out / f"{file}.svg", metadata={"Date": None})
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
-SPEED = """ms: one step. topk: times as long with the exact top-k; plain: and every path a row of its own.
+SPEED = """ms: a step. plain: times as long with exact top-k, unfused; rows: and every path a row of its own.
 shape, square: share of torch's FLOP/s for keys, for a 1024 square. The rest: done per second."""
 
 def in_turns(tasks: dict, rounds: int = 5) -> dict:
@@ -1071,15 +1062,15 @@ def in_turns(tasks: dict, rounds: int = 5) -> dict:
     return seconds
 
 def apart(tokens: Tensor, positions: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch with every path a row of its own, in which its fact is computed anew: the plain formulation."""
+    """A batch with every path a row of its own, in which its fact is computed anew."""
     rows = lambda x, n: torch.cat([x[:, [*range(n), i]] for i in range(n, x.shape[1])] or [x])
     return rows(tokens, 2), positions[:3], rows(answers, 1)
 
-def bench_tasks(run: Run, plain: bool = False) -> tuple[dict, dict]:
+def bench_tasks(run: Run, rows: bool = False) -> tuple[dict, dict]:
     """What is timed of a run, {name: function}, and {name: units that one call does}."""
     parts, paths, name, n = run.fresh(), run.paths, edit_sites(run.config)[0][0], run.args.n_edits
     model, batches, facts = parts["model"], run.batches(parts["generator"]), editing.queries(paths)
-    batches.draw = (lambda draw=batches.draw: apart(*draw())) if plain else batches.draw
+    batches.draw = (lambda draw=batches.draw: apart(*draw())) if rows else batches.draw
     gold, W = paths.facts[:, 2:].expand(-1, 2), model.get_submodule(name).weight
     K, R, X = (torch.randn(rows, W.shape[dim]).to(W) for rows, dim in ((n, 1), (n, 0), (2 * W.shape[1], 1)))
     tasks = {"step": lambda: run.advance(parts, batches, model, 0), "evaluation": lambda: accuracy(model, paths),
@@ -1087,6 +1078,13 @@ def bench_tasks(run: Run, plain: bool = False) -> tuple[dict, dict]:
              "factors": lambda: curvature.kronecker_factors(model, [(facts, gold)], F.cross_entropy, [name])}
     units = run.recipe.batch * run.recipe.branches, len(paths.facts) + len(paths.first), n, facts.numel()
     return tasks, dict(zip(tasks, units))
+
+def memory_of(asked: dict) -> int:
+    """MiB at most, torch included, of a process (a new one, which starts from nothing) that does each task once."""
+    run = prepare(argparse.Namespace(**asked))[0]
+    for task in bench_tasks(run)[0].values():
+        task()
+    return peak_memory_mib(run.device)
 
 def bench(args, out: Path):
     """Time what the project does, at the sizes asked for and as they grow: tables, and bench.json in `out`."""
@@ -1096,26 +1094,28 @@ def bench(args, out: Path):
     X, d, n = torch.randn(1024, 1024, device=make().device), min(args.d_model, 1024), min(args.slots, 1024)
     s = in_turns({"shape": lambda: X[:, :d] @ X[:d, :n], "square": lambda: X @ X}, 50)
     peak = {"shape": 2048 * d * n / middle(s["shape"]), "square": 2 * 1024**3 / middle(s["square"])}    # FLOP/s
-    cells = [("arch", "ms", "paths", "topk", "plain", *peak, "answers", "edits", "tokens")]
+    cells = [("arch", "ms", "paths", "plain", "rows", *peak, "answers", "edits", "tokens")]
     for arch in ARCHS:
         tasks, units = bench_tasks(make(arch=arch))
-        s = in_turns(tasks | {name: bench_tasks(make(arch=arch, addressing="topk"), name == "plain")[0]["step"]
-                              for name in ("topk", "plain")})
+        s = in_turns(tasks | {name: bench_tasks(make(arch=arch, addressing="plain"), name == "rows")[0]["step"]
+                              for name in ("plain", "rows")})
         with FlopCounterMode(display=False) as counter:
             tasks["step"]()
         ms, rates = 1000 * middle(s["step"]), [f"{units[name] / middle(s[name]):.0f}" for name in units]
-        ratios = ([x / y for x, y in zip(s[name], s["step"])] for name in ("topk", "plain"))
+        ratios = ([x / y for x, y in zip(s[name], s["step"])] for name in ("plain", "rows"))
         cells.append((arch, f"{ms:.1f}", rates[0], *(f"{middle(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios),
                       *(f"{1000 * counter.get_total_flops() / ms / p:.2f}" for p in peak.values()), *rates[1:]))
-    growth = [("time grows with", "sizes", *units)]          # the exponent: slope of log seconds over log size
+    growth = [("growth with", "sizes", *units, "MiB")]       # exponents: slope of log seconds, MiB over log size
+    processes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver").Pool(1, None, (), 1)
     for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("n_edits", 500):
         small, large = start // 2, 2 * start
         s = in_turns({(u, x): task for x in (small, large) for u, task in bench_tasks(make(**{axis: x}))[0].items()}, 3)
-        slopes = [math.log(middle(s[u, large]) / middle(s[u, small]), large / small) for u in units]
-        growth.append((axis.removeprefix("n_"), f"{small} {large}", *(f"{slope:.2f}" for slope in slopes)))
+        slope = lambda before, after: f"{math.log(after / before, large / small):.2f}" if before else "-"
+        mib = processes.map(memory_of, [asked | {axis: x} for x in (small, large)], chunksize=1)
+        growth.append((axis.removeprefix("n_"), f"{small} {large}", *(slope(middle(s[u, small]), middle(s[u, large]))
+                       for u in units), f"{slope(*mib)} ({mib[0]}-{mib[1]})"))
     step, n_threads = bench_tasks(make())[0]["step"], torch.get_num_threads()
-    s = in_turns({n: lambda n=n: (torch.set_num_threads(n), step()) for n in {1, n_threads}})
-    torch.set_num_threads(n_threads)
+    s = in_turns({n: lambda n=n: (torch.set_num_threads(n), step()) for n in sorted({1, n_threads})})
     threads = [("threads", "ms"), *((n, f"{1000 * middle(s[n]):.1f}") for n in s)]
     with torch.profiler.profile() as profiler:
         step()
@@ -1155,6 +1155,8 @@ def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 ACCURACY = "means; paths: OOD, of all; first, second: only this hop OOD; grokked: train 0.99, OOD 0.9 (-: never)"
+SCORES = "score of mass edits by their number, at the strength chosen on other facts"
+NEIGHBOURS = "head, relation: share that moved of the facts with it. on row: facts. cosine: of key and hop 2's key"
 SHARED = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"
 
 def lookup(r: dict, place: str):
@@ -1177,15 +1179,16 @@ def claims(groups: list[list[dict]]):
         claim, theirs, low, high, cells, trained, figure, count = line.split("\t")
         (one, *then), tested = figure.split(), {}            # {arch: (our figure, queries) of each run}
         for group in groups:
-            arch, found, (data, how) = group[0]["arch"], [], (group[0]["config"][key] for key in ("data", "recipe"))
-            kind = f"{data.get('regime', 'natural')} {data['train_fraction']}" + " noise" * bool(how.get("label_noise"))
+            arch, config, found = group[0]["arch"], group[0]["config"], []
+            kind = f"{config['data'].get('regime', 'natural')} {config['data']['train_fraction']}"
+            kind += " noise" * bool(config["recipe"].get("label_noise"))
             for r in group if arch in cells.split() and kind == trained else []:
                 values = [lookup(r, place) for place in (one, *then[1:])]
                 if None not in values and values[1:] != [0]:
                     found.append((signs[then[0]](*values) if then else values[0], lookup(r, count)))
             if len(found) > len(tested.get(arch, [])):
                 tested[arch] = found
-        rows += [(claim, theirs, "-", "-", "-", "-", "not testable here")] * (not tested)
+        rows += [(claim, theirs, *"----", "not testable here" if cells == "-" else "not run")] * (not tested)
         for arch, found in tested.items():
             values, counts = zip(*found)
             n = sum(counts) if all(counts) else None
@@ -1197,8 +1200,7 @@ def claims(groups: list[list[dict]]):
     print(f"\n{table(rows)}\n{CLAIMS}")
 
 def read_runs(folders: list[Path]) -> list[list[dict]]:
-    """The results of all runs in or below the folders; runs that differ in the seed alone are one group, sorted by it,
-    and one run in two folders is one run, with the stages of both."""
+    """All runs in or below the folders, in groups that differ in the seed; what two folders hold of one is merged."""
     groups, root = {}, os.path.commonpath(folders)           # {configuration but for the seed: {seed: result}}
     for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
         try:
@@ -1208,12 +1210,15 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
             config["data"].pop("triples", None)              # their content counts, not their place
             group = groups.setdefault(json.dumps(config, sort_keys=True), {})
-            result = group[result["seed"]] = group.get(result["seed"], {}) | result
-            log = file.with_name("log.jsonl")                # the evaluations during the training
+            result = group[result["seed"]] = {"history": []} | group.get(result["seed"], {}) | result
+            if (log := file.with_name("log.jsonl")).exists():                        # the evaluations
+                result["history"] = [json.loads(line) for line in log.read_text().splitlines()]
             result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
+            for e in lookup(result, "mass.edits") or []:
+                of = result["mass"].setdefault("table", {}).setdefault(f"{e['method']}, {e['target']}", {})
+                of |= {"strength": e["strength"], str(e["n"]): e.get("score")}
             main = lambda e: e["a_priori"] and (e["method"], e["target"]) == ("rome", "prototype")
             result["edit"] = next(filter(main, result.get("edits", [])), {})
-            result["history"] = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
             result |= {f"step_{split}": first_step(result["history"], **{split: level})
                        for split, level in (("train", 0.99), ("id", 0.99), ("ood", 0.9))}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
@@ -1253,7 +1258,11 @@ LOWEST = "hop1", "hop2", "true", "visible", "circuits.ood.end.visible", "new->ol
 same = lambda *keys: dict(zip(keys, keys))
 TABLES = {                                                   # of a stage: places in a result, words, {share: column}
     "edits": ("edits", ("site", "pass", "method", "target"), SHARES, COLUMNS),
+    "neighbours": ("edits", ("site", "pass", "method", "target"), {"same_subject_moved": "head",
+                   "same_relation_moved": "relation", "facts_per_row": "on row", "overlap_hop2": "cosine"}, NEIGHBOURS),
     "when": ("when.written", ("pass", "acts"), HOPS, WRITTEN),
+    "held": ("when.held", ("after",), {k + e: e[1:] or x for k, x in HOPS.items() for e in ("", "_random")}, HELD),
+    "scores": ("mass.table", ("at",), same("strength", "1", "10", "100", "316", "1000", "3162", "10000"), SCORES),
     "mass": ("mass.sweep mass.edits mass.layers", ("of", "method", "target", "n", "strength", "blocks"), RATES | {
              "score": "score", "condition": "cond", "residual_left": "left", "residual_predicted": "pred",
              "largest_cosine": "cos", "relative_norm": "norm", "seconds": "s"}, MASS_COLUMNS),
@@ -1264,9 +1273,9 @@ TABLES = {                                                   # of a stage: place
     "vision": ("ablate.vision", ("method", "matched"), same("memorized", "true", "validation"), VISION),
     "paths": ("circuits.id circuits.ood", ("of", "at"), same(*PATH_KEYS), PATHS),
     "same": ("circuits.same", ("at",), same("n", "r", "low", "high"), SAME),
-    "worth": ("circuits.worth", ("at",), {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {
-              "ablated": "ablated"}, WORTH),
-    "transfer": ("transfer", ("from",), TRANSFERRED, TRANSFER),
+    "worth": ("circuits.worth", ("at",), same("step") | {"id": "ID", "ood": "OOD"} | HOPS | same("ablated"), WORTH),
+    "transfer": ("transfer", ("from",), same("new->old", "old->new", "new->new") | {
+                 "ood": "OOD", "one_hop": "facts", "step_facts": "at"}, TRANSFER),
     "regimes": (".", ("config.data.regime", "config.data.augment", "config.data.train_fraction"), {
         "step_train": "train at", "step_id": "ID at", "step_ood": "OOD at", "accuracy.ood": "OOD",
         "circuits.ood.end.bridge": "bridge", "circuits.ood.end.visible": "visible", "circuits.fake": "fake"}, REGIMES)}
@@ -1282,28 +1291,31 @@ def report(folders: list[Path]) -> list[list[dict]]:
     print(f"\n{table(rows)}\n{ACCURACY}")
     for stage in TABLES:
         summary(stage, groups)
-    runs, shared = sum(groups, []), {}                       # {arch: (hop 1, hop 2) of each seed of its largest group}
-    for arch, edits in ((group[0]["arch"], [r["edit"] for r in group]) for group in groups):
-        hops = [(e["hop1_shared"], e["hop2_shared"]) for e in edits if e.get("hop2_shared") is not None]
-        shared |= {arch: [*zip(*hops)]} if len(hops) > len(shared.get(arch, [[]])[0]) else {}
+    shared = {}                                              # {arch: (hop 1, hop 2), of each seed of its largest group}
+    for group in groups:
+        edits = [r["edit"] for r in group if r["edit"].get("hop2_shared") is not None]
+        if len(edits) > len(shared.get(group[0]["arch"], [[]])[0]):
+            shared[group[0]["arch"]] = [[e[f"hop{hop}_shared"] for e in edits] for hop in (1, 2)]
     if len(shared) > 1:
-        p = lambda x, y: "" if x is y else cell(mann_whitney(x, y))
         rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {arch}" for arch in shared))]
-        for arch, both in shared.items():
-            rows.append((arch, *(" ".join(map(cell, x)) for x in both), *(p(both[1], y) for _, y in shared.values())))
+        for arch, (hop1, hop2) in shared.items():
+            p = ("" if arch == other else cell(mann_whitney(hop2, y)) for other, (_, y) in shared.items())
+            rows.append((arch, " ".join(map(cell, hop1)), " ".join(map(cell, hop2)), *p))
         print(f"\n{table(rows)}\n{SHARED}")
-    stages = "edits locate when mass ablate circuits transfer".split()
+    runs, stages = sum(groups, []), "edits locate when mass ablate circuits transfer".split()
     absent = [f"{key} {n}" for key in stages if (n := sum(key not in r for r in runs))]
     print(f"\nnot run, of {len(runs)} runs: {', '.join(absent) or 'nothing'}")
     return groups
 
 def mann_whitney(x, y) -> float:
-    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions enumerated."""
-    values = sorted([*x, *y])
-    ranks = [values.index(v) + (values.count(v) + 1) / 2 for v in (*x, *y)]
-    expected = len(x) * (len(values) + 1) / 2
-    distance = [abs(sum(some) - expected) for some in itertools.combinations(ranks, len(x))]     # the first one: x
-    return sum(d >= distance[0] - 1e-9 for d in distance) / len(distance)
+    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions counted."""
+    both, ways = [*x, *y], Counter({(0, 0.0): 1})            # {(m, sum): choices of m values whose ranks have this sum}
+    rank = {v: sum(w < v for w in both) + (both.count(v) + 1) / 2 for v in both}
+    for v in both:
+        ways += Counter({(m + 1, total + rank[v]): n for (m, total), n in ways.items() if m < len(x)})
+    off = lambda total: abs(total - len(x) * (len(both) + 1) / 2)
+    far = sum(n for (m, total), n in ways.items() if m == len(x) and off(total) >= off(sum(rank[v] for v in x)))
+    return far / math.comb(len(both), len(x))
 
 def progress(record: dict, steps: int) -> str:
     """One line per evaluation."""
@@ -1316,10 +1328,10 @@ def curve(history: list[dict]) -> str:
     """Accuracy against steps, one character for each of at most 60 evaluations: tenths, # is 0.99 and above."""
     history = history[::-1][::(len(history) + 59) // 60][::-1]
     mark = lambda share: " " if share is None else "#" if share >= 0.99 else str(int(10 * share))
-    lines = [f"{LABELS[name]:>5} |{''.join(mark(r[name]) for r in history)}|"
-             for name in ("one_hop", "train", "id", "ood") if history[-1][name] is not None]
-    steps = f"steps {history[0]['step']} to {history[-1]['step']}"
-    return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), {steps}"
+    lines = [f"{LABELS[name]:>5} |{''.join(mark(r[name]) for r in history)}|" for name in ANSWERS
+             if history[-1][name] is not None]
+    first, last = history[0]["step"], history[-1]["step"]
+    return "\n".join(lines) + f"  accuracy in tenths (#: 0.99 and above), steps {first} to {last}"
 
 # --- Files, machine, command line -------------------------------------------------------------------------------------
 def write_atomically(path: Path, content):
@@ -1330,17 +1342,6 @@ def write_atomically(path: Path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-
-def load_parts(parts: dict, state: dict):
-    """Put a checkpoint into the parts of a training; on another kind of device its random state does not fit."""
-    for name, part in parts.items():
-        if name != "generator":
-            part.load_state_dict(state[name])
-        elif state["device"] == part.device.type:
-            part.set_state(state[name])
-        if isinstance(part, torch.optim.Optimizer) and any(
-                x.dim() and x.shape != p.shape for p, kept in part.state.items() for x in kept.values()):
-            raise ValueError(f"the state of {name} does not fit its weights")
 
 def differences(found: dict, asked: dict) -> list[str]:
     """Settings found on disk that are not those asked for; of the triples the content counts, not the place."""
@@ -1412,6 +1413,8 @@ def prepare(args) -> list[Run]:
             (args.device not in ("auto", *devices), f"--device {args.device}: none here; use --device auto or cpu"),
             (not 0 <= args.seed < 2**60, f"--seed must be in 0..2^60, got {args.seed}"),
             (args.resume and args.retrain, "--resume goes on with a run and --retrain replaces it; give one of them"),
+            (args.circuits and not args.branches, "--circuits looks at compositions; give --branches more than 0"),
+            (args.ablate and 0 in (args.label_noise, args.branches), "--ablate needs --label-noise, --branches > 0"),
             (args.triples and any((args.entities, args.relations, args.out_degree, args.arithmetic, args.bench)),
              "--entities, --relations, --out-degree, --arithmetic, --bench: for synthetic graphs, not with --triples"),
             ((args.regime == "natural") != (args.augment == 0), f"--augment {args.augment:g} with --regime "

@@ -49,7 +49,7 @@ class Config:
     ff_top_k: int = option(64, "units of it that one token may use, 0: all")
     slots: int = option(1024, "rows of the shared memory")
     top_k: int = option(64, "slots that one read may use")
-    addressing: str = option("groups", "groups: the winner of each of top_k equal groups; topk: the top_k largest")
+    addressing: str = option("groups", "groups: the best of each of top_k groups; topk: the top_k best; plain: unfused")
 
     def __post_init__(self):
         for name in ("n_entities", "n_relations", "d_model", "n_heads", "depth", "blocks", "d_ff", "slots", "top_k"):
@@ -57,8 +57,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model must be a multiple of 2 * n_heads, got {self.d_model} and {self.n_heads}")
-        if self.addressing not in ("groups", "topk"):
-            raise ValueError(f"addressing must be 'groups' or 'topk', got {self.addressing!r}")
+        if self.addressing not in ("groups", "topk", "plain"):
+            raise ValueError(f"addressing must be 'groups', 'topk' or 'plain', got {self.addressing!r}")
         used = [("slots", "top_k")] * self.memory + [("d_ff", "ff_top_k")] * (self.feed_forward or not self.memory)
         for width, k in used:
             n, n_kept = getattr(self, width), getattr(self, k)
@@ -105,6 +105,8 @@ def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
     largest win, or the best of each of top_k groups (far cheaper), entry j in group j % top_k; top_k = 0 keeps all."""
     if not top_k:
         return scores.relu().square()
+    if addressing == "plain":                                # as "topk", as one would write it first: for --bench
+        return scores.relu().square() * (scores >= scores.topk(top_k).values[..., -1:])
     if addressing == "topk":
         rivals, best = scores, scores.detach().topk(top_k, sorted=False).values.amin(-1, keepdim=True)
     else:
