@@ -269,9 +269,6 @@ class Run:
         tokens = self.paths.tokens
         return tokens[torch.randperm(len(tokens), generator=self.stream())[:20_000].to(self.device)]
 
-    def save_results(self):
-        write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1, allow_nan=False).encode())
-
     def fresh(self) -> dict:
         """Everything that training changes, at step 0."""
         model = Model(self.config, torch.Generator().manual_seed(4 * self.seed + 2)).to(self.device)
@@ -353,7 +350,7 @@ class Run:
             "system": platform.system(), "device": device_name(self.device), "threads": torch.get_num_threads()}
         config = self.identity | {"environment": self.environment, "stages": {
             name: getattr(self.args, name) for name in ("compile", "n_edits", *STAGES)}}
-        write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
+        write_atomically(self.folder / "config.json", config)
         return config
 
     def summarize(self):
@@ -365,7 +362,7 @@ class Run:
             "accuracy": {key: last[key] for key in LABELS}, "n_facts": len(self.paths.facts), "n_paths": self.n_paths,
             "memorized_at": first_step(self.history, **{"train" if self.recipe.branches else "one_hop": 0.99}),
             "grokked_at": first_step(self.history, train=0.99, ood=0.9), "config": self.write_config()}
-        self.save_results()
+        write_atomically(self.folder / "results.json", self.results)
         step = lambda name: f"at step {self.results[name]}" if self.results[name] else "not reached"
         print(f"\n{curve(self.history)}\nmemorized (train >= 0.99) {step('memorized_at')}; grokked (OOD >= 0.9 on "
               f"{self.n_paths['ood']} paths) {step('grokked_at')}; {last['seconds']:.0f} s, "
@@ -1043,7 +1040,8 @@ def plot(folders: list[Path], out: Path):
                     (ax.fill_between if joined else ax.vlines)(x, low, high, color=colour, alpha=0.2 if joined else 1)
                     ax.set(ylim=(-0.04, 1.04), ylabel="share of answers" if place % columns == 0 else None)
             if panels:
-                figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+                drawn = {line.get_label(): line for ax in figure.axes for line in ax.get_legend_handles_labels()[0]}
+                figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
                 figure.savefig(out / f"{file}.svg", metadata={"Date": None})
 
 # --- Speed ------------------------------------------------------------------------------------------------------------
@@ -1119,7 +1117,7 @@ def bench(args, out: Path):
     threads = [("threads", "ms"), *((n, f"{1000 * middle(s[n]):.1f}") for n in s)]
     with torch.profiler.profile() as profiler:
         step()
-    cost = lambda e: e.self_device_time_total or e.self_cpu_time_total
+    cost = lambda e: e.self_device_time_total if X.is_cuda else e.self_cpu_time_total
     top = sorted(profiler.key_averages(), key=cost, reverse=True)
     share = lambda e: f"{cost(e) / sum(map(cost, top)):.3f}"
     profile = [("operator", "share", "calls"), *((e.key[:50], share(e), e.count) for e in top[:10])]
@@ -1128,7 +1126,7 @@ def bench(args, out: Path):
     print(table(cells), SPEED, "", table(growth), "", table(threads), "", table(profile), sep="\n")
     print(f"\n{peak['shape'] / 1e9:.0f}, {peak['square'] / 1e9:.0f} GFLOP/s, {results['peak_memory_mib']} MiB at most")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "bench.json", json.dumps(results, indent=1).encode())
+    write_atomically(out / "bench.json", results)
 
 # --- Report -----------------------------------------------------------------------------------------------------------
 def table(rows: list[tuple]) -> str:
@@ -1169,7 +1167,7 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 CLAIMS = """n: queries of all runs; -: a mean over the runs. interval: 95 % (Wilson) and the runs' range.
-agrees: ours is in the range accepted (results/claims.tsv); ?: the interval crosses its border."""
+agrees: ours is in the range accepted (results/claims.tsv); ?: the interval, if any, crosses its border."""
 
 def claims(groups: list[list[dict]]):
     """What the papers claim beside ours, cell by cell, of the group with most runs. results/claims.tsv names our figure
@@ -1179,9 +1177,10 @@ def claims(groups: list[list[dict]]):
         claim, theirs, low, high, cells, trained, figure, count = line.split("\t")
         (one, *then), tested = figure.split(), {}            # {arch: (our figure, queries) of each run}
         for group in groups:
-            arch, config, found = group[0]["arch"], group[0]["config"], []
-            kind = f"{config['data'].get('regime', 'natural')} {config['data']['train_fraction']}"
+            arch, config, data, found = group[0]["arch"], group[0]["config"], group[0]["config"]["data"], []
+            kind = f"{data.get('regime', 'natural')} {data['train_fraction']}" + " triples" * ("sha256" in data)
             kind += " noise" * bool(config["recipe"].get("label_noise"))
+            kind += " resized" * any(config["model"][f.name] != f.default for f in fields(Config)[5:])
             for r in group if arch in cells.split() and kind == trained else []:
                 values = [lookup(r, place) for place in (one, *then[1:])]
                 if None not in values and values[1:] != [0]:
@@ -1195,7 +1194,7 @@ def claims(groups: list[list[dict]]):
             ours = sum(map(operator.mul, values, counts)) / n if n else statistics.fmean(values)
             ends = [f([*values, *(wilson(ours, n) if n else ())]) for f in (min, max)]
             within = [float(low) <= x <= float(high) for x in (ours, *ends)]
-            verdict = ("agrees" if within[0] else "differs") + " ?" * (len(set(within)) > 1)
+            verdict = ("agrees" if within[0] else "differs") + " ?" * (len({*within}) > 1 or not n and len(values) < 2)
             rows.append((claim, theirs, arch, cell(ours), "..".join(map(cell, ends)), cell(n, "d"), verdict))
     print(f"\n{table(rows)}\n{CLAIMS}")
 
@@ -1335,8 +1334,9 @@ def curve(history: list[dict]) -> str:
 
 # --- Files, machine, command line -------------------------------------------------------------------------------------
 def write_atomically(path: Path, content):
-    """bytes, or a function that writes to a file: at `path` is the old file or the new one, never half of it."""
+    """bytes, a dict as JSON, or what a function writes: at `path` is the old file or the new one, never half of it."""
     part = path.with_name(path.name + ".part")
+    content = json.dumps(content, indent=1, allow_nan=False).encode() if isinstance(content, dict) else content
     with open(part, "wb") as file:
         content(file) if callable(content) else file.write(content)
         file.flush()
@@ -1469,7 +1469,7 @@ def main(argv: list[str] | None = None) -> int:
                     stage(run, model)
                     seconds = run.results[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
                     run.results["peak_memory_mib"] = max(run.results["peak_memory_mib"], peak_memory_mib(run.device))
-                    run.save_results()
+                    write_atomically(run.folder / "results.json", run.results)
                     print(f"{seconds:.0f} s for --{name.replace('_', '-')}")
         folders = [args.report] if args.report else [run.folder for run in runs]
         groups = report(folders) if args.report or len(runs) > 1 else []

@@ -2538,16 +2538,21 @@ def test_verdicts_follow_from_the_figures(capsys):
                 "ood": {"memorized": path(), "end": path(visible=0.2)}}
     run = lambda seed, **more: {
         "arch": "loop", "seed": seed, "step_train": 10, "step_id": 20, "step_ood": 80, "accuracy": {"ood": 0.99},
-        "n_paths": {"ood": 1000}, "config": {"data": {"train_fraction": 0.8}, "recipe": {}}, "circuits": circuits, "transfer": {"end": {
+        "n_paths": {"ood": 1000}, "config": {"data": {"train_fraction": 0.8}, "recipe": {}, "model": usual}, "circuits": circuits, "transfer": {"end": {
             "new->old": 1.0, "old->new": 0.5, "new->new": 0.15, "n": dict.fromkeys(("new->old", "old->new"), 1000)}}} | more
-    apart = lambda **config: [run(seed, config={"data": {"train_fraction": 0.8}, "recipe": {}} | config, step_id=1000) for seed in range(3)]
+    usual = vars(Config())
+    apart = lambda **config: [run(seed, config={"data": {"train_fraction": 0.8}, "recipe": {}, "model": usual} | config, step_id=1000) for seed in range(3)]
     minedit.claims([apart(recipe={"label_noise": 0.1}), apart(data={"train_fraction": 0.5}), apart(data={"train_fraction": 0.8, "regime": "first-hop"}),
+                    apart(model=usual | {"depth": 4}), apart(model=usual | {"feed_forward": True}), apart(data={"train_fraction": 0.8, "sha256": "a"}),
                     [run(0, step_id=10)], [run(0), run(1, step_ood=70)]])        # the larger group of the kind asked counts
     said = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
     says = lambda claim: next(rest for key, rest in said.items() if key.startswith(claim))
     assert says("[2] ID steps / train")[-5:] == ["loop", "2.000", "2.000..2.000", "-", "differs"], "2 is not 50"
     assert says("[2] OOD steps / ID")[-4:] == ["3.750", "3.500..4.000", "-", "agrees"]
     assert says("[2] OOD comes")[-3:] == ["0.985..0.994", "2000", "agrees"], "all queries of both runs"
+    minedit.claims([[run(0, step_id=500)]])
+    alone = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("[2] ID steps / train"))
+    assert alone[-2:] == ["agrees", "?"], "one run has no interval"
     assert says("[2] OOD never")[-2:] == ["not", "run"], "no dense cell"
     assert says("[2] r1 -> t")[-4] == "0.400" and says("[2] r1 -> t")[-1] == "agrees"
     assert says("[2] r2 at r2")[-1] == "differs", "no growth"
