@@ -1204,10 +1204,10 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
     for file in sorted({file for folder in folders for file in folder.rglob("results.json")}):
         try:
             result = json.loads(file.read_text())
-            config = {k: value for k, value in result["config"].items() if k not in ("seed", "environment", "stages")}
+            config = [{k: v for k, v in result["config"][part].items() if v and k != "triples"}     # absent is off
+                      for part in ("data", "model", "recipe")]                       # of triples the content counts
             assert result["arch"] in ARCHS and {"accuracy", "n_paths", "grokked_at", "seconds"} <= result.keys()
             assert all({"near", "a_priori"} <= e.keys() for e in result.get("edits", []))    # else of an older version
-            config["data"].pop("triples", None)              # their content counts, not their place
             group = groups.setdefault(json.dumps(config, sort_keys=True), {})
             result = group[result["seed"]] = {"history": []} | group.get(result["seed"], {}) | result
             if (log := file.with_name("log.jsonl")).exists():                        # the evaluations
