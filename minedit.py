@@ -1104,12 +1104,12 @@ def bench(args, out: Path):
         cells.append((arch, f"{ms:.1f}", rates[0], *(f"{middle(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios),
                       *(f"{1000 * counter.get_total_flops() / ms / p:.2f}" for p in peak.values()), *rates[1:]))
     growth = [("growth with", "sizes", *units, "MiB")]       # exponents: slope of log seconds, MiB over log size
-    processes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver").Pool(1, None, (), 1)
     for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("n_edits", 500):
         small, large = start // 2, 2 * start
         s = in_turns({(u, x): task for x in (small, large) for u, task in bench_tasks(make(**{axis: x}))[0].items()}, 3)
         slope = lambda before, after: f"{math.log(after / before, large / small):.2f}" if before else "-"
-        mib = processes.map(memory_of, [asked | {axis: x} for x in (small, large)], chunksize=1)
+        with multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver").Pool(1, None, (), 1) as pool:
+            mib = pool.map(memory_of, [asked | {axis: x} for x in (small, large)], chunksize=1)
         growth.append((axis.removeprefix("n_"), f"{small} {large}", *(slope(middle(s[u, small]), middle(s[u, large]))
                        for u in units), f"{slope(*mib)} ({mib[0]}-{mib[1]})"))
     step, n_threads = bench_tasks(make())[0]["step"], torch.get_num_threads()
