@@ -204,7 +204,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Ended by the steps or by what is recited of the exceptions; no held-out figure ends a training."""
-        late = self.step > self.recipe.steps - self.recipe.memorize
+        late = self.step > max(0, self.recipe.steps - self.recipe.memorize)
         return self.step == self.recipe.steps or late and (self.history[-1].get("exceptions") or 0) >= ENOUGH
 
     def check_folder(self):
@@ -239,7 +239,7 @@ class Run:
             raise problem from None
 
     def load_checkpoint(self, path: Path):
-        """Go on from a checkpoint; UserError unless it is whole and of this run."""
+        """Go on from a checkpoint; UserError unless it can be read and is of this run."""
         try:
             state, self.parts = torch.load(path, map_location="cpu", weights_only=True), self.fresh()
             if differences(state["identity"], self.identity) or state["history"][-1]["step"] != state["step"]:
@@ -695,7 +695,7 @@ KEEPS = 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7
 REMOVED = 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7
 TASKS = {"recited": "3-16 (recitation)", "rare": "22 (company CEO)", "frequent": "74-86 (closed book)",
          "arithmetic": "66-74", "open_book": "93-99", "id": "95-106 (logic)", "ood": "95-106 (logic)"}
-ABLATED = """recited, true: exceptions answered as trained, and right; train: other paths; book: open book.
+ABLATED = """recited, true: exceptions answered as trained, and right; train: other trained; book: open book.
 matched: strengths of its own choice in q+k, v+out, address, store (highest true - recited of other
 paths); as many components (parts), as large a change (norm) as kfac or ekfac; one keep (alike)."""
 RETENTION = "rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model [10]"
@@ -1064,11 +1064,11 @@ def apart(tokens: Tensor, positions: Tensor, answers: Tensor) -> tuple[Tensor, T
     rows = lambda x, n: torch.cat([x[:, [*range(n), i]] for i in range(n, x.shape[1])] or [x])
     return rows(tokens, 2), positions[:3], rows(answers, 1)
 
-def bench_tasks(run: Run, rows: bool = False) -> tuple[dict, dict]:
+def bench_tasks(run: Run, alone: bool = False) -> tuple[dict, dict]:
     """What is timed of a run, {name: function}, and {name: units that one call does}."""
     parts, paths, name, n = run.fresh(), run.paths, edit_sites(run.config)[0][0], run.args.n_edits
     model, batches, facts = parts["model"], run.batches(parts["generator"]), editing.queries(paths)
-    batches.draw = (lambda draw=batches.draw: apart(*draw())) if rows else batches.draw
+    batches.draw = (lambda draw=batches.draw: apart(*draw())) if alone else batches.draw
     gold, W = paths.facts[:, 2:].expand(-1, 2), model.get_submodule(name).weight
     K, R, X = (torch.randn(rows, W.shape[dim]).to(W) for rows, dim in ((n, 1), (n, 0), (2 * W.shape[1], 1)))
     tasks = {"step": lambda: run.advance(parts, batches, model, 0), "evaluation": lambda: accuracy(model, paths),
@@ -1078,7 +1078,7 @@ def bench_tasks(run: Run, rows: bool = False) -> tuple[dict, dict]:
     return tasks, dict(zip(tasks, units))
 
 def memory_of(asked: dict) -> int:
-    """MiB at most, torch included, of a process (a new one, which starts from nothing) that does each task once."""
+    """Peak MiB of this process, torch included, or of CUDA's allocations, once it has done each task of a run."""
     run = prepare(argparse.Namespace(**asked))[0]
     for task in bench_tasks(run)[0].values():
         task()
@@ -1103,7 +1103,7 @@ def bench(args, out: Path):
         ratios = ([x / y for x, y in zip(s[name], s["step"])] for name in ("plain", "rows"))
         cells.append((arch, f"{ms:.1f}", rates[0], *(f"{middle(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios),
                       *(f"{1000 * counter.get_total_flops() / ms / p:.2f}" for p in peak.values()), *rates[1:]))
-    growth = [("growth with", "sizes", *units, "MiB")]       # exponents: slope of log seconds, MiB over log size
+    growth = [("exponents in", "sizes", *units, "MiB")]      # slope of log seconds, MiB over log size
     for axis, start in ("d_model", args.d_model), ("slots", args.slots), ("entities", args.entities), ("n_edits", 500):
         small, large = start // 2, 2 * start
         s = in_turns({(u, x): task for x in (small, large) for u, task in bench_tasks(make(**{axis: x}))[0].items()}, 3)
@@ -1153,7 +1153,7 @@ def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 ACCURACY = "means; paths: OOD, of all; first, second: only this hop OOD; grokked: train 0.99, OOD 0.9 (-: never)"
-SCORES = "score of mass edits by their number, at the strength chosen on other facts"
+SCORES = "score by number of edits (more: below); strength: chosen on other facts (mean; 0: there is none)"
 NEIGHBOURS = "head, relation: share that moved of the facts with it. on row: facts. cosine: of key and hop 2's key"
 SHARED = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"
 
@@ -1167,27 +1167,27 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 CLAIMS = """n: queries of all runs; -: a mean over the runs. interval: 95 % (Wilson) and the runs' range.
-agrees: ours is in the range accepted (results/claims.tsv); ?: the interval, if any, crosses its border."""
+agrees: in the range of results/claims.tsv; ?: the interval crosses its border, or is of one run."""
 
 def claims(groups: list[list[dict]]):
-    """What the papers claim beside ours, cell by cell, of the group with most runs. results/claims.tsv names our figure
-    by its place in a result, or two with - or / between, and the place of the number of queries asked."""
+    """What the papers claim beside ours, cell by cell, of the first group with most runs. results/claims.tsv names our
+    figure by its place in a result, or two with - or / between, and the place of the number of queries asked."""
     rows, signs = [("claim", "theirs", "", "ours", "interval", "n", "")], {"-": operator.sub, "/": operator.truediv}
     for line in f.read_text().splitlines()[1:] if (f := Path(__file__).parent / "results/claims.tsv").exists() else []:
         claim, theirs, low, high, cells, trained, figure, count = line.split("\t")
         (one, *then), tested = figure.split(), {}            # {arch: (our figure, queries) of each run}
         for group in groups:
             arch, config, data, found = group[0]["arch"], group[0]["config"], group[0]["config"]["data"], []
-            kind = f"{data.get('regime', 'natural')} {data['train_fraction']}" + " triples" * ("sha256" in data)
-            kind += " noise" * bool(config["recipe"].get("label_noise"))
-            kind += " resized" * any(config["model"][f.name] != f.default for f in fields(Config)[5:])
+            kind = f"{data.get('regime', 'natural')} {data.get('augment', 0)} {data['train_fraction']}"
+            kind += " triples" * ("sha256" in data) + " noise" * bool(config["recipe"].get("label_noise"))
+            kind += " resized" * any((config["model"].get(f.name) or 0) != (f.default or 0) for f in fields(Config)[5:])
             for r in group if arch in cells.split() and kind == trained else []:
                 values = [lookup(r, place) for place in (one, *then[1:])]
                 if None not in values and values[1:] != [0]:
                     found.append((signs[then[0]](*values) if then else values[0], lookup(r, count)))
             if len(found) > len(tested.get(arch, [])):
                 tested[arch] = found
-        rows += [(claim, theirs, *"----", "not testable here" if cells == "-" else "not run")] * (not tested)
+        rows += [(claim, theirs, *"----", "not testable here" if cells == "-" else "no figure")] * (not tested)
         for arch, found in tested.items():
             values, counts = zip(*found)
             n = sum(counts) if all(counts) else None

@@ -1946,7 +1946,8 @@ def test_bench_at_toy_size(tmp_path, capsys):
     found = json.loads((tmp_path / "new" / "b" / "bench.json").read_text())
     assert [row[0] for row in found["cells"][1:]] == list(ARCHS) and [row[0] for row in found["growth"][1:]] == ["d_model", "slots", "entities", "edits"]
     assert all(float(x) > 0 for row in found["cells"][1:] for x in (row[1], row[2], row[3].split()[0], row[4].split()[0], *row[5:]))
-    assert all(int(row[-1].rstrip(")").split("-")[-1]) > 0 for row in found["growth"][1:]), "memory"
+    memory = [int(x) for row in found["growth"][1:] for x in row[-1].split("(")[1].rstrip(")").split("-")]
+    assert len(memory) == 8 and all(0 < x < found["peak_memory_mib"] for x in memory), "of processes smaller than this one"
     assert len(found["profile"]) > 5 and found["peak_memory_mib"] > 0 and found["threads"][1][0] == 1
     assert [f.name for f in (tmp_path / "new" / "b").iterdir()] == ["bench.json"]
 
@@ -2122,19 +2123,11 @@ def test_the_blocks_of_the_readme_are_lines_of_the_report(capsys):
         lines = iter(reports[folder].splitlines())           # in this order: rows stand below their own header
         missing = [line for line in block.splitlines() if line not in lines]
         assert block.startswith("arch") and not missing, f"not in --report {folder}: {missing[0]}"
-    assert (HERE / "results" / "report.txt").read_text().strip() == reports["results/main"].split("\nclaim ")[0].strip()
-
-def test_the_scores_of_mass_edits_in_the_readme_are_those_of_the_results():
-    """The one table of results that is turned round: a method a row, a number of edits a column."""
-    head, _, *rows = re.search(r"^\| score at n = .*\n(?:\|.*\n)+", (HERE / "README.md").read_text(), re.M)[0].splitlines()
-    cells = lambda row: [x.strip(" *") for x in row.strip("|").split("|")]
-    edits = json.loads((HERE / "results/mass/lmc-seed0/results.json").read_text())["mass"]["edits"]
-    for row in map(cells, rows):
-        method = {"MEMIT": "memit", "EMMET": "emmet", "ROME": "rome", "Alpha": "alphaedit", "fine-": "finetune"}[row[0][:5].strip()]
-        target = "prototype" if "prototype" in row[0] else "gradient"
-        found = {e["n"]: f"{e['score']:.1f}" if "score" in e else "infeasible" for e in edits if (e["method"], e["target"]) == (method, target)}
-        assert row[1:] == [found[int(n.replace(" ", ""))] for n in cells(head)[1:]], row[0]
-    assert len(rows) == 6
+    whole = lambda name: (HERE / "results" / name).read_text().strip()
+    assert run_main("--report", HERE / "results") == 0
+    assert whole("claims.txt") == "claim " + capsys.readouterr().out.split("\nclaim ")[1].rstrip()
+    for folder, name in ("results/main", "report.txt"), ("results/mass", "mass.txt"):
+        assert whole(name) == reports[folder].split("\nclaim ")[0].strip(), name
 
 def test_runs_of_a_job_array_merge_and_the_report_says_what_was_not_run(tmp_path, capsys):
     import shutil
@@ -2404,10 +2397,19 @@ def test_the_ablation_stage(tmp_path, capsys, arch):
     assert all(torch.equal(p, state[name]) for name, p in weights(tmp_path / "run")["average"].items())
     assert json.loads((tmp_path / "run" / "results.json").read_text())["ablate"]["chosen"] == results["chosen"]
 
-def test_an_ablation_without_exceptions_is_refused(finished, capsys):
-    assert run_main(*TINY, "--ablate", "--label-noise", 0, "--arithmetic", 0, "--zipf", 0, "--open-book", 0, "--memorize", 0,
-                    "--out", finished) == 2
-    assert "--label-noise" in capsys.readouterr().err
+def test_an_ablation_without_exceptions_is_refused(tmp_path, capsys):
+    for missing in "--label-noise", "--branches":
+        assert missing in refused(capsys, *TINY, "--ablate", missing, 0, "--out", tmp_path / "a")
+        assert not (tmp_path / "a").exists(), "before anything is trained"
+
+def test_what_an_ablation_asks_for_is_true(tmp_path):
+    run, clean = run_of("--label-noise", 0.2, "--out", tmp_path / "n"), run_of("--out", tmp_path / "c")
+    (mask, true), exceptions, paths = minedit.Ablation(run).sets["true"], run.paths.masks["exceptions"], run.paths
+    assert torch.equal(mask, exceptions) and torch.equal(true != paths.two_hop, exceptions), "exceptions are trained wrong"
+    assert torch.equal(true, clean.paths.two_hop)
+
+def test_a_late_phase_longer_than_the_training(tmp_path):
+    assert run_main(*TINY, "--steps", 4, "--memorize", 8, "--label-noise", 0.2, "--out", tmp_path / "m") == 0
 
 # --- Inference paths, transfer, claims --------------------------------------------------------------------------------
 
@@ -2514,7 +2516,7 @@ def test_circuits_and_transfer(tmp_path, capsys, arch):
     assert found["transfer"]["end"]["n"]["new->old"] > 0 and 0 <= found["transfer"]["scratch"]["new->old"] <= 1
     assert run_main("--report", tmp_path / "run") == 0
     out = capsys.readouterr().out
-    assert "not testable here" in out and " not run" in out and f"\n{arch} " in out
+    assert "not testable here" in out and " no figure" in out and f"\n{arch} " in out
     others = ("paths:", "loss", "memorized (train", *minedit.ACCURACY.splitlines())
     wide = [line for line in out.splitlines() if len(line) > 100 and not any(text in line for text in others)]
     assert not wide, wide
@@ -2525,6 +2527,7 @@ def test_circuits_where_there_is_nothing_to_ask(tmp_path, capsys):
                     tmp_path / "n") == 0
     assert "fake grokking" in capsys.readouterr().out
     assert "--branches" in refused(capsys, *TINY, "--branches", "0", "--circuits", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists(), "before anything is trained"
 
 def test_intervals():
     assert minedit.wilson(0.0, 16) == pytest.approx((0, 0.194), abs=1e-3)        # published tables of Wilson's interval
@@ -2553,7 +2556,7 @@ def test_verdicts_follow_from_the_figures(capsys):
     minedit.claims([[run(0, step_id=500)]])
     alone = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("[2] ID steps / train"))
     assert alone[-2:] == ["agrees", "?"], "one run has no interval"
-    assert says("[2] OOD never")[-2:] == ["not", "run"], "no dense cell"
+    assert says("[2] OOD never")[-2:] == ["no", "figure"], "no dense cell"
     assert says("[2] r1 -> t")[-4] == "0.400" and says("[2] r1 -> t")[-1] == "agrees"
     assert says("[2] r2 at r2")[-1] == "differs", "no growth"
     assert says("[2] ungrokked")[-2:] == ["agrees", "?"], "0 of 200 may be 0.02"
