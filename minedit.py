@@ -239,7 +239,7 @@ class Run:
             raise problem from None
 
     def load_checkpoint(self, path: Path):
-        """Go on from a checkpoint; UserError unless it can be read and is of this run."""
+        """Go on from a checkpoint; UserError unless it is whole and of this run."""
         try:
             state, self.parts = torch.load(path, map_location="cpu", weights_only=True), self.fresh()
             if differences(state["identity"], self.identity) or state["history"][-1]["step"] != state["step"]:
@@ -249,6 +249,9 @@ class Run:
                     part.load_state_dict(state[name])
                 elif state["device"] == self.device.type:    # the random state of another kind does not fit
                     part.set_state(state[name])
+            if any(x.dim() and x.shape != p.shape for name in ("adam", "muon")
+                   for p, kept in self.parts[name].state.items() for x in kept.values()):
+                raise ValueError("the state of an optimizer does not fit its weights")
             self.step, self.history, self.moments = state["step"], state["history"], state["moments"]
         except Exception as error:                           # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
@@ -572,8 +575,7 @@ def when_stage(run: Run, model: Model):
             when["written"].append({"site": name, "call": call, "pass": at_pass, "acts": label} | shares)
         when["held"] = when.get("held") or hold(run, model, at, u, r, requests, probes, hits["always"], generator)
     print(f"\nwhen it is written: edits of {counts['direct']} facts; compositions {counts['hop1']}, {counts['hop2']}")
-    for shown in "when", "held":
-        summary(shown, [[run.results]])
+    summary("when held", [[run.results]])
 
 def hold(run: Run, model: Model, at: editing.Site, u: Tensor, r: Tensor, requests: editing.Requests,
          probes: dict[str, editing.Probes], right: dict[str, Tensor], generator: torch.Generator) -> list[dict]:
@@ -782,8 +784,7 @@ def ablate_stage(run: Run, model: Model):
                              "relearning": {"ablated": ablated, "fresh": fresh}}
     print(f"\n{int(exceptions.sum())} exceptions; {seconds:.1f} s for factors, bases and the masses of EK-FAC\n"
           f"{best['method']} keeps {listed({s: kind for kind, s in best['strengths'].items()})}")
-    for shown in "ablation", "retention", "bands", "relearning":
-        summary(shown, [[run.results]])
+    summary("ablation retention bands relearning", [[run.results]])
     if run.args.images and (run.args.arch != "all" or run.arch == "dense"):      # the same beside all four cells
         run.results["ablate"]["vision"] = vision(run)
         summary("vision", [[run.results]])
@@ -920,8 +921,7 @@ def circuits_stage(run: Run, model: Model):
     found["same"] = {name: same_paths(run, by.get("memorized", {}), by["end"]) or {} for name, by in hits.items()}
     used = found["ood"]["end"].get("visible")
     found["fake"] = None if used is None else run.history[-1]["ood"] >= 0.9 and used < BRIDGE_USED
-    for shown in "paths", "same", "worth":
-        summary(shown, [[run.results]])
+    summary("paths same worth", [[run.results]])
     print(f"\nfake grokking (OOD >= 0.9, less than {BRIDGE_USED} redirected): {found['fake']}")
 
 def later(run: Run, model: Model) -> dict:
@@ -1230,25 +1230,26 @@ def read_runs(folders: list[Path]) -> list[list[dict]]:
         first["name"] = first["arch" if archs.count(first["arch"]) == 1 else "folder"]
     return sorted(found, key=lambda runs: list(ARCHS).index(runs[0]["arch"]))
 
-def summary(stage: str, groups: list[list[dict]]):
-    """The table of a stage: means over the runs of each group."""
-    (places, words, shares, legend), several = TABLES[stage], any(group[1:] for group in groups)
-    header = (name + " (lowest)" * (share in LOWEST and several) for share, name in shares.items())
+def summary(stages: str, groups: list[list[dict]]):
+    """The tables of some stages: means over the runs of each group."""
     text = lambda x: "" if x is None else str(x).replace("feed_forward.down", "ff").replace("feed_forward", "ff")
-    rows = [("arch", *(word.split(".")[-1] for word in words), *header)]
-    for group in groups:
-        found, n = defaultdict(list), defaultdict(int)       # {(place, words): entries}, {place: runs that have some}
-        for place, r in itertools.product(places.split(), group):
-            entries = [r] if place == "." and "circuits" in r else lookup(r, place) or []
-            n[place] += bool(entries)
-            for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
-                named = e | {"at": at, "of": place.split(".")[-1]} | ({"target": "near"} if e.get("near") else {})
-                found[(place, *(text(lookup(named, word)) for word in words))].append(e)
-        rows += [(group[0].get("name", group[0]["arch"]) + f" ({len(es)} of {n[place]})" * (len(es) < n[place]), *key,
-                  *(mean([lookup(e, share) for e in es], None, share in LOWEST) for share in shares))
-                 for (place, *key), es in found.items()]
-    if len(rows) > 1:
-        print(f"\n{table(rows)}\n{legend}")
+    several = any(group[1:] for group in groups)
+    for places, words, shares, legend in map(TABLES.get, stages.split()):
+        header = (name + " (lowest)" * (share in LOWEST and several) for share, name in shares.items())
+        rows = [("arch", *(word.split(".")[-1] for word in words), *header)]
+        for group in groups:
+            found, n = defaultdict(list), defaultdict(int)   # {(place, words): entries}, {place: runs that have some}
+            for place, r in itertools.product(places.split(), group):
+                entries = [r] if place == "." and "circuits" in r else lookup(r, place) or []
+                n[place] += bool(entries)
+                for at, e in entries.items() if isinstance(entries, dict) else enumerate(entries):
+                    named = e | {"at": at, "of": place.split(".")[-1]} | ({"target": "near"} if e.get("near") else {})
+                    found[(place, *(text(lookup(named, word)) for word in words))].append(e)
+            rows += [(group[0].get("name", group[0]["arch"]) + f" ({len(es)} of {n[at]})" * (len(es) < n[at]), *key,
+                      *(mean([lookup(e, share) for e in es], None, share in LOWEST) for share in shares))
+                     for (at, *key), es in found.items()]
+        if len(rows) > 1:
+            print(f"\n{table(rows)}\n{legend}")
 
 REGIMES = "at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.9, visible < 0.5"
 WORTH = "direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"
@@ -1288,8 +1289,7 @@ def report(folders: list[Path]) -> list[list[dict]]:
         rows.append((runs[0]["name"], len(runs), *map(share, ANSWERS), sum(r["n_paths"]["ood"] for r in runs), *map(
             share, SPLITS[3:]), *(mean([r[key] for r in runs], ".0f") for key in ("grokked_at", "seconds"))))
     print(f"\n{table(rows)}\n{ACCURACY}")
-    for stage in TABLES:
-        summary(stage, groups)
+    summary(" ".join(TABLES), groups)
     shared = {}                                              # {arch: (hop 1, hop 2), of each seed of its largest group}
     for group in groups:
         edits = [r["edit"] for r in group if r["edit"].get("hop2_shared") is not None]
@@ -1312,8 +1312,8 @@ def mann_whitney(x, y) -> float:
     rank = {v: sum(w < v for w in both) + (both.count(v) + 1) / 2 for v in both}
     for v in both:
         ways += Counter({(m + 1, total + rank[v]): n for (m, total), n in ways.items() if m < len(x)})
-    off = lambda total: abs(total - len(x) * (len(both) + 1) / 2)
-    far = sum(n for (m, total), n in ways.items() if m == len(x) and off(total) >= off(sum(rank[v] for v in x)))
+    expected, found = len(x) * (len(both) + 1) / 2, sum(rank[v] for v in x)
+    far = sum(n for (m, total), n in ways.items() if m == len(x) and abs(total - expected) >= abs(found - expected))
     return far / math.comb(len(both), len(x))
 
 def progress(record: dict, steps: int) -> str:

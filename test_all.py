@@ -1080,12 +1080,15 @@ def test_the_checkpoint_of_another_seed_is_refused(finished, tmp_path, capsys):
     shutil.copy(finished / "ckpt.pt", tmp_path / "h" / "ckpt.pt")
     assert "other settings" in refused(capsys, *TINY, "--seed", "1", "--out", tmp_path / "h")
 
-@pytest.mark.parametrize("damage", ["model", "average", "adam", "muon", "generator", "history"])
+@pytest.mark.parametrize("damage", ["model", "average", "adam", "muon", "generator", "history", "shape"])
 def test_a_checkpoint_with_a_damaged_part_is_refused(finished, tmp_path, capsys, damage):
     import shutil
     shutil.copytree(finished, tmp_path / "i")
     state = weights(finished)
-    state[damage] = {} if damage == "history" else None
+    if damage == "shape":
+        state["muon"]["state"][0]["momentum"] = torch.ones(3, 3)
+    else:
+        state[damage] = {} if damage == "history" else None
     torch.save(state, tmp_path / "i" / "ckpt.pt")
     assert "not a checkpoint" in refused(capsys, *TINY, "--out", tmp_path / "i", "--resume")
 
