@@ -1,0 +1,1 @@
+"""The papers' studies, run as `python -m studies.NAME` from the folder above."""

@@ -1,0 +1,398 @@
+"""Exceptions out of a model by curvature, and what goes with them. After Merullo et al. 2025 [1].
+
+Trains on a richer mixture than the core: a tenth of the trained compositions have a fixed wrong
+answer (exceptions), some relations are arithmetic (tail = head + c), facts are drawn with Zipf
+frequencies, and open-book prompts hold the fact that they ask for. The last steps are gentle, until
+the exceptions are recited. Then the model is ablated by K-FAC, EK-FAC and every control
+(studies/controls.py); nothing tells them which paths are exceptions. Strengths for a kind of layer
+are chosen on a fifth of the paths; the others are scored. Further:
+
+    tasks        what is kept of each kind of question, beside the paper's figures
+    sweep        the better method, one share of mass kept for all chosen layers
+    relearning   how soon further training brings the exceptions back, and a fresh model to them
+    images       a vision transformer with wrong labels (studies/images.py)
+
+    python -m studies.ablation --arch all --seeds 5 --out runs/ablation    # 5 to 11 minutes a run
+
+Writes "ablation" into results.json.
+
+[1] Merullo et al. 2025, arXiv 2510.24256.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import curvature
+import kg
+import minedit
+from kg import SPLITS
+from minedit import Run, share_of
+from models import Model
+from studies.controls import Outcome, compare, edited, learned_mask, outcome, search
+from studies.images import images_stage
+from studies.training import further
+
+KEEPS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7)
+REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+GROUPS = {  # layers that take one strength, by the ends of their names
+    "q+k": ("attention.query", "attention.key"),
+    "v+out": ("attention.value", "attention.out"),
+    "address": ("up", "memory.query", "keys"),
+    "store": ("down", "memory.values"),
+}
+PAPER = {  # percent of a 7B model's accuracy that is kept [1]
+    "recited": "3-16 (recitation)",
+    "rare": "22 (company CEO)",
+    "frequent": "74-86 (closed book)",
+    "arithmetic": "66-74",
+    "open_book": "93-99",
+    "id": "95-106 (logic)",
+    "ood": "95-106 (logic)",
+}
+
+# --- The mixture ----------------------------------------------------------------------------------
+
+
+def arithmetic_graph(graph: kg.KnowledgeGraph, n: int, seed: int) -> kg.KnowledgeGraph:
+    """The synthetic graph of a seed with tail = (head + c) mod n_entities in its first n relations,
+    each with its own c > 0, wherever it has a fact."""
+    E, R = graph.facts.shape
+    generator = torch.Generator().manual_seed(4 * seed)  # on from where kg.synthetic leaves it
+    torch.randint(E - 1, (E, R), generator=generator)
+    torch.rand(E, R, generator=generator)
+    shift = torch.randint(1, E, (n,), generator=generator)
+    facts = graph.facts.clone()
+    sums = (torch.arange(E)[:, None] + shift) % E  # [n_entities, n]
+    facts[:, :n] = torch.where(facts[:, :n] >= 0, sums, -1)
+    return replace(graph, facts=facts)
+
+
+def zipf_weights(n_facts: int, exponent: float, seed: int) -> Tensor:
+    """i^-exponent [n_facts] for ranks i = 1, 2, ... in random order."""
+    order = torch.randperm(n_facts, generator=torch.Generator().manual_seed(2**62 + seed))
+    return (order + 1.0) ** -exponent
+
+
+class Mixture(minedit.Batches):
+    """Facts drawn in proportion to `weights` [n_facts] (None: all alike), without repetition in a
+    batch, and n_open_book prompts (h, r, t', h, r) -> t' beside them, t' any entity."""
+
+    weights: Tensor | None = None
+    n_open_book = 0
+    n_entities = 0
+
+    def draw_facts(self) -> Tensor:
+        if self.weights is None:
+            return super().draw_facts()
+        n = min(self.recipe.batch, len(self.weights))
+        return torch.multinomial(self.weights, n, generator=self.generator)
+
+    def integers(self, high: int, n: int) -> Tensor:
+        return torch.randint(high, (n,), generator=self.generator, device=self.device)
+
+    def open_book(self, n: int) -> tuple[Tensor, Tensor]:
+        """Prompts [n, 5] and their answers [n]: only the prompt says which."""
+        query = self.queries[self.integers(len(self.queries), n)]
+        told = self.integers(self.n_entities, n)
+        return torch.cat([query, told[:, None], query], 1), told
+
+    def loss(self, forward, recipe: minedit.Recipe) -> Tensor:
+        loss = super().loss(forward, recipe)
+        if not self.n_open_book:
+            return loss
+        tokens, told = self.open_book(self.n_open_book)
+        logits = forward(tokens)[:, -1]
+        book = F.cross_entropy(logits, told, label_smoothing=recipe.label_smoothing)
+        return loss + book / (recipe.one_hop_weight + 1)  # weighs as much as the compositions do
+
+    def mixture(self, n_steps: int) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for _ in range(n_steps):
+            found += super().mixture(1)
+            if self.n_open_book:
+                tokens, told = self.open_book(self.n_open_book)
+                found.append((tokens, F.pad(told[:, None], (4, 0), value=-100)))
+        return found
+
+
+def mixture_of(args, run_seed: int, n_entities: int):
+    """A maker of Batches for minedit.Run, with the options of the study."""
+
+    def make(paths: kg.Paths, recipe: minedit.Recipe, generator: torch.Generator) -> Mixture:
+        batches = Mixture(paths, recipe, generator)
+        batches.n_open_book, batches.n_entities = args.open_book, n_entities
+        if args.zipf:
+            weights = zipf_weights(len(paths.facts), args.zipf, run_seed)
+            batches.weights = weights.to(paths.facts.device)
+        return batches
+
+    return make
+
+
+def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> minedit.Task:
+    options = {"arithmetic": args.arithmetic, "zipf": args.zipf, "open_book": args.open_book}
+    task = minedit.make_task(args, seed, graph)
+    if args.arithmetic:
+        graph = arithmetic_graph(task.graph, args.arithmetic, seed)
+        paths = kg.split(graph, args.ood_fraction, args.train_fraction, seed)
+        paths = kg.with_exceptions(paths, args.label_noise, graph.n_entities, seed)
+        task = task._replace(graph=graph, paths=paths)
+    return task._replace(data=task.data | options)
+
+
+# --- What is asked --------------------------------------------------------------------------------
+
+
+class Questions:
+    """What a model is asked before and after an ablation: {name: (mask, right answers)}."""
+
+    def __init__(self, run: Run, batches: Mixture, weights: Tensor, n_arithmetic: int):
+        paths = run.paths
+        self.run, exceptions = run, paths.masks["exceptions"]
+        self.prompts, self.told = batches.open_book(500)
+        tails = paths.facts[:, 2]
+        true = torch.where(paths.second >= 0, tails[paths.second], -100)  # no exceptions
+        self.paths = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true)}
+        for name in SPLITS:
+            self.paths[name] = (paths.masks[name] & ~exceptions, true)
+        chooses = paths.masks["validation"]
+        self.scored = ~chooses
+        rows = [(self.paths[name][0] & chooses).nonzero() for name in ("recited", *SPLITS[1:])]
+        self.choosing = torch.cat([row.flatten()[:150] for row in rows])  # by these it is chosen
+        arithmetic = paths.facts[:, 1] < n_arithmetic
+        rank = weights.argsort(stable=True).argsort() / len(weights)  # 0: the least frequent
+        self.facts = {
+            "one_hop": (torch.ones_like(arithmetic), tails),
+            "arithmetic": (arithmetic, tails),
+            "rare": ((rank < 0.2) & ~arithmetic, tails),
+            "frequent": ((rank >= 0.8) & ~arithmetic, tails),
+        }
+        self.before = None  # what the unedited model answers of the choosing paths
+
+    def shares(self, sets: dict, answers: Tensor, rows) -> dict[str, float | None]:
+        """Of right answers to the questions `rows`, in each set."""
+        return {
+            name: share_of((answers == gold[rows])[mask[rows]])
+            for name, (mask, gold) in sets.items()
+        }
+
+    def measure(self, model: Model) -> dict[str, float | None]:
+        one_hop, two_hop = minedit.predict(model, self.run.paths)
+        found = self.shares(self.paths, two_hop[self.scored], self.scored)
+        found |= self.shares(self.facts, one_hop, slice(None))
+        book = minedit.last_answers(model, self.prompts) == self.told
+        return found | {"open_book": share_of(book)}
+
+    def chosen_by(self, model: Model) -> dict[str, float]:
+        answers = minedit.last_answers(model, self.run.paths.tokens[self.choosing])
+        found = self.shares(self.paths, answers, self.choosing)
+        return {name: share or 0.0 for name, share in found.items()}
+
+    def value(self, model: Model) -> float:
+        """true - recited of the choosing paths, less ten times the held-out accuracy that is lost
+        against `before`, beyond 0.02."""
+        found = self.chosen_by(model)
+        lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / 4
+        return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
+
+
+# --- The study ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kept:
+    """What an ablation leaves of one kind of question."""
+
+    task: str
+    paper: str  # percent kept there
+    before: float
+    after: float
+    kept: float
+
+
+def layer_groups(names: list[str]) -> dict[str, list[str]]:
+    return {kind: [n for n in names if n.endswith(ends)] for kind, ends in GROUPS.items()}
+
+
+def learned_outcome(
+    model: Model, questions: Questions, mixture: list, layers: list[str]
+) -> Outcome:
+    """A mask of weights, learned on the exceptions among the choosing paths."""
+    paths = questions.run.paths
+    rows = paths.masks["exceptions"] & ~questions.scored
+    targets = F.pad(paths.two_hop[rows][:, None], (2, 0), value=-100)
+    forget = [(paths.tokens[rows], targets)]
+    options = {}
+    for share in (0.99, 0.95, 0.85):
+        options[share] = learned_mask(
+            model, forget, mixture, F.cross_entropy, layers, share, steps=50
+        )
+    chosen, weights = search(model, questions.value, {"all": options}, 1)
+    return outcome(model, questions.measure, weights, "learned", "own", strengths=chosen)
+
+
+def relearn(run: Run, weights: dict, questions: Questions, recited: float, most: int) -> list[dict]:
+    """Questions.measure after 0, 10, 20, 40, ... more steps, until as many are `recited`, or `most`
+    times; trained as in the last steps."""
+    limit = 2 * run.recipe.memorize + 20
+    at = [0] + [10 * 2**i for i in range(20) if 10 * 2**i <= limit]
+    curve = []
+    for moment in further(run, weights, at, run.recipe.steps):
+        curve.append({"step": moment.steps} | questions.measure(moment.model))
+        if len(curve) == most or curve[-1]["recited"] >= recited:
+            break
+    return curve
+
+
+def ablation_stage(run: Run, model: Model, args) -> dict:
+    """All of it but the images."""
+    paths = run.paths
+    batches = run.make_batches(paths, run.recipe, run.stream(run.device))
+    weights = zipf_weights(len(paths.facts), args.zipf, run.seed).to(run.device)
+    questions = Questions(run, batches, weights, args.arithmetic)
+    questions.before = questions.chosen_by(model)
+    names = minedit.linear_layers(model)
+    mixture = batches.mixture(25)
+    began = time.perf_counter()
+
+    def make_generator() -> torch.Generator:
+        return run.stream(run.device)
+
+    spectrum = curvature.spectrum(model, mixture, F.cross_entropy, names, make_generator)
+    seconds = round(time.perf_counter() - began, 2)
+    every = 3 if args.quick else 1  # of the strengths that are tried
+    options = (layer_groups(names), KEEPS[::every], REMOVED[::every], run.stream())
+    found = compare(model, questions.measure, questions.value, spectrum, *options)
+    best = found.best
+    layers = list(found.weights)
+    found.outcomes.append(learned_outcome(model, questions, mixture, layers))
+    sweep = []
+    for keep in KEEPS:
+        new = edited(model, best.method, spectrum, layers, keep)
+        matched = f"alike {keep}"
+        sweep.append(outcome(model, questions.measure, new, best.method, matched, keep=keep))
+    before = found.outcomes[0]
+    with curvature.ablated(model, found.weights):
+        state = {name: p.clone() for name, p in model.state_dict().items()}
+    ablated = relearn(run, state, questions, before.shares["recited"], 20)
+    fresh_weights = Model(run.config, run.stream()).state_dict()
+    fresh = relearn(run, fresh_weights, questions, 2, len(ablated))
+    tasks = tasks_kept(before, best)
+    print(
+        f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses\n"
+        f"{best.method} keeps {best.strengths}"
+    )
+    print(outcomes_table(found.outcomes + sweep))
+    print(f"\n{minedit.record_table(tasks, TASK_COLUMNS, TASK_LEGEND)}")
+    return {
+        "spectrum_seconds": seconds,
+        "before": before.entry(),
+        "chosen": best.entry(),
+        "entries": [o.entry() for o in found.outcomes],
+        "sweep": [o.entry() for o in sweep],
+        "tasks": {
+            t.task: {"paper": t.paper, "before": t.before, "after": t.after, "kept": t.kept}
+            for t in tasks
+        },
+        "relearning": {"ablated": ablated, "fresh": fresh},
+    }
+
+
+def tasks_kept(before: Outcome, after: Outcome) -> list[Kept]:
+    found = []
+    for task, paper in PAPER.items():
+        then, now = before.shares[task], after.shares[task]
+        if then:
+            found.append(Kept(task, paper, then, now, now / then))
+    return found
+
+
+TASK_COLUMNS = dict(task="questions", paper="paper: %", before="before", after="after", kept="kept")
+TASK_LEGEND = """\
+rare, frequent: the fifth of the facts drawn least, most often; paper: percent kept in a 7B model"""
+
+
+def outcomes_table(outcomes: list[Outcome]) -> str:
+    names = {"recited": "recited", "true": "true", "one_hop": "facts", "train": "train"}
+    names |= {"id": "ID", "ood": "OOD", "open_book": "book"}
+    rows = [("method", "matched", "changed", *names.values())]
+    for o in outcomes:
+        shares = (minedit.cell(o.shares[name]) for name in names)
+        rows.append((o.method, o.matched or "", minedit.cell(o.removed), *shares))
+    return (
+        f"\n{minedit.table(rows)}\n"
+        "recited, true: exceptions answered as trained, and right after all; train: other trained\n"
+        "compositions; book: open-book prompts. matched: own choice in a kind of layer; as many\n"
+        "components (parts), as large a change (norm) as the better of kfac and ekfac; one share\n"
+        "kept everywhere (alike). changed: |W - W'| / |W|"
+    )
+
+
+def images_table(outcomes: list[Outcome]) -> str:
+    names = ("memorized", "true", "validation")
+    rows = [("method", "matched", *names)]
+    for o in outcomes:
+        rows.append((o.method, o.matched or "", *(minedit.cell(o.shares[n]) for n in names)))
+    return (
+        f"\n{minedit.table(rows)}\n"
+        "a vision transformer: images with a wrong label, answered so, and right; held-out images"
+    )
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def prepare(args) -> list[Run]:
+    """The runs, each with the mixture of its seed."""
+    message = "--label-noise and --branches must be above 0: the study is about exceptions"
+    minedit.require(args.label_noise > 0 and args.branches > 0, message)
+    for name in ("arithmetic", "zipf", "open_book", "images"):
+        value = getattr(args, name)
+        option = name.replace("_", "-")
+        minedit.require(0 <= value < 1e6, f"--{option} must be 0 or more, got {value}")
+    if args.triples:
+        minedit.require(args.arithmetic == 0, "--arithmetic: for synthetic graphs, not --triples")
+    else:
+        message = f"--arithmetic must be at most --relations, got {args.arithmetic}"
+        minedit.require(args.arithmetic <= args.relations, message)
+    runs = minedit.prepare(args, make_task, Mixture)
+    for run in runs:
+        run.make_batches = mixture_of(args, run.seed, run.task.graph.n_entities)
+    return runs
+
+
+def command(args):
+    for run in prepare(args):
+        minedit.announce(run)
+        model = run.train(compiled=args.compile)
+        run.summarize()
+        began = time.perf_counter()
+        entry = ablation_stage(run, model, args)
+        if args.images and (args.arch != "all" or run.arch == "dense"):  # the same for all cells
+            every = 3 if args.quick else 1
+            strengths = (KEEPS[::every], REMOVED[::every])
+            found = images_stage(args.images, run.stream(), run.stream, *strengths)
+            print(images_table(found))
+            entry["vision"] = [o.entry() for o in found]
+        run.add_results("ablation", entry, began)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = minedit.training_parser("python -m studies.ablation", __doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--arithmetic", type=int, default=4, help="relations with tail = (head + c) mod entities")
+    add("--zipf", type=float, default=1.0, help="a fact of rank i is drawn like i^-zipf")
+    add("--open-book", type=int, default=64, help="prompts that hold their fact, per step")
+    add("--images", type=int, default=3000, help="training images with wrong labels, 0: none")
+    parser.set_defaults(**minedit.ABLATE)
+    quick = minedit.QUICK | dict(arithmetic=1, open_book=8, images=50)
+    return minedit.guarded(command, minedit.parse(parser, argv, {"quick": quick}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

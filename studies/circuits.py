@@ -1,0 +1,435 @@
+"""Is grokking worthwhile? Inference paths before memorization, after it and at the end.
+
+After He et al. 2026 [1] and Wang et al. 2024 [2]. Training keeps the weights of three moments: the
+last evaluation with train < 0.9 ("before"), the first with train >= 0.99 ("memorized"), the "end".
+For ID and OOD compositions apart, these are taken apart by
+
+    lens      at every state and token: does it read as the bridge, the answer, the second relation?
+    tracing   causal, with the model's own answers; the maps of two moments are correlated
+    swaps     of the stream at r1 with that of a query with the same r2: whole, only its part in the
+              plane of both bridges' embeddings (what the lens sees), or only the rest
+
+and what waiting buys: edits, and what EK-FAC leaves. A run is called fake grokking where OOD >= 0.9
+while the visible swap redirects less than half of the answers (fixed before any run).
+
+    python -m studies.circuits --arch all --seeds 5 --eval-every 50 --transfer --out runs/circuits
+    python -m studies.circuits --arch dense --regime both-hops --augment 0.5 --out runs/both-hops
+
+--regime trains that share of the compositions of an OOD fact with an ID one, as first hop, as
+second or both; --transfer adds new facts by fine-tuning (studies/transfer.py). A run takes 5
+minutes on one core, 9 with --transfer. Writes "circuits" (and "transfer") into results.json.
+
+[1] He et al. 2026, arXiv 2601.09049.   [2] Wang et al. 2024, arXiv 2405.15071.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import curvature
+import edit as editing
+import kg
+import minedit
+from minedit import Run, share_of
+from models import Model, states
+from studies.propagation import span, state_entry
+from studies.training import Moments
+from studies.transfer import transfer_stage
+
+REGIMES = {
+    "natural": [],
+    "first-hop": ["ood_first"],
+    "second-hop": ["ood_second"],
+    "both-hops": ["ood_first", "ood_second"],
+}
+USED = 0.5  # the share of OOD answers that the visible swap redirects where the bridge is used
+
+# --- Regimes --------------------------------------------------------------------------------------
+
+
+def with_regime(paths: kg.Paths, regime: str, share: float, seed: int) -> kg.Paths:
+    """The paths with a `share` of the sets that the regime names trained; compositions of two OOD
+    facts never are. ValueError for a share outside [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"--augment must be in [0, 1], got {share}")
+    both_id = int((paths.masks["train"] | paths.masks["id"]).sum())
+    generator = torch.Generator().manual_seed(4 * seed + 1)  # on from where kg.split leaves it
+    torch.randperm(len(paths.facts), generator=generator)
+    torch.randperm(both_id, generator=generator)
+    masks = {name: mask.clone() for name, mask in paths.masks.items()}
+    for name in REGIMES[regime]:
+        rows = masks[name].nonzero().flatten()
+        order = torch.randperm(len(rows), generator=generator)
+        rows = rows[order[: round(share * len(rows))]]
+        masks["train"][rows], masks[name][rows] = True, False
+    return replace(paths, masks=masks)
+
+
+def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> minedit.Task:
+    task = minedit.make_task(args, seed, graph)
+    if args.regime == "natural":
+        return task
+    paths = with_regime(task.paths, args.regime, args.augment, seed)
+    data = task.data | {"regime": args.regime, "augment": args.augment}
+    return task._replace(paths=paths, data=data)
+
+
+# --- One inference path ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def lens(
+    model: Model, tokens: Tensor, wanted: Tensor, sites: list[tuple[str, int]], words: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logit lens: rank (0: the first; ties count against it) and probability, each [site, token,
+    n], of wanted [n] among `words` [m, d], for each (module, call)."""
+    ranks, probabilities = [], []
+    for name, call in sites:
+        state = editing.at_call(model, name, call, tokens)[1]  # [n, token, d]
+        logits = F.linear(model.norm(state), words)  # [n, token, m]
+        index = wanted[:, None, None].expand(-1, logits.shape[1], 1)
+        mine = logits.gather(-1, index)  # [n, token, 1]
+        ranks.append((logits >= mine).sum(-1).T - 1)
+        probabilities.append((mine[..., 0] - logits.logsumexp(-1)).exp().T)
+    return torch.stack(ranks), torch.stack(probabilities)
+
+
+@torch.no_grad()
+def swapped(
+    model: nn.Module,
+    tokens: Tensor,
+    other: Tensor,
+    site: tuple[str, int],
+    token: int,
+    basis: Tensor | None = None,
+) -> Tensor:
+    """The answers [n] to `tokens` with the state at a token of the prompts `other` [n, token], with
+    a basis [n, d, k] the part in its span alone."""
+    state = editing.at_call(model, *site, other)[1][:, token]
+    with editing.interchange(model, *site, token, state, basis):
+        return model(tokens)[:, -1].argmax(-1)
+
+
+def complement(basis: Tensor) -> Tensor:
+    """Orthonormal basis [batch, d, d - k] of what is orthogonal to a basis [batch, d, k]."""
+    return torch.linalg.qr(basis, mode="complete").Q[..., basis.shape[-1] :]
+
+
+class Traced(NamedTuple):
+    """Causal tracing with one token replaced, prompt by prompt."""
+
+    back: Tensor  # [site, token, n], float64: whether the model's own answer is back
+    changed: Tensor  # [n], bool: whether replacing the token changed it
+
+
+@dataclass
+class InferencePath:
+    """What a set of compositions is answered by, at most 300 of them. Of shares by state, the
+    largest over the passes but the last stands for all."""
+
+    n: int = 0
+    right: float | None = None
+    lens: dict = field(default_factory=dict)  # {word: {"first", "rank", "p"}: [site][token]}
+    bridge: float | None = None  # the lens at r1 has the bridge first of all entities
+    answer: float | None = None
+    relation: float | None = None  # the lens at r2 has the second relation first
+    trace: dict = field(default_factory=dict)  # {token replaced: share back, [site][token]}
+    swap: list = field(default_factory=list)  # of each pass: {part: share redirected}
+    whole: float | None = None
+    visible: float | None = None
+    rest: float | None = None
+    random: float | None = None
+    n_swap: int = 0
+
+    def entry(self) -> dict:
+        if not self.n:
+            return {"n": 0, "lens": {}, "swap": []}
+        return dict(vars(self))
+
+
+def inference_path(run: Run, model: Model, queries: str) -> tuple[InferencePath, dict[int, Traced]]:
+    """Of the compositions of a set, and the tracing by the token that is replaced."""
+    generator, paths = run.stream(), run.paths
+    rows = paths.masks[queries].nonzero().flatten()
+    rows = rows[torch.randperm(len(rows), generator=generator).to(run.device)[:300]]
+    path = InferencePath(n=len(rows))
+    if len(rows) == 0:
+        return path, {}
+    every = states(run.config)
+    sites = [(state.module, state.call) for state in every]
+    streams = [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+    path.right = share_of(minedit.last_answers(model, paths.tokens[rows]) == paths.two_hop[rows])
+    read_with_lens(path, run, model, rows, sites, streams)
+    traced = trace_paths(run, model, queries, sites, generator)
+    for place, found in traced.items():
+        if found.changed.any():
+            path.trace[place] = found.back[:, :, found.changed.cpu()].mean(-1).tolist()
+    swap_bridges(path, run, model, rows, sites, streams, generator)
+    return path, traced
+
+
+def read_with_lens(
+    path: InferencePath, run: Run, model: Model, rows: Tensor, sites: list, streams: list[int]
+):
+    """Fill in the lens of bridge, answer and second relation."""
+    paths, E = run.paths, model.embedding.weight
+    n, n_relations = run.task.graph.n_entities, run.task.graph.n_relations
+    tokens = paths.tokens[rows]
+    entities, relations = E[:n], E[n : n + n_relations]
+    words = {
+        "bridge": (paths.one_hop[rows], entities, 1),
+        "answer": (paths.two_hop[rows], entities, 2),
+        "relation": (tokens[:, 2] - n, relations, 2),
+    }
+    for name, (wanted, vocabulary, token) in words.items():
+        rank, p = lens(model, tokens, wanted, sites, vocabulary)
+        first = (rank == 0).double().mean(-1).tolist()
+        path.lens[name] = {
+            "first": first,
+            "rank": (rank + 1.0).mean(-1).tolist(),
+            "p": p.mean(-1).tolist(),
+        }
+        setattr(path, name, max((first[i][token] for i in streams), default=None))
+
+
+def trace_paths(
+    run: Run, model: Model, queries: str, sites: list, generator: torch.Generator
+) -> dict[int, Traced]:
+    """Causal tracing of prompts of the set; corrupted ones are any that differ in one token."""
+    paths = run.paths
+    composed = paths.second >= 0
+    tokens, answers = paths.tokens[composed], paths.two_hop[composed]
+    mine = paths.masks[queries][composed]
+    found = {}
+    for place in range(3):
+        clean, other = editing.prompt_pairs(tokens, answers, place, 200, generator, mine)
+        if len(clean) == 0:
+            continue
+        own = minedit.last_answers(model, tokens[clean])
+        now = minedit.last_answers(model, tokens[other])
+        back = editing.trace(model, tokens[clean], tokens[other], own, sites).back
+        found[place] = Traced(back, own != now)
+    return found
+
+
+def swap_bridges(
+    path: InferencePath,
+    run: Run,
+    model: Model,
+    rows: Tensor,
+    sites: list,
+    streams: list[int],
+    generator: torch.Generator,
+):
+    """Fill in the swaps, between queries that share r2, of the stream at r1."""
+    paths, E = run.paths, model.embedding.weight
+    tokens, bridge, answer = paths.tokens[rows], paths.one_hop[rows], paths.two_hop[rows]
+    one, other = editing.prompt_pairs(tokens[:, 1:], answer, 0, 200, generator)
+    seen = span(E[bridge[one]], E[bridge[other]])
+    random = torch.randn(2, len(one), E.shape[1], generator=generator).to(E)
+    parts = {"whole": None, "visible": seen, "rest": complement(seen), "random": span(*random)}
+    path.n_swap = len(one)
+    if len(one) == 0:
+        return
+    for i in streams:
+        shares = {}
+        for part, basis in parts.items():
+            answers = swapped(model, tokens[one], tokens[other], sites[i], 1, basis)
+            shares[part] = share_of(answers == answer[other])
+        path.swap.append(shares)
+    for part in parts:
+        setattr(path, part, max((swap[part] for swap in path.swap), default=None))
+
+
+# --- Are two paths the same? ----------------------------------------------------------------------
+
+
+class Same(NamedTuple):
+    """Pearson correlation of two tracing maps, and its 95 % bootstrap interval over prompts."""
+
+    n: int  # prompts
+    r: float
+    low: float
+    high: float
+
+
+def same_paths(run: Run, one: dict[int, Traced], other: dict[int, Traced]) -> Same | None:
+    """Over the prompts that count in both. States that cannot matter are left out: before the token
+    replaced, in the last block before r2, its end."""
+    n_parts = len({state.part for state in states(run.config)})
+    pairs = []  # of two maps [free state, n], a pair for each token replaced
+    for place in one.keys() & other.keys():
+        both = (one[place].changed & other[place].changed).cpu()
+        if not both.any():
+            continue
+        free = torch.ones_like(one[place].back[:, :, 0], dtype=torch.bool)
+        free[:, :place] = False
+        free[-n_parts:, :2] = False
+        free[-1] = False
+        pairs.append((one[place].back[free][:, both], other[place].back[free][:, both]))
+    if not pairs:
+        return None
+    generator = run.stream()
+    everything = [slice(None)] * len(pairs)
+    r = correlation(pairs, everything)
+    drawn = []
+    for _ in range(1000):
+        rows = []
+        for maps, _ in pairs:
+            n = maps.shape[1]
+            rows.append(torch.randint(n, (n,), generator=generator))
+        drawn.append(correlation(pairs, rows))
+    drawn.sort()
+    return Same(sum(maps.shape[1] for maps, _ in pairs), r, drawn[24], drawn[975])
+
+
+def correlation(pairs: list[tuple[Tensor, Tensor]], rows: list) -> float:
+    """Of the two maps, means over the prompts `rows` of each pair."""
+    one = torch.cat([a[:, i].mean(1) for (a, _), i in zip(pairs, rows)])
+    other = torch.cat([b[:, i].mean(1) for (_, b), i in zip(pairs, rows)])
+    return torch.corrcoef(torch.stack([one, other]))[0, 1].nan_to_num().item()
+
+
+# --- What waiting buys ----------------------------------------------------------------------------
+
+
+def worth_of(run: Run, model: Model, n_edits: int) -> dict:
+    """Edits as of --edit (ROME, prototype, a-priori site), and ID accuracy after EK-FAC at 0.99."""
+    paths, known = run.paths, minedit.what_is_known(model, run.paths)
+    fact, new, _ = kg.draw_edits(paths, n_edits, run.stream())
+    probes = minedit.edit_probes(paths, known, fact, new, 0, run.stream())
+    chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream())
+    names = minedit.linear_layers(model)
+    batches = run.make_batches(paths, run.recipe, run.stream(run.device))
+
+    def make_generator() -> torch.Generator:
+        return run.stream(run.device)
+
+    mixture = batches.mixture(10)
+    spectrum = curvature.spectrum(model, mixture, F.cross_entropy, names, make_generator)
+    weights = {}
+    for name in names:
+        W, (A, G) = model.get_submodule(name).weight.detach(), spectrum.factors[name]
+        weights[name] = curvature.ablate(W, A, G, 0.99, spectrum.masses[name])
+    with curvature.ablated(model, weights):
+        ablated = minedit.accuracy(model, paths)["id"]
+    requests = minedit.requests_for(paths, fact, new)
+    at = minedit.gather(run, model, chosen.site)
+    u = editing.direction("rome", at, requests)
+    r, _ = minedit.residual(model, paths, at, requests, u, "prototype", known.facts)
+    at_pass = chosen.site.at_pass
+    record = minedit.edit_one_at_a_time(model, at, at_pass, u, r, probes, "rome", "prototype")
+    names = ("n", "direct", "hop1", "probes_hop1", "hop2", "probes_hop2", "site")
+    return {name: getattr(record, name) for name in names} | {"ablated": ablated}
+
+
+# --- The study ------------------------------------------------------------------------------------
+
+
+def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> dict:
+    """All three moments, ID and OOD apart."""
+    found, traced = {"id": {}, "ood": {}}, {"id": {}, "ood": {}}
+    worth = {}
+    for moment, (record, weights) in moments.found.items():
+        then = Model(run.config).to(run.device).requires_grad_(False)
+        then.load_state_dict(weights)
+        for queries in ("id", "ood"):
+            found[queries][moment], traced[queries][moment] = inference_path(run, then, queries)
+        accuracy = {name: record[name] for name in ("step", "one_hop", "train", "id", "ood")}
+        worth[moment] = accuracy | worth_of(run, then, n_edits)
+    same = {}
+    for queries, maps in traced.items():
+        pair = same_paths(run, maps.get("memorized", {}), maps["end"])
+        same[queries] = {} if pair is None else pair._asdict()
+    used = found["ood"]["end"].visible
+    fake = None if used is None else run.history[-1]["ood"] >= 0.9 and used < USED
+    print(paths_table(found))
+    print(worth_table(worth, same))
+    print(f"fake grokking (OOD >= 0.9, less than {USED} redirected by the visible swap): {fake}")
+    return {
+        "states": [state_entry(state) for state in states(run.config)],
+        "id": {moment: path.entry() for moment, path in found["id"].items()},
+        "ood": {moment: path.entry() for moment, path in found["ood"].items()},
+        "worth": worth,
+        "same": same,
+        "fake": fake,
+    }
+
+
+def paths_table(found: dict[str, dict[str, InferencePath]]) -> str:
+    names = ("right", "bridge", "relation", "whole", "visible", "rest", "random")
+    rows = [("compositions", "when", *names)]
+    for queries, by_moment in found.items():
+        for moment, path in by_moment.items():
+            rows.append((queries, moment, *(minedit.cell(getattr(path, n)) for n in names)))
+    return (
+        f"\n{minedit.table(rows)}\n"
+        "right: accuracy; bridge, relation: the lens at r1 (r2) has the bridge (second relation)\n"
+        "first; whole, visible, rest, random: answers that follow a swap of the stream at r1 with\n"
+        "that of a query of the same r2: all of it, the plane of both bridges, the rest, a random\n"
+        "plane; the largest over passes, the last left out"
+    )
+
+
+def worth_table(worth: dict[str, dict], same: dict[str, dict]) -> str:
+    names = ("one_hop", "id", "ood", "direct", "hop1", "hop2", "ablated")
+    rows = [("when", "step", "facts", "ID", "OOD", "direct", "hop 1", "hop 2", "ablated")]
+    for moment, entry in worth.items():
+        rows.append((moment, entry["step"], *(minedit.cell(entry[name]) for name in names)))
+    text = (
+        f"\n{minedit.table(rows)}\n"
+        "direct, hop 1, hop 2: edits (ROME, prototype); ablated: ID accuracy after EK-FAC at 0.99"
+    )
+    for queries, pair in same.items():
+        if pair:
+            text += (
+                f"\ntracing maps of {queries}, memorized against end: r = {pair['r']:.3f} "
+                f"({pair['low']:.3f} to {pair['high']:.3f}, {pair['n']} prompts)"
+            )
+    return text
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def command(args):
+    minedit.require(args.branches > 0, "the study looks at compositions; give --branches above 0")
+    is_natural = args.regime == "natural"
+    message = f"--augment {args.augment:g} with --regime {args.regime}: a share above 0 is for the"
+    message += " regimes other than natural, which need one"
+    minedit.require(is_natural == (args.augment == 0), message)
+    steps = args.transfer_steps
+    minedit.require(steps >= 1, f"--transfer-steps must be at least 1, got {steps}")
+    runs = minedit.prepare(args, make_task)
+    kept = {run: Moments(run) for run in runs}
+    for run, moments in kept.items():
+        minedit.announce(run)
+        model = run.train(on_evaluation=moments, compiled=args.compile)
+        run.summarize()
+        began = time.perf_counter()
+        run.add_results("circuits", circuits_stage(run, model, moments, args.n_edits), began)
+        if args.transfer:
+            began = time.perf_counter()
+            run.add_results("transfer", transfer_stage(run, moments.found, steps), began)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = minedit.training_parser("python -m studies.circuits", __doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add(
+        "--regime", choices=list(REGIMES), default="natural", help="OOD facts composed with ID ones"
+    )
+    add("--augment", type=float, default=0.0, help="share of the regime's compositions: trained")
+    add("--transfer", action="store_true", help="new facts, and what is composed with them")
+    add("--transfer-steps", type=int, default=600, help="from each start")
+    quick = minedit.QUICK | dict(label_noise=0.0, memorize=0, transfer=True, transfer_steps=20)
+    return minedit.guarded(command, minedit.parse(parser, argv, {"quick": quick}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,428 @@
+"""Where is a fact, when is it written, and what follows when it is edited? After Niu 2026 [1].
+
+Three parts, in the cells and at the sizes that the training options name:
+
+    edits   every store and pass, by ROME, MEMIT and the single-row edit, with a prototype or a
+            sought value; neighbours that moved; what all cells of a seed answer right, apart
+    locate  causal tracing of facts and compositions: which state carries the answer [2]
+    when    edits that act at some calls of their layer alone; and the answer held as it was, our
+            reading of the interchange of a held answer subspace in [1]
+
+    python -m studies.propagation --arch all --seeds 5 --out runs/propagation    # 4 minutes a run
+
+Writes "propagation", "locate" and "when" into results.json. The site is chosen before anything is
+scored (minedit.a_priori_site).
+
+[1] Niu 2026, arXiv 2606.20737.   [2] Meng et al. 2022, ROME, arXiv 2202.05262.
+"""
+
+import sys
+import time
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import edit as editing
+import kg
+import minedit
+from minedit import Run, share_of
+from models import Model, State, states, stores
+
+# --- Edits at every site --------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """What is edited and asked of one model, the same at every site."""
+
+    known: minedit.Known
+    requests: editing.Requests
+    probes: minedit.EditProbes
+    shared: tuple[kg.Probes, kg.Probes] | None  # hop 1, hop 2 on what all four cells answer right
+    chosen: minedit.APriori
+
+
+def make_case(run: Run, model: Model, n_edits: int, common: tuple[Tensor, Tensor] | None) -> Case:
+    """`common`: the facts and paths that all cells of the seed answer right, if they are known."""
+    paths, generator = run.paths, run.stream()
+    known = minedit.what_is_known(model, paths)
+    fact, new, _ = kg.draw_edits(paths, n_edits, generator)
+    probes = minedit.edit_probes(paths, known, fact, new, 100, generator)
+    shared = None
+    if common is not None:
+        hop1, _ = kg.hop1_probes(paths, fact, new, *common, known.asked)
+        hop2, _ = kg.hop2_probes(paths, fact, new, *common, known.asked)
+        shared = (hop1, hop2)
+    chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream())
+    return Case(known, minedit.requests_for(paths, fact, new), probes, shared, chosen)
+
+
+def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
+    """[n]: how far each row of v [n, d_out] is from the nearest row of `values` [m, d_out]."""
+    nearest = [torch.cdist(part, values).argmin(1) for part in v.detach().split(chunk)]
+    return (v - values[torch.cat(nearest)]).norm(dim=-1)
+
+
+def near_residual(
+    model: Model, at: editing.Site, requests: editing.Requests, u: Tensor, known: Tensor
+) -> Tensor:
+    """As editing.gradient_residual, pulled towards the values that the store holds for `known`
+    facts: the loss gets |v0 + r - the nearest|^2 / |v0|^2."""
+    stored = at.values[known]
+
+    def pull(value: Tensor, size: Tensor) -> Tensor:
+        return (distance_to_values(stored, value) / size[:, 0]).square().sum()
+
+    return editing.gradient_residual(model, at, requests, u, penalty=pull)
+
+
+def address_overlap(
+    model: nn.Module, at: editing.Site, requests: editing.Requests, probe: kg.Probes
+) -> float | None:
+    """Cosine of the edited fact's key and a composition's at its last token, the largest over the
+    layer's calls: mean over the probes."""
+    cosines = []
+    for i, tokens in zip(probe.edit.split(512), probe.tokens.split(512)):
+        keys, _ = editing.record(model, at.layer, tokens)  # [call, m, token, d_in]
+        own = at.keys[requests.fact[i]]
+        cosines.append(F.cosine_similarity(keys[:, :, -1], own, dim=-1).amax(0))
+    return float(torch.cat(cosines).mean()) if len(probe.edit) else None
+
+
+def kinds_of_edit(at_chosen_site: bool) -> list[tuple[str, str]]:
+    """(method, target) of what is tried at a site; "near" at the one that was chosen."""
+    kinds = [("rome", "prototype"), ("rome", "gradient")]
+    if at_chosen_site:
+        kinds.append(("rome", "near"))
+    return kinds + [("memit", "prototype"), ("row", "prototype"), ("row", "gradient")]
+
+
+def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
+    """The entries of all kinds of edit at one site."""
+    paths, known, requests = run.paths, case.known, case.requests
+    at = minedit.gather(run, model, site)
+    head, relation, _ = paths.facts.T
+    groups = {"same_subject": head, "same_relation": relation}
+    groups["same_row"] = at.keys.abs().argmax(-1)  # by the slot of the key's largest entry
+    neighbours = {
+        name: kg.neighbours(paths, requests.fact, group, known.one_hop)
+        for name, group in groups.items()
+    }
+    stored = at.values[known.facts] if known.facts.any() else at.values
+    mean_length = at.values.norm(dim=-1).mean()
+    is_chosen = site == case.chosen.site
+    of_site = {
+        "a_priori": is_chosen,
+        "ridge": editing.whiten(at.C).ridge,
+        "overlap_hop2": address_overlap(model, at, requests, case.probes.hop2),
+        "facts_per_row": 1 + len(neighbours["same_row"].edit) / len(requests),
+    }
+    entries = []
+    for method, target in kinds_of_edit(is_chosen and bool(known.facts.any())):
+        u = editing.direction(method, at, requests)
+        if target == "near":
+            r, n_fallbacks = near_residual(model, at, requests, u, known.facts), 0
+        else:
+            r, n_fallbacks = minedit.residual(model, paths, at, requests, u, target, known.facts)
+        record = minedit.edit_one_at_a_time(
+            model, at, site.at_pass, u, r, case.probes, method, target.replace("near", "gradient")
+        )
+        entry = record.entry() | of_site | {"near": target == "near"}
+        for name, probes in neighbours.items():
+            entry[f"{name}_moved"] = share_of(~minedit.correct(model, at, u, r, probes))
+        if case.shared is not None:
+            entry |= score_shared(model, at, u, r, case)
+        distance = distance_to_values(stored, at.values[requests.fact] + r)
+        entry["distance"] = float((distance / mean_length).mean())
+        entry["gradient_for_want_of_a_prototype"] = n_fallbacks
+        entries.append(entry)
+    return entries
+
+
+def score_shared(model: Model, at: editing.Site, u: Tensor, r: Tensor, case: Case) -> dict:
+    """Hop 1 and hop 2 on what all cells answer right."""
+    success = minedit.correct(model, at, u, r, case.probes.direct)
+    found = {}
+    for name, probes in zip(("hop1_shared", "hop2_shared"), case.shared):
+        right = minedit.correct(model, at, u, r, probes)[success[probes.edit]]
+        found |= {name: share_of(right), f"probes_{name}": len(right)}
+    return found
+
+
+EDIT_COLUMNS = dict(site="site", at_pass="pass", method="method", target="target")
+EDIT_COLUMNS |= dict(direct="direct", hop1="hop 1", hop2="hop 2")
+EDIT_COLUMNS |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
+EDIT_COLUMNS |= dict(same_row_moved="row", distance="far")
+EDIT_LEGEND = """\
+direct: edited facts with the new answer; hop 1, hop 2: compositions that begin, that end with one,
+now right. facts, comps., row: other facts, other compositions, facts of the same largest key entry
+that moved. near: sought near stored values; far: from the nearest one, in their mean length"""
+
+
+def edits_stage(run: Run, model: Model, case: Case) -> dict:
+    """Every store and pass, by every kind of edit."""
+    entries = []
+    for site in stores(run.config):
+        entries += edit_site(run, model, case, site)
+    rows = [tuple(EDIT_COLUMNS.values())]
+    for entry in entries:
+        shown = entry | {"at_pass": entry["pass"]}
+        if entry["near"]:
+            shown["target"] = "near"
+        values = [shown[name] for name in EDIT_COLUMNS]
+        rows.append([x if isinstance(x, (str, int)) else minedit.cell(x) for x in values])
+    print(
+        f"\nedits of {len(case.requests)} facts; left out: {minedit.listed(case.probes.left_out)}"
+    )
+    print(f"{minedit.table(rows)}\n{EDIT_LEGEND}")
+    return {"edits": entries, "left_out": case.probes.left_out}
+
+
+# --- Locate: which state carries the answer -------------------------------------------------------
+
+
+def locate_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> dict:
+    """Causal tracing of known ID facts and of known compositions of them."""
+    generator, paths = run.stream(), run.paths
+    kg.draw_edits(paths, n_edits, generator)  # the prompts are drawn after the edits
+    traced = states(run.config)
+    sites = [(state.module, state.call) for state in traced]
+    right = known.right & known.asked
+    asked = {
+        "fact": (paths.queries[known.facts], paths.facts[known.facts, 2]),
+        "composition": (paths.tokens[right], paths.two_hop[right]),
+    }
+    effects = []
+    for query, (tokens, answers) in asked.items():
+        for place in range(tokens.shape[1]):
+            clean, other = editing.prompt_pairs(tokens, answers, place, 200, generator)
+            top1 = rise = None
+            if len(clean):
+                found = editing.trace(model, tokens[clean], tokens[other], answers[clean], sites)
+                top1, rise = found.back.mean(-1).tolist(), found.rise.mean(-1).tolist()
+            effect = {"query": query, "corrupted": ("h", "r1", "r2")[place], "n": len(clean)}
+            effects.append(effect | {"top1": top1, "rise": rise})
+    print(locate_table(traced, effects))
+    return {"effects": effects, "states": [state_entry(state) for state in traced]}
+
+
+def state_entry(state: State) -> dict:
+    return {
+        "pass": state.at_pass,
+        "part": state.part,
+        "module": state.module,
+        "call": state.call,
+    }
+
+
+def locate_table(traced: list[State], effects: list[dict]) -> str:
+    """A row for each state, a column for each question and token replaced."""
+    head = [f"{e['query'][:4]}: {e['corrupted']}" for e in effects]
+    rows = [("pass", "state", *head)]
+    for i, state in enumerate(traced):
+        cells = []
+        for e in effects:
+            shares = e["top1"][i] if e["top1"] else []
+            cells.append(" ".join(f"{100 * share:3.0f}" for share in shares) or "-")
+        rows.append((state.at_pass, state.part, *cells))
+    return (
+        f"\n{minedit.table(rows)}\n"
+        "percent of prompts whose answer is back: the token named was replaced, a state restored\n"
+        "at each token of the question in turn"
+    )
+
+
+# --- When: edits that act at some calls alone, and answers held as they were ----------------------
+
+
+class Written(NamedTuple):
+    """An edit made for one call of a layer, acting at some."""
+
+    site: str
+    call: int
+    at_pass: int
+    acts: str  # "always", "from call 1", "only call 1", ...
+    direct: float | None
+    hop1: float | None  # among edits that succeed when they always act
+    hop2: float | None
+
+
+def actions(n_calls: int) -> dict[str, list[int] | None]:
+    """At which of a layer's calls an edit acts."""
+    found = {"always": None}
+    for t in range(1, n_calls):
+        found[f"from call {t}"] = list(range(t, n_calls))
+    for t in range(n_calls):
+        found[f"only call {t}"] = [t]
+    return found
+
+
+def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> dict:
+    """Edits that act at some calls of their layer alone; then the first of them with its answer
+    held as it was."""
+    generator, paths, config = run.stream(), run.paths, run.config
+    fact, new, _ = kg.draw_edits(paths, n_edits, generator)
+    requests = minedit.requests_for(paths, fact, new)
+    asked = (known.facts, known.right, known.asked)
+    probes = {
+        "direct": kg.questions(paths, fact, new),
+        "hop1": kg.hop1_probes(paths, fact, new, *asked)[0],
+        "hop2": kg.hop2_probes(paths, fact, new, *asked)[0],
+    }
+    chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream()).site
+    is_shared = config.loop or config.memory  # one layer, called in every pass; else one a block
+    sites = [s for s in stores(config) if s.module == chosen.module or not is_shared]
+    sites.sort(key=lambda site: site != chosen)  # the chosen one first
+    written, held = [], None
+    for site in sites:
+        at = minedit.gather(run, model, site)
+        u = editing.direction("rome", at, requests)
+        r, _ = minedit.residual(model, paths, at, requests, u, "prototype", known.facts)
+        n_calls = len(sites) if is_shared and site == chosen else 0
+        hits = {}
+        for acts, calls in actions(n_calls).items():
+            hits[acts] = {
+                name: minedit.correct(model, at, u, r, probe, calls)
+                for name, probe in probes.items()
+            }
+        success = hits["always"]["direct"]
+        for acts, hit in hits.items():
+            hop1, hop2 = (hit[name][success[probes[name].edit]] for name in ("hop1", "hop2"))
+            shares = (share_of(hit["direct"]), share_of(hop1), share_of(hop2))
+            written.append(Written(site.module, site.call, site.at_pass, acts, *shares))
+        if held is None:
+            held = hold(run, model, at, u, r, requests, probes, hits["always"], generator)
+    counts = {name: len(probe.edit) for name, probe in probes.items()}
+    print(when_table(written, held))
+    entries = [w._asdict() | {"pass": w.at_pass} for w in written]
+    return {"probes": counts, "written": entries, "held": held}
+
+
+def hold(
+    run: Run,
+    model: Model,
+    at: editing.Site,
+    u: Tensor,
+    r: Tensor,
+    requests: editing.Requests,
+    probes: dict[str, kg.Probes],
+    right: dict[str, Tensor],
+    generator: torch.Generator,
+) -> list[dict]:
+    """For the stream after each pass: the share of the probes `right` under the edit that stay so
+    when it is held as without the edit, in the plane of the old and the new answer (or a random
+    one), at r1 (hop 2: at r2)."""
+    E = model.embedding.weight
+    entries = []
+    streams = [state for state in states(run.config) if state.part == "stream"]
+    for state in streams[run.config.blocks - 1 :: run.config.blocks]:
+        entry = {"after": state.at_pass, "module": state.module, "call": state.call}
+        for name, probe in probes.items():
+            token = 2 if name == "hop2" else 1
+            old, new = E[requests.old[probe.edit]], E[requests.new[probe.edit]]
+            random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
+            counted = right[name] & right["direct"][probe.edit]
+            for key, plane in ((name, span(old, new)), (f"{name}_random", span(*random))):
+                answers = held_answers(model, at, u, r, probe, state, token, plane)
+                entry[key] = share_of((answers == probe.answer)[counted])
+        entries.append(entry)
+    return entries
+
+
+def span(*vectors: Tensor) -> Tensor:
+    """Orthonormal basis [batch, d, k] of the span of k vectors [batch, d] each."""
+    return torch.linalg.qr(torch.stack(vectors, -1)).Q
+
+
+@torch.no_grad()
+def held_answers(
+    model: Model,
+    at: editing.Site,
+    u: Tensor,
+    r: Tensor,
+    probe: kg.Probes,
+    state: State,
+    token: int,
+    basis: Tensor,
+    chunk: int = 512,
+) -> Tensor:
+    """Answers [m] to the probes under their edits, with the state at a token, in the span of basis
+    [m, d, k], as it is without the edit."""
+    answers = []
+    for i, tokens, part in zip(
+        probe.edit.split(chunk), probe.tokens.split(chunk), basis.split(chunk)
+    ):
+        before = editing.at_call(model, state.module, state.call, tokens)[1][:, token]
+        where = (state.module, state.call, token, before, part)
+        with ExitStack() as inside:
+            inside.enter_context(editing.interchange(model, *where))
+            inside.enter_context(editing.rank_one(at.layer, u[i], r[i]))
+            answers.append(model(tokens)[:, -1].argmax(-1))
+    return torch.cat(answers)
+
+
+def when_table(written: list[Written], held: list[dict]) -> str:
+    rows = [("made for pass", "acts", "direct", "hop 1", "hop 2")]
+    for w in written:
+        rows.append((w.at_pass, w.acts, *map(minedit.cell, (w.direct, w.hop1, w.hop2))))
+    names = [name for name in held[0] if name not in ("after", "module", "call")]
+    other = [("held after pass", *(name.replace("_", " ") for name in names))]
+    for entry in held:
+        other.append((entry["after"], *(minedit.cell(entry[name]) for name in names)))
+    return (
+        f"\n{minedit.table(rows)}\n"
+        "edits by ROME with the key and prototype of a pass, that of --edit first; acts: at which\n"
+        "calls of the layer. hop 1, hop 2: among edits that succeed when they always act\n"
+        f"\n{minedit.table(other)}\n"
+        "share of right answers under the first of these edits that stay right while the stream\n"
+        "after a pass is held as unedited in the plane of old and new answer, or in a random one"
+    )
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def study(run: Run, model: Model, args, common: tuple[Tensor, Tensor] | None):
+    """All three parts for one trained model."""
+    print(f"\n{run.arch}, seed {run.seed}:")
+    began = time.perf_counter()
+    case = make_case(run, model, args.n_edits, common)
+    site = case.chosen.site
+    run.results["a_priori"] = {"site": site.module, "call": site.call, "pass": site.at_pass}
+    run.results["a_priori"] |= {"effects": case.chosen.effects, "n": case.chosen.n}
+    minedit.require(len(case.requests), "no fact can be edited: every relation has one tail only")
+    run.add_results("propagation", edits_stage(run, model, case), began)
+    began = time.perf_counter()
+    run.add_results("locate", locate_stage(run, model, case.known, args.n_edits), began)
+    began = time.perf_counter()
+    run.add_results("when", when_stage(run, model, case.known, args.n_edits), began)
+
+
+def command(args):
+    minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
+    runs = minedit.prepare(args)
+    for seed in dict.fromkeys(run.seed for run in runs):
+        models, common = {}, None
+        for run in runs:
+            if run.seed != seed:
+                continue
+            minedit.announce(run)
+            models[run] = run.train(compiled=args.compile)
+            run.summarize()
+            if args.arch == "all":
+                known = minedit.what_is_known(models[run], run.paths)
+                mine = (known.facts, known.right)
+                common = mine if common is None else (common[0] & mine[0], common[1] & mine[1])
+        for run, model in models.items():
+            study(run, model, args, common)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = minedit.training_parser("python -m studies.propagation", __doc__.split("\n\n")[0])
+    return minedit.guarded(command, minedit.parse(parser, argv, {"quick": minedit.QUICK}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

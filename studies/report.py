@@ -1,0 +1,361 @@
+"""Tables, claims and figures out of many runs, wherever they were computed.
+
+    python -m studies.report results/main                 # every table of the runs in or below it
+    python -m studies.report results --claims             # the papers' claims beside ours
+    python -m studies.report results/main --plot --out results/figures
+
+A row is the mean over runs that differ in the seed alone. A table is a function below, with its
+legend in it; studies/claims.py has the claims, studies/figures.py the figures.
+"""
+
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import minedit
+from minedit import cell, mean, table
+from studies.claims import claims_table, read_claims
+from studies.runs import Group, lookup, mean_table, named, read_groups, same
+
+# --- Tables: training and edits -------------------------------------------------------------------
+
+
+def headline_table(groups: list[Group]) -> str | None:
+    rows = [("arch", "seeds", "OOD (lowest)", "hop 1", "hop 2 (lowest)", "facts moved")]
+    for group in groups:
+        edits = [run["edit"] for run in group.runs]
+        if not any(edits):
+            continue
+        ood = mean([run["accuracy"]["ood"] for run in group.runs], lowest=True)
+        hop1 = mean([edit.get("hop1") for edit in edits])
+        hop2 = mean([edit.get("hop2") for edit in edits], lowest=True)
+        moved = mean([edit.get("unrelated_one_hop_moved") for edit in edits])
+        rows.append((group.name, len(group.runs), ood, hop1, hop2, moved))
+    legend = "edits: ROME, prototype, a-priori site. OOD: accuracy on compositions of facts in no"
+    return f"{table(rows)}\n{legend} trained one" if len(rows) > 1 else None
+
+
+def accuracy_table(groups: list[Group]) -> str:
+    rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "first", "second",
+             "grokked at", "s")]  # fmt: skip
+    for group in groups:
+        runs = group.runs
+        row = [group.name, len(runs)]
+        for name in ("one_hop", "train", "id", "ood"):
+            row.append(mean([r["accuracy"][name] for r in runs], lowest=name == "ood"))
+        row.append(sum(r["n_paths"]["ood"] for r in runs))
+        for name in ("ood_first", "ood_second"):
+            row.append(mean([r["accuracy"][name] for r in runs]))
+        for name in ("grokked_at", "seconds"):
+            row.append(mean([r[name] for r in runs], ".0f"))
+        rows.append(tuple(row))
+    return table(rows) + (
+        "\nmeans; paths: OOD, of all; first, second: only this hop OOD; grokked at: 0.99, 0.9"
+        " (-: never)"
+    )
+
+
+SITE = same("site", "pass", "method", "target")
+HOPS = {"direct": "direct", "hop1": "hop 1", "hop2": "hop 2"}
+
+
+def edits_table(groups: list[Group]) -> str | None:
+    shares = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps."}
+    shares |= {"same_row_moved": "row", "distance": "far"}
+    legend = """\
+direct: edits whose question has the new answer. hop 1, hop 2: compositions with the edited fact
+first, second, that get what now follows, among edits with direct success. facts, comps., row: other
+facts, compositions of them, facts of the same largest key entry, whose answer moved. near: gradient
+pulled to stored values. far: of the value written from the nearest one, in their mean length"""
+    return mean_table(groups, lambda run: run["edits"], SITE, shares, legend, ("hop1", "hop2"))
+
+
+def neighbours_table(groups: list[Group]) -> str | None:
+    def entries(run: dict) -> list[dict]:
+        return [e for e in run["edits"] if "same_subject_moved" in e]
+
+    shares = {"same_subject_moved": "head", "same_relation_moved": "relation"}
+    shares |= {"facts_per_row": "on row", "overlap_hop2": "cosine"}
+    legend = """\
+head, relation: share that moved of the facts with it; on row: facts; cosine: of its key, hop 2's"""
+    return mean_table(groups, entries, SITE, shares, legend)
+
+
+def when_table(groups: list[Group]) -> str | None:
+    legend = """\
+pass: whose key and prototype make the edit (ROME), the a-priori one first. acts: always, or at some
+calls of the layer (call t: pass t). Hops: among edits with direct success when they always act."""
+    words = same("pass", "acts")
+    return mean_table(groups, lambda r: lookup(r, "when.written") or [], words, HOPS, legend)
+
+
+def held_table(groups: list[Group]) -> str | None:
+    shares = {}
+    for name, head in HOPS.items():
+        shares |= {name: head, f"{name}_random": "random"}
+    legend = """\
+the edit at the a-priori site, always acting: share of its right answers that stay right while the
+stream after a pass (at r1; hop 2: r2) is held as unedited in the answers' plane or a random one."""
+    words = same("after")
+    return mean_table(groups, lambda r: lookup(r, "when.held") or [], words, shares, legend)
+
+
+def seeds_table(groups: list[Group]) -> str | None:
+    """Hop 1 and hop 2 seed by seed, on what all cells answer right, of a cell's largest group."""
+    by_arch = {}
+    for group in groups:
+        edits = [r["edit"] for r in group.runs if r["edit"].get("hop2_shared") is not None]
+        if len(edits) > len(by_arch.get(group.arch, [])):
+            by_arch[group.arch] = edits
+    if len(by_arch) < 2:
+        return None
+    hop2 = {arch: [e["hop2_shared"] for e in edits] for arch, edits in by_arch.items()}
+    rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {a}" for a in by_arch))]
+    for arch, edits in by_arch.items():
+        row = [arch, " ".join(cell(e["hop1_shared"]) for e in edits)]
+        row.append(" ".join(cell(share) for share in hop2[arch]))
+        for other in by_arch:
+            row.append("" if other == arch else cell(mann_whitney(hop2[arch], hop2[other])))
+        rows.append(tuple(row))
+    return table(rows) + (
+        "\nROME, prototype, a-priori site, on what all four cells know. p: exact two-sided "
+        "Mann-Whitney, hop 2"
+    )
+
+
+def mann_whitney(x: list[float], y: list[float]) -> float:
+    """Exact two-sided p of the rank sum of x among x and y: mid-ranks for ties, all divisions
+    counted."""
+    both = [*x, *y]
+    rank = {v: sum(w < v for w in both) + (both.count(v) + 1) / 2 for v in both}
+    ways = Counter({(0, 0.0): 1})  # {(m, sum): choices of m values whose ranks have this sum}
+    for v in both:
+        with_v = Counter()
+        for (m, total), n in ways.items():
+            if m < len(x):
+                with_v[m + 1, total + rank[v]] += n
+        ways += with_v
+    expected = len(x) * (len(both) + 1) / 2
+    found = abs(sum(rank[v] for v in x) - expected)
+    far = 0
+    for (m, total), n in ways.items():
+        if m == len(x) and abs(total - expected) >= found:
+            far += n
+    return far / math.comb(len(both), len(x))
+
+
+# --- Tables: mass edits ---------------------------------------------------------------------------
+
+
+def scores_table(groups: list[Group]) -> str | None:
+    def entries(run: dict) -> list[dict]:
+        kinds = {}  # {method, target: {n: score}}
+        for e in lookup(run, "mass.edits") or []:
+            kind = kinds.setdefault(f"{e['method']}, {e['target']}", {"strength": e["strength"]})
+            kind[str(e["n"])] = e.get("score")
+        return named(kinds)
+
+    shares = same("strength", "1", "10", "100", "316", "1000", "3162", "10000")
+    legend = (
+        "score by number of edits (more: below); strength: chosen on other facts (mean; 0: none)"
+    )
+    return mean_table(groups, entries, {"at": "at"}, shares, legend)
+
+
+def mass_table(groups: list[Group]) -> str | None:
+    def entries(run: dict) -> list[dict]:
+        found = []
+        for part in ("sweep", "edits", "layers"):
+            for entry in lookup(run, f"mass.{part}") or []:
+                found.append(entry | {"of": part})
+        return found
+
+    words = same("of", "method", "target", "n", "strength", "blocks")
+    shares = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec", "score": "score"}
+    shares |= {"condition": "cond", "residual_left": "left", "residual_predicted": "pred"}
+    shares |= {"largest_cosine": "cos", "relative_norm": "norm", "seconds": "s"}
+    legend = """\
+n: edits at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning. eff: new
+answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
+mean in percent (-: no solution). cond: of the system. left: mean |r - dW k| / |r|, pred: predicted.
+cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C."""
+    return mean_table(groups, entries, words, shares, legend)
+
+
+# --- Tables: ablation -----------------------------------------------------------------------------
+
+REMAINING = {"removed": "removed", "recited": "recited", "true": "true", "one_hop": "1-hop"}
+REMAINING |= {"train": "train", "id": "ID", "ood": "OOD", "open_book": "book"}
+
+
+def ablation_table(groups: list[Group]) -> str | None:
+    def entries(run: dict) -> list[dict]:
+        return (lookup(run, "ablate.entries") or []) + (lookup(run, "ablate.sweep") or [])
+
+    legend = """\
+recited, true: exceptions answered as trained, and right; train: other trained; book: open book.
+matched: strengths of its own choice in q+k, v+out, address, store (highest true - recited of other
+paths); as many components (parts), as large a change (norm) as kfac or ekfac; one keep (alike)."""
+    return mean_table(groups, entries, same("method", "matched"), REMAINING, legend, ("true",))
+
+
+def retention_table(groups: list[Group]) -> str | None:
+    legend = """\
+rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model"""
+    shares = same("before", "after", "kept")
+    words = same("at", "paper")
+    return mean_table(groups, lambda r: named(lookup(r, "ablate.tasks")), words, shares, legend)
+
+
+def relearning_table(groups: list[Group]) -> str | None:
+    def entries(run: dict) -> list[dict]:
+        found = []
+        for start in ("ablated", "fresh"):
+            for entry in lookup(run, f"ablate.relearning.{start}") or []:
+                found.append(entry | {"of": start})
+        return found
+
+    legend = "accuracy after further steps of training, of the ablated and of a fresh model"
+    return mean_table(groups, entries, same("of", "step"), REMAINING, legend, ("true",))
+
+
+def vision_table(groups: list[Group]) -> str | None:
+    shares = same("memorized", "true", "validation")
+    words = same("method", "matched")
+    legend = """\
+a vision transformer. memorized, true: images with a wrong label, answered so, and right"""
+
+    def entries(run: dict) -> list[dict]:
+        return lookup(run, "ablate.vision") or []
+
+    return mean_table(groups, entries, words, shares, legend, ("true",))
+
+
+# --- Tables: circuits -----------------------------------------------------------------------------
+
+
+def paths_table(groups: list[Group]) -> str | None:
+    def entries(run: dict) -> list[dict]:
+        found = []
+        for queries in ("id", "ood"):
+            for entry in named(lookup(run, f"circuits.{queries}")):
+                found.append(entry | {"of": queries})
+        return found
+
+    shares = same("right", "bridge", "relation", "whole", "visible", "rest")
+    legend = """\
+right: accuracy; else shares, the largest over passes (but the last). bridge: the lens at r1 has the
+bridge first of all entities; relation: at r2, the second one. whole, visible, rest: with the stream
+at r1 of a query with the same r2, or its part in (out of) the plane of both bridges, its answer."""
+    return mean_table(groups, entries, same("of", "at"), shares, legend, ("visible",))
+
+
+def same_table(groups: list[Group]) -> str | None:
+    legend = """\
+correlation of tracing maps, memorized against end, and its 95 % bootstrap interval; n: prompts"""
+    shares = same("n", "r", "low", "high")
+
+    def entries(run: dict) -> list[dict]:
+        return named(lookup(run, "circuits.same"))
+
+    return mean_table(groups, entries, {"at": "at"}, shares, legend)
+
+
+def worth_table(groups: list[Group]) -> str | None:
+    shares = {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {"ablated": "ablated"}
+    legend = """\
+direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"""
+    lowest = ("hop1", "hop2")
+
+    def entries(run: dict) -> list[dict]:
+        return named(lookup(run, "circuits.worth"))
+
+    return mean_table(groups, entries, {"at": "at"}, shares, legend, lowest)
+
+
+def transfer_table(groups: list[Group]) -> str | None:
+    shares = same("new->old", "old->new", "new->new")
+    shares |= {"ood": "OOD", "one_hop": "facts", "step_facts": "at"}
+    legend = """\
+compositions first fact -> second, none trained; OOD: the old set; facts: all, and step of 0.99"""
+    lowest = ("new->old", "old->new")
+
+    def entries(run: dict) -> list[dict]:
+        return list((run.get("transfer") or {}).values())
+
+    return mean_table(groups, entries, {"from": "from"}, shares, legend, lowest)
+
+
+def regimes_table(groups: list[Group]) -> str | None:
+    words = {"config.data.regime": "regime", "config.data.augment": "augment"}
+    words |= {"config.data.train_fraction": "train_fraction"}
+    shares = {"step_train": "train at", "step_id": "ID at", "step_ood": "OOD at"}
+    shares |= {"accuracy.ood": "OOD", "circuits.ood.end.bridge": "bridge"}
+    shares |= {"circuits.ood.end.visible": "visible", "circuits.fake": "fake"}
+    legend = """\
+at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.9, visible < 0.5"""
+    lowest = ("circuits.ood.end.visible",)
+
+    def entries(run: dict) -> list[dict]:
+        return [run] if "circuits" in run else []
+
+    return mean_table(groups, entries, words, shares, legend, lowest)
+
+
+TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
+TABLES += [scores_table, mass_table, ablation_table, retention_table, relearning_table]
+TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
+TABLES += [seeds_table]
+
+
+def report(groups: list[Group]):
+    """Every table that the runs have figures for, and what was not run."""
+    for make in TABLES:
+        text = make(groups)
+        if text is not None:
+            print(f"\n{text}")
+    runs = all_runs(groups)
+    absent = []
+    for key in ("edits", "locate", "when", "mass", "ablate", "circuits", "transfer"):
+        n = sum(not run.get(key) for run in runs)
+        if n:
+            absent.append(f"{key} {n}")
+    print(f"\nnot run, of {len(runs)} runs: {', '.join(absent) or 'nothing'}")
+
+
+def all_runs(groups: list[Group]) -> list[dict]:
+    runs = []
+    for group in groups:
+        runs += group.runs
+    return runs
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def command(args):
+    groups = read_groups(args.folders)
+    if args.claims:
+        file = Path(__file__).parent.parent / "results" / "claims.tsv"
+        print(claims_table(read_claims(file), groups))
+    else:
+        report(groups)
+    if args.plot:
+        from studies import figures
+
+        figures.draw(groups, args.out or args.folders[0])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = minedit.Parser("python -m studies.report", allow_abbrev=False)
+    parser.description = __doc__.split("\n\n")[0]
+    parser.add_argument("folders", type=Path, nargs="+", help="runs in or below them")
+    parser.add_argument("--claims", action="store_true", help="the papers' claims beside ours")
+    parser.add_argument("--plot", action="store_true", help="draw the figures too (matplotlib)")
+    parser.add_argument("--out", type=Path, help="folder of the figures (the first of the runs')")
+    return minedit.guarded(command, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Reading many runs and making rows of means of them, for studies/report.py and its figures.
+
+Runs that differ in the seed alone are a group; what two folders hold of one run is merged.
+"""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import minedit
+from minedit import UserError, mean, require, table
+from models import ARCHS
+
+# --- Reading runs ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Runs that differ in the seed alone."""
+
+    name: str  # the cell; where it has several groups, their folder
+    arch: str
+    runs: list[dict]  # by seed
+
+
+def lookup(result: dict, place: str):
+    """What a result holds at "key.key...", None where nothing is."""
+    for key in place.split("."):
+        result = (result or {}).get(key)
+    return result
+
+
+def settings_of(result: dict) -> str:
+    """What groups a run: its settings but for the seed; what is absent is off, of triples the
+    content counts, not the place."""
+    found = {}
+    for part in ("data", "model", "recipe"):
+        for key, value in result["config"][part].items():
+            if value and key != "triples":
+                found[key] = value
+    return json.dumps([result["arch"], found], sort_keys=True)
+
+
+def read_run(file: Path) -> dict:
+    """A results.json with what stands beside it, in one form whatever version wrote it; UserError
+    where it is not one."""
+    remedy = "remove it or report another folder"
+    result = minedit.read_json(file, remedy)
+    expected = {"arch", "seed", "accuracy", "n_paths", "grokked_at", "seconds", "config"}
+    require(expected <= result.keys(), f"{file}: not the results of a run; {remedy}")
+    try:
+        log = file.with_name("log.jsonl")
+        lines = log.read_text().splitlines() if log.exists() else []
+        result["history"] = [json.loads(line) for line in lines]
+        result["edits"] = lookup(result, "propagation.edits") or result.get("edits", [])
+        for entry in result["edits"]:
+            entry.setdefault("a_priori", True)
+            if entry.get("near"):
+                entry["target"] = "near"
+        if "ablation" in result:  # of the study; "ablate" is the core's, or an older study's
+            result["ablate"] = result["ablation"]
+        if not isinstance(result.get("ablate"), dict):
+            result.pop("ablate", None)
+        result["edit"] = main_edit(result)
+        for name, level in (("train", 0.99), ("id", 0.99), ("ood", 0.9)):
+            result[f"step_{name}"] = minedit.first_step(result["history"], **{name: level})
+        settings_of(result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: not the results of a run; {remedy}") from None
+    return result
+
+
+def main_edit(result: dict) -> dict:
+    """The entry of ROME with a prototype at the a-priori site, {} where there is none."""
+    for entry in result["edits"]:
+        if entry["a_priori"] and (entry["method"], entry["target"]) == ("rome", "prototype"):
+            return entry
+    return {}
+
+
+def read_groups(folders: list[Path]) -> list[Group]:
+    """All runs in or below the folders, in the order of the cells."""
+    files = set()
+    for folder in folders:
+        files |= set(folder.rglob("results.json"))
+    require(files, f"{folders[0]}: no results.json in it or below it; train a run there first")
+    root = os.path.commonpath(folders)
+    found = defaultdict(dict)  # {settings: {seed: result}}
+    for file in sorted(files):
+        result = read_run(file)
+        result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
+        group = found[settings_of(result)]
+        known = group.get(result["seed"], {})
+        if not result["history"]:
+            result["history"] = known.get("history", [])
+        group[result["seed"]] = known | result
+    groups = []
+    for by_seed in found.values():
+        runs = [by_seed[seed] for seed in sorted(by_seed)]
+        groups.append(Group(runs[0]["folder"], runs[0]["arch"], runs))
+    archs = Counter(group.arch for group in groups)
+    for group in groups:
+        if archs[group.arch] == 1:
+            group.name = group.arch
+    order = list(ARCHS)
+    return sorted(groups, key=lambda group: order.index(group.arch))
+
+
+# --- Rows of means --------------------------------------------------------------------------------
+
+
+def short(value) -> str:
+    text = "" if value is None else str(value)
+    return text.replace("feed_forward.down", "ff").replace("feed_forward", "ff")
+
+
+def named(entries: dict) -> list[dict]:
+    """The entries of {name: entry}, with their names as "at"."""
+    return [entry | {"at": name} for name, entry in (entries or {}).items()]
+
+
+def mean_table(
+    groups: list[Group],
+    entries: Callable[[dict], list[dict]],
+    words: dict[str, str],
+    shares: dict[str, str],
+    legend: str,
+    lowest: tuple[str, ...] = (),
+) -> str | None:
+    """A row for each group and each kind of entry, by its `words` {place: head}; the means over the
+    group's runs of `shares` {place: head}, of those in `lowest` the lowest run too. entries(run)
+    lists what a run has. None where no run has any."""
+    several = any(len(group.runs) > 1 for group in groups)
+    heads = []
+    for place, head in shares.items():
+        heads.append(f"{head} (lowest)" if place in lowest and several else head)
+    rows = [("arch", *words.values(), *heads)]
+    for group in groups:
+        kinds, n_runs = defaultdict(list), 0
+        for run in group.runs:
+            found = entries(run)
+            n_runs += bool(found)
+            for entry in found:
+                kinds[tuple(short(lookup(entry, place)) for place in words)].append(entry)
+        for kind, same in kinds.items():
+            name = group.name
+            if len(same) < n_runs:
+                name += f" ({len(same)} of {n_runs})"
+            row = [name, *kind]
+            for place in shares:
+                values = [lookup(entry, place) for entry in same]
+                row.append(mean(values, None, place in lowest))
+            rows.append(tuple(row))
+    return f"{table(rows)}\n{legend}" if len(rows) > 1 else None
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}

@@ -1,0 +1,934 @@
+"""What the studies promise, in the order propagation, mass edits, ablation, circuits, bench, report.
+
+python -m pytest -q studies/test_studies.py       # every training here is of toy size
+"""
+
+import copy
+import itertools
+import json
+import math
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import curvature
+import edit as editing
+import kg
+import minedit
+import models
+from curvature import ablate, ablated, eigen, keep_mask
+from edit import memit_update, record
+from models import ARCHS, Config
+from studies import ablation, bench, circuits, claims, controls, gpu, images, mass_edit
+from studies import propagation, report, runs, training, transfer
+from test_all import TINY, World, assert_same, checkpoint, close, generator, hard_case, normal
+from test_all import results_of, tiny_model, tiny_paths, weights_of
+
+HERE = Path(__file__).parent.parent
+STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
+STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def run_study(study, *arguments):
+    return study.main([str(a) for a in arguments])
+
+
+def refused(capsys, study, *arguments):
+    """The command ends with status 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    try:
+        status = run_study(study, *arguments)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and error.startswith("minedit: "), error
+    return error
+
+
+def commands_in(file):
+    """Every `python -m studies.NAME ...` of a text, continued lines joined."""
+    text = (HERE / file).read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines()]
+    return [line.split("#")[0] for line in lines if line.startswith("python -m studies.")]
+
+
+TEXTS = ["README.md", "results/FINDINGS.md", "results/RECIPE.md", "studies/EXERCISES.md"]
+TEXTS += [f"studies/{name}.py" for name in STUDIES]
+COMMANDS = sorted({command for file in TEXTS for command in commands_in(file)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_the_documents_parses(command, monkeypatch):
+    """As far as the parser; nothing is run."""
+    name, *arguments = shlex.split(command)[2:]
+    monkeypatch.setattr(minedit, "guarded", lambda *_: 0)
+    assert STUDIES[name.removeprefix("studies.")].main(arguments) == 0
+
+
+def test_an_abbreviated_option_is_refused(capsys):
+    for study in STUDIES.values():
+        refused(capsys, study, "--qui")
+
+
+# --- propagation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_propagation_edits_every_store_and_pass(tmp_path, arch):
+    assert run_study(propagation, *TINY, "--arch", arch, "--out", tmp_path / "p") == 0
+    found = results_of(tmp_path / "p")
+    entries = found["propagation"]["edits"]
+    assert len(entries) == 2 * 5 + 1 and [e["near"] for e in entries].count(True) == 1
+    sites = {(e["site"], e["pass"]) for e in entries}
+    config = Config(**ARCHS[arch], depth=2)
+    assert sites == {(store.module, store.at_pass) for store in models.stores(config)}
+    assert len({e["site"] for e in entries if e["a_priori"]}) == 1
+    for e in entries:
+        assert 0 <= e["same_row_moved"] <= 1 or e["same_row_moved"] is None
+    assert len(found["locate"]["states"]) == 6 and len(found["locate"]["effects"]) == 5
+    assert found["when"]["held"][0].keys() >= {"direct", "direct_random", "hop2"}
+
+
+@pytest.mark.slow
+def test_what_all_four_cells_know_is_scored_apart(tmp_path):
+    assert run_study(propagation, *TINY, "--arch", "all", "--out", tmp_path) == 0
+    shared = []
+    for arch in ARCHS:
+        entries = results_of(tmp_path / f"{arch}-seed0")["propagation"]["edits"]
+        for e in entries:
+            assert 0 <= e["probes_hop1_shared"] <= e["probes_hop1"]
+        shared.append(entries)
+    assert len(shared) == 4
+
+
+def test_a_target_is_pulled_to_the_values_of_the_store(world):
+    at, requests = world.at, world.requests
+    u = editing.direction("rome", at, requests)
+    known = torch.ones(len(world.tails), dtype=torch.bool)
+    free = editing.gradient_residual(world.model, at, requests, u)
+    near = propagation.near_residual(world.model, at, requests, u, known)
+    v0 = at.values[requests.fact]
+    slow = []
+    for value in v0 + free:
+        slow.append(min((value - other).norm().item() for other in at.values))
+    distance = propagation.distance_to_values(at.values, v0 + free, chunk=3)
+    close(distance, torch.tensor(slow, dtype=torch.float64), 1e-7)
+    assert (propagation.distance_to_values(at.values, v0 + near) < distance).all()
+
+
+def test_address_overlap_against_a_slow_reference(world):
+    at, requests = world.at, world.requests
+    tokens = world.paths.tokens[[4, 9, 30]]
+    probe = kg.Probes(torch.tensor([0, 2, 3]), tokens, torch.zeros(3, dtype=torch.long))
+    cosines = []
+    for i, row in zip(probe.edit, tokens):
+        keys = record(world.model, world.model.memory.values, row[None])[0][:, 0, 2]
+        k = at.keys[requests.fact[i]]
+        cosines.append(max(float(k @ key / (k.norm() * key.norm())) for key in keys))
+    overlap = propagation.address_overlap(world.model, at, requests, probe)
+    assert overlap == pytest.approx(sum(cosines) / 3)
+
+
+def test_holding_a_state_as_it_was(world):
+    model, at, requests = world.model, world.at, world.requests
+    u, r = editing.direction("rome", at, requests), 9 * normal(4, 16, seed=3)
+    tokens = world.paths.tokens[[3, 9, 20, 40]]
+    before = model(tokens)[:, -1].argmax(-1)
+    probe = kg.Probes(torch.arange(4), tokens, before)
+    edited = editing.answers_under_edits(model, at.layer, u, r, probe.edit, tokens)
+    assert (edited != before).sum() >= 3, "the edit changes answers"
+    everything = torch.eye(16).double().expand(4, 16, 16)
+
+    def held(call, token, basis):
+        state = models.State(call, "stream", "blocks.0", call)
+        return propagation.held_answers(model, at, u, r, probe, state, token, basis, chunk=3)
+
+    assert torch.equal(held(1, 2, 0 * everything), edited), "nothing is held"
+    assert torch.equal(held(2, 2, everything), before), "the last state decides"
+    assert torch.equal(held(2, 1, everything), edited), "a state that nothing reads"
+
+
+# --- mass edits -----------------------------------------------------------------------------------
+
+
+def test_relations_are_asked_by_two_names():
+    paths, recipe = tiny_paths(None), minedit.Recipe(batch=20, branches=3)
+    tokens, positions, answers = mass_edit.TwoNames(paths, recipe, generator()).draw()
+    relations = tokens[:, 1:]
+    assert tokens[:, 0].max() < 10 and relations.min() >= 10 and 14 <= relations.max() < 18
+    assert 0.3 < (relations >= 14).float().mean() < 0.7
+    plain, _, same = minedit.Batches(paths, recipe, generator()).draw()
+    assert torch.equal(plain[:, 1:], (relations - 10) % 4 + 10) and torch.equal(same, answers)
+    model = tiny_model(n_relations=8)
+    assert model(tokens, positions).shape == (20, 5, 10)
+
+
+@pytest.mark.parametrize("arch", ["lmc", "dense"])
+def test_mass_edits_count_every_request(tmp_path, arch):
+    sizes = "--entities 20 --relations 4 --steps 300 --slots 64 --batch 64 --branches 0"
+    options = [*TINY[4:], *sizes.split(), "--arch", arch, "--out", tmp_path / "m"]
+    assert run_study(mass_edit, *options) == 0
+    mass = results_of(tmp_path / "m")["mass"]
+    assert {e["n"] for e in mass["edits"]} == {1, 3, 10, 32, 40} and mass["facts"] == 80
+    methods = {"memit", "emmet", "rome", "alphaedit", "finetune"}
+    assert {e["method"] for e in mass["edits"]} == methods
+    for e in mass["edits"]:
+        if "infeasible" in e:
+            continue
+        for name in ("efficacy", "paraphrase"):
+            n_right = e[name] * e["n"]
+            assert n_right == pytest.approx(round(n_right), abs=1e-6), "a request was dropped"
+        shares = [max(e[name], 1e-9) for name in ("efficacy", "paraphrase", "specificity")]
+        assert e["score"] == pytest.approx(300 / sum(1 / s for s in shares), abs=1e-5)
+        if e["method"] in ("memit", "emmet"):
+            assert e["residual_left"] == pytest.approx(e["residual_predicted"], abs=1e-4)
+    blocks = [e["blocks"] for e in mass["layers"]]
+    assert blocks == (["0-0", "0-1", "1-1"] if arch == "dense" else [])
+
+
+def test_constrained_fine_tuning_keeps_its_bound_and_writes(world):
+    model, layer, requests = world.model, world.at.layer, world.requests
+    before, limit = weights_of(model), 0.1 * layer.weight.square().mean().sqrt()
+    dW = mass_edit.finetune_update(model, layer, requests, 0.1, 100)
+    assert 0.9 * limit < dW.abs().max() <= 1.0001 * limit
+    close(mass_edit.finetune_update(model, layer, requests, 0.1, 3), dW, 1e-6)
+    large = mass_edit.finetune_update(model, layer, requests, 20.0, 100)
+    assert_same(model, before)
+    with editing.edit(model, {"memory.values": large}):
+        assert torch.equal(model(requests.tokens)[:, -1].argmax(-1), requests.new)
+
+
+# --- ablation: the mixture ------------------------------------------------------------------------
+
+
+def mixture(zipf=0.0, n_open_book=0, **recipe):
+    batches = ablation.Mixture(tiny_paths(None), minedit.Recipe(**recipe), generator(2))
+    batches.n_open_book, batches.n_entities = n_open_book, 10
+    if zipf:
+        batches.weights = ablation.zipf_weights(40, zipf, seed=1)
+    return batches
+
+
+def test_facts_are_drawn_as_often_as_their_weights_say_one_at_a_time():
+    batches = mixture(zipf=1.0, batch=1)
+    drawn = torch.cat([batches.draw_facts() for _ in range(4000)])
+    p = batches.weights / batches.weights.sum()
+    count = torch.bincount(drawn, minlength=40)
+    assert ((count - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
+    assert len(mixture(zipf=1.0, batch=30).draw_facts().unique()) == 30, "each at most once"
+
+
+def test_open_book_prompts_are_answered_by_the_prompt_alone():
+    batches = mixture(n_open_book=8)
+    tokens, told = batches.open_book(4000)
+    assert torch.equal(tokens[:, :2], tokens[:, 3:]) and torch.equal(tokens[:, 2], told)
+    fact = {(h, r): t for h, r, t in batches.paths.facts.tolist()}
+    tails = torch.tensor([fact[h, r - 10] for h, r in tokens[:, :2].tolist()])
+    assert 0.05 < (tails == told).double().mean() < 0.15, "the fact says no more than chance"
+    batch = batches.mixture(1)[-1]
+    assert batch[0].shape == (8, 5) and (batch[1][:, :4] == -100).all()
+
+
+def test_arithmetic_relations_add_a_constant():
+    plain = kg.synthetic(11, 5, 3)
+    graph = ablation.arithmetic_graph(plain, 2, 3)
+    shift = (graph.facts[:, :2] - torch.arange(11)[:, None]) % 11
+    assert (shift == shift[0]).all() and (shift > 0).all()
+    assert torch.equal(graph.facts[:, 2:], plain.facts[:, 2:])
+    sparse = kg.synthetic(11, 5, 3, out_degree=2)
+    filled = ablation.arithmetic_graph(sparse, 2, 3).facts >= 0
+    assert torch.equal(filled, sparse.facts >= 0), "no new facts"
+
+
+# --- ablation: controls ---------------------------------------------------------------------------
+
+
+class Layer:
+    """W [5, 9], A with two dead inputs, G with a dead output."""
+
+    def __init__(self):
+        a = normal(50, 9) * torch.logspace(0, -2, 9, dtype=torch.float64)
+        g = normal(50, 5, seed=1) @ normal(5, 5, seed=2)
+        a[:, [2, 6]], g[:, 3] = 0, 0
+        self.W, self.A, self.G = normal(5, 9, seed=3), a.T @ a / 50, g.T @ g / 50
+        self.all = (self.W, self.A, self.G)
+
+    def bases(self, name):
+        """U [5, k], V [9, k] in which the control sees W."""
+        U_G, U_A = eigen(self.G).vectors, eigen(self.A).vectors
+        eye5, eye9 = torch.eye(5).double(), torch.eye(9).double()
+        if name == "random":
+            draw = generator(7)
+            U = controls.random_orthogonal(5, draw)
+            return U, controls.random_orthogonal(9, draw)
+        if name == "svd":
+            U, _, Vh = torch.linalg.svd(self.W, full_matrices=False)
+            return U, Vh.T
+        found = {"kfac": (U_G, U_A), "activations": (eye5, U_A), "gradients": (U_G, eye9)}
+        return found.get(name, (eye5, eye9))
+
+
+@pytest.fixture
+def layer():
+    return Layer()
+
+
+@pytest.mark.parametrize("name", ["kfac", "random", "activations", "gradients", "svd", "magnitude"])
+def test_controls_keep_what_they_are_asked_to(layer, name):
+    W, (U, V) = layer.W, layer.bases(name)
+    last, norms = torch.zeros(5, V.shape[1]).bool(), [1.0]
+    for kept in range(1, 6 if name == "svd" else 46):
+        new = controls.control(name, *layer.all, kept, generator(7))
+        C = U.T @ new @ V
+        mask = C.abs() > 1e-11
+        assert int(mask.sum()) == kept == int((mask | last).sum()), "one more than before"
+        close(C[mask], (U.T @ W @ V)[mask])
+        last = mask
+        norms.append(float((W - new).norm() / W.norm()))
+    assert norms[-1] < 1e-12 and norms == sorted(norms, reverse=True)
+    for removed in (0.9, 0.5, 0.1, 0.0):
+        new = controls.control(name, *layer.all, generator=generator(7), removed=removed)
+        largest = max(n for n in norms if n <= removed + 1e-12)
+        assert float((W - new).norm() / W.norm()) == pytest.approx(largest, abs=1e-9)
+
+
+def test_controls_are_what_they_are_called(layer):
+    W, A, G = layer.all
+    values = torch.linalg.svdvals(W)
+    low_rank = controls.control("svd", W, A, G, 3)
+    assert torch.linalg.matrix_rank(low_rank) == 3
+    assert float((W - low_rank).norm()) == pytest.approx(float(values[3:].norm()))
+    largest = W.abs() >= W.abs().flatten().sort().values[-10]
+    assert torch.equal(controls.control("magnitude", W, A, G, 10) != 0, largest)
+    n = int(keep_mask(A, G, 0.8).sum())
+    assert torch.equal(controls.control("kfac", W, A, G, n), ablate(W, A, G, 0.8))
+    n = int(keep_mask(A, torch.eye(5), 0.8).sum())
+    close(controls.control("activations", W, A, G, n), ablate(W, A, torch.eye(5), 0.8))
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("pca", {"kept": 3}, "pca.*svd"),
+        ("svd", {"kept": 6}, r"0\.\.5.*6"),
+        ("random", {"kept": 46}, "46"),
+        ("kfac", {}, "None"),
+        ("kfac", {"removed": 1.0}, "either kept"),
+        ("kfac", {"kept": 3, "removed": 0.5}, "either kept"),
+    ],
+)
+def test_bad_controls_are_refused(layer, name, options, words):
+    with pytest.raises(ValueError, match=words):
+        controls.control(name, *layer.all, **options)
+
+
+def test_a_random_basis_is_orthogonal_and_uniform():
+    Q = controls.random_orthogonal(6, generator(1))
+    close(Q.T @ Q, torch.eye(6).double(), 1e-12)
+    draw = generator(3)
+    many = torch.stack([controls.random_orthogonal(3, draw) for _ in range(4000)])
+    assert many.mean(0).abs().max() < 0.04
+    assert (many.square().mean(0) - 1 / 3).abs().max() < 0.02
+    assert 0.45 < (torch.linalg.det(many) > 0).double().mean() < 0.55, "and reflections"
+
+
+def test_a_learned_mask_forgets_and_keeps():
+    """Inputs 0-7 carry the label; each of four exceptions has an input of its own, with the largest
+    weights, against it."""
+    x = normal(60, 12)
+    x[:, 8:] = 0
+    y = (x[:, 0] > 0).long()
+    x[:4, 0], x[:4, 8:] = x[:4, 0].sign(), torch.eye(4)
+    wrong = 1 - y[:4]
+    model = nn.Sequential(nn.Linear(12, 2, bias=False)).double().requires_grad_(False)
+    W = torch.zeros(2, 12).double()
+    W[:, 0], W[:, 1:8] = torch.tensor([-2.0, 2.0]), 0.1 * normal(2, 7, seed=1)
+    W[wrong, torch.arange(8, 12)] = 9.0
+    model[0].weight.data = W.clone()
+
+    def right(inputs, labels):
+        return float((model(inputs).argmax(-1) == labels).double().mean())
+
+    held = right(x[4:], y[4:])
+    assert right(x[:4], wrong) == 1 and held > 0.9
+    batches = ([(x[:4], wrong)], [(x[4:], y[4:])], F.cross_entropy, ["0"])
+    new = controls.learned_mask(model, *batches, share=0.5)
+    assert int((new["0"] != 0).sum()) == 12 and ((new["0"] == W) | (new["0"] == 0)).all()
+    assert torch.equal(model[0].weight, W)
+    with ablated(model, new):
+        assert right(x[:4], wrong) == 0 and right(x[4:], y[4:]) >= held
+
+
+@pytest.mark.parametrize("best", [(2.0, 3.0), (1.0, None), (None, 2.0)])
+def test_a_search_finds_the_strength_of_each_group(best):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False)
+    before = weights_of(model)
+    options, want = {}, []
+    for i, strength in enumerate(best):
+        options[str(i)] = {s: {str(i): torch.full((3, 3), s)} for s in (1.0, 2.0, 3.0)}
+        old = model[i].weight.clone()
+        want.append(old if strength is None else torch.full((3, 3), strength))
+
+    def value(m):
+        return -sum((m[i].weight - want[i]).norm().item() for i in (0, 1))
+
+    chosen, found = controls.search(model, value, options)
+    assert tuple(chosen.values()) == best
+    assert found.keys() == {group for group in "01" if chosen[group] is not None}
+    assert_same(model, before)
+
+
+def test_methods_are_compared_at_what_they_are_said_to_match():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    x, y = normal(60, 6), torch.randint(5, (60,), generator=generator())
+    names = ["0", "2"]
+    spectrum = curvature.spectrum(model, [(x, y)], F.cross_entropy, names, generator)
+    before, seen = weights_of(model), []
+
+    def measure(m):
+        seen.append({name: m.get_submodule(name).weight.detach().clone() for name in names})
+        return {"size": float(m(x).norm())}
+
+    def value(m):
+        return -abs(float(m(x).norm()) - 3)
+
+    groups = {"a": ["0"], "b": ["2"]}
+    options = (groups, (0.9, 0.6), (0.1, 0.5), generator())
+    found = controls.compare(model, measure, value, spectrum, *options)
+    best, outcomes = found.best, found.outcomes
+    assert_same(model, before)
+    methods = [o.method for o in outcomes[:8]]
+    assert methods == ["before", *controls.KEEPING, *controls.CONTROLS]
+    assert best in outcomes[1:3] and best.value == max(o.value for o in outcomes[1:3])
+    kinds = set(itertools.product(controls.CONTROLS, ("parts", "norm"))) - {("svd", "parts")}
+    assert {(o.method, o.matched) for o in outcomes[8:]} == kinds
+    for o, now in zip(outcomes[8:], seen[8:]):
+        if o.matched == "norm":
+            assert o.removed <= best.removed + 1e-9
+        if (o.method, o.matched) == ("magnitude", "parts"):
+            for group, (name,) in groups.items():
+                if name not in found.weights:
+                    continue
+                masses = spectrum.masses[name] if best.method == "ekfac" else None
+                mask = keep_mask(*spectrum.factors[name], best.strengths[group], masses)
+                assert int((now[name] != 0).sum()) == int(mask.sum())
+
+
+# --- ablation: the study --------------------------------------------------------------------------
+
+
+def test_images_are_noisy_shapes_in_order():
+    patches, kind = images.shapes(400, generator())
+    assert patches.shape == (400, 16, 32) and kind.unique().tolist() == list(range(8))
+    assert torch.equal(patches, images.shapes(400, generator())[0])
+    pictures = patches[..., :16].view(400, 4, 4, 4, 4).transpose(2, 3).reshape(400, 16, 16)
+    steps = (pictures[:, 1:] - pictures[:, :-1]).abs().mean()
+    assert steps < (pictures[:, 1:] - pictures[:, :-1].flip(1)).abs().mean(), "in order"
+    area = (pictures > 0.5).double().mean((1, 2))
+    assert area[kind == 0].mean() > area[kind == 1].mean(), "a disc is more than a ring"
+
+
+ABLATION = [*TINY, "--label-noise", "0.2", "--arithmetic", "1", "--open-book", "4"]
+ABLATION += ["--memorize", "5", "--images", "0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, n_images", [("dense", 60), ("lmc", 0)])
+def test_the_ablation_study(tmp_path, arch, n_images):
+    folder = tmp_path / "run"
+    options = [*ABLATION, "--arch", arch, "--images", n_images, "--out", folder]
+    assert run_study(ablation, *options) == 0
+    found = results_of(folder)["ablation"]
+    assert ("vision" in found) == bool(n_images)
+    first = found["relearning"]["ablated"][0]
+    for name in ("recited", "true", "id"):
+        assert first[name] == found["chosen"][name], "relearning starts where the ablation ended"
+    assert found["before"]["removed"] == 0 and len(found["sweep"]) == len(ablation.KEEPS)
+    weights = checkpoint(folder)["average"]
+    assert run_study(ablation, *options) == 0
+    for name, weight in checkpoint(folder)["average"].items():
+        assert torch.equal(weight, weights[name])
+    assert results_of(folder)["ablation"]["chosen"] == found["chosen"]
+
+
+def ablation_args(folder):
+    parsed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minedit, "guarded", lambda command, args: parsed.append(args) or 0)
+        ablation.main([*ABLATION, "--out", str(folder)])
+    return parsed[0]
+
+
+def test_what_an_ablation_asks_for_is_true(tmp_path):
+    args = ablation_args(tmp_path / "n")
+    run = ablation.prepare(args)[0]
+    batches = run.make_batches(run.paths, run.recipe, generator())
+    weights = ablation.zipf_weights(len(run.paths.facts), 1.0, 0)
+    questions = ablation.Questions(run, batches, weights, 1)
+    mask, true = questions.paths["true"]
+    exceptions = run.paths.masks["exceptions"]
+    assert torch.equal(mask, exceptions)
+    assert torch.equal(true != run.paths.two_hop, exceptions), "exceptions are trained wrong"
+    assert not questions.scored[questions.choosing].any(), "what chooses is not scored"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--label-noise 0", "--label-noise"),
+        ("--branches 0", "--branches"),
+        ("--arithmetic 5", "--arithmetic must be at most --relations, got 5"),
+        ("--zipf -1", "--zipf must be 0 or more"),
+        ("--open-book -3", "--open-book must be 0 or more"),
+    ],
+)
+def test_bad_ablations_are_refused_before_training(tmp_path, capsys, options, words):
+    arguments = [*ABLATION, *options.split(), "--out", tmp_path / "a"]
+    assert words in refused(capsys, ablation, *arguments)
+    assert not (tmp_path / "a" / "ckpt.pt").exists()
+
+
+# --- circuits: regimes and moments ----------------------------------------------------------------
+
+
+def triples(paths, name, n_entities=0):
+    tokens = paths.tokens[paths.masks[name]] - torch.tensor([0, n_entities, n_entities])
+    return set(map(tuple, tokens.tolist()))
+
+
+@pytest.mark.parametrize("out_degree", [None, 5])
+@pytest.mark.parametrize("regime", ["first-hop", "second-hop", "both-hops"])
+def test_regimes_never_ask_what_they_train(regime, out_degree):
+    natural = kg.split(kg.synthetic(20, 8, 3, out_degree), 0.2, 0.7, 3)
+    paths = circuits.with_regime(natural, regime, 0.3, 3)
+    trained = triples(paths, "train")
+    for name in kg.SPLITS[1:]:
+        assert not trained & triples(paths, name)
+    added = trained - triples(natural, "train")
+    assert triples(natural, "train") <= trained and triples(paths, "id") == triples(natural, "id")
+    assert triples(paths, "ood") == triples(natural, "ood"), "two OOD facts never meet in training"
+    for name in ("ood_first", "ood_second"):
+        before, now = triples(natural, name), triples(paths, name)
+        n = round(0.3 * len(before)) if name in circuits.REGIMES[regime] else 0
+        assert len(added & before) == n == len(before) - len(now)
+
+
+@pytest.mark.parametrize("options", ["--regime first-hop", "--augment 0.5"])
+def test_a_regime_and_its_share_need_each_other(tmp_path, capsys, options):
+    arguments = [*TINY, *options.split(), "--out", tmp_path / "r"]
+    assert "--augment" in refused(capsys, circuits, *arguments)
+    arguments = [*TINY, "--regime", "first-hop", "--augment", "1.5", "--out", tmp_path / "r"]
+    assert "1.5" in refused(capsys, circuits, *arguments)
+
+
+def toy_run(folder, *options):
+    args = minedit.core_parser().parse_args([*TINY, *options, "--out", str(folder / "r")])
+    return minedit.prepare(args)[0]
+
+
+def test_three_moments_of_a_training_are_kept(tmp_path, monkeypatch):
+    shares = iter([0.2, 0.8, 0.95, 0.99, 1.0, 0.8, 1.0])
+    monkeypatch.setattr(minedit, "accuracy", lambda *_: dict.fromkeys(minedit.LABELS, next(shares)))
+    run = toy_run(tmp_path, "--steps", "7", "--eval-every", "1")
+    moments = training.Moments(run)
+    end = run.train(moments).state_dict()
+    steps = {name: record["step"] for name, (record, _) in moments.found.items()}
+    assert steps == {"before": 2, "memorized": 4, "end": 7}
+    again = toy_run(tmp_path, "--steps", "7", "--eval-every", "1")
+    for name, (_, weights) in training.Moments(again).found.items():
+        same = all(torch.equal(weights[key], end[key]) for key in weights)
+        assert same == (name == "end")
+
+
+def test_a_run_without_its_moments_is_refused(tmp_path, capsys):
+    assert minedit.main([*TINY, "--out", str(tmp_path / "core")]) == 0
+    error = refused(capsys, circuits, *TINY, "--out", tmp_path / "core")
+    assert "moments are not kept" in error and "--retrain" in error
+
+
+# --- circuits: lens, swaps, maps ------------------------------------------------------------------
+
+
+class Known(nn.Module):
+    """Its states are known: the part is called twice and returns c (one-hot of token + call)."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.norm = nn.Identity(), nn.Identity()
+
+    def forward(self, tokens):
+        for call in range(2):
+            x = self.part((call + 1.0) * F.one_hot(tokens + call, 5).double())
+        return x
+
+
+def test_the_lens_of_a_model_whose_states_are_known():
+    tokens, wanted = torch.tensor([[0, 1, 2], [3, 0, 1]]), torch.tensor([1, 3])
+    words = torch.diag(torch.tensor([1.0, 1, 1, -1, 1])).double()  # entity 3: the wrong sign
+    sites = [("part", 0), ("part", 1)]
+    rank, p = circuits.lens(Known(), tokens, wanted, sites, words)
+    e = math.exp(1)
+    assert rank.shape == p.shape == (2, 3, 2)
+    assert rank[0, :, 0].tolist() == [4, 0, 4], "ties count against the rank"
+    assert rank[1, :, 0].tolist() == [0, 4, 3], "in its second call it holds the next token"
+    assert rank[0, 0, 1] == 4, "read with the wrong sign it is last"
+    expected = torch.tensor([1 / (4 + e), e / (4 + e), 1 / (4 + e)], dtype=torch.float64)
+    close(p[0, :, 0], expected, 1e-14)
+    assert float(p[1, 0, 0]) == pytest.approx(e**2 / (4 + e**2))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_both_parts_of_a_swapped_state_are_the_whole(arch):
+    model = tiny_model(arch)
+    one = torch.randint(10, (6, 3), generator=generator())
+    other = (one + torch.tensor([3, 1, 5])) % 10
+    basis = propagation.span(normal(6, 16), normal(6, 16, seed=1))
+    both = torch.cat([basis, circuits.complement(basis)], -1)
+    close(both.mT @ both, torch.eye(16).double().expand(6, 16, 16), 1e-12)
+    own, theirs = model(one)[:, -1].argmax(-1), model(other)[:, -1].argmax(-1)
+    for state in models.states(model.config):
+        site = (state.module, state.call)
+        for token in range(3):
+            assert torch.equal(circuits.swapped(model, one, one, site, token, basis), own)
+            whole = circuits.swapped(model, one, other, site, token)
+            assert torch.equal(circuits.swapped(model, one, other, site, token, both), whole)
+    assert torch.equal(circuits.swapped(model, one, other, site, 2), theirs), "the last decides"
+
+
+def made_up_maps(seed, rate):
+    found = {}
+    for place in range(3):
+        back = torch.rand(6, 3, 80, generator=generator(seed)) < rate
+        found[place] = circuits.Traced(back.double(), torch.arange(80) < 60)
+    return found
+
+
+def test_maps_that_are_the_same_and_not(tmp_path):
+    run, rate = toy_run(tmp_path, "--arch", "lmc"), torch.rand(6, 3, 1, generator=generator())
+    one, two = made_up_maps(1, rate), made_up_maps(2, rate)
+    same = circuits.same_paths(run, one, one)
+    assert same.n == 180 and same.r == pytest.approx(1) and same.low == pytest.approx(1)
+    other = circuits.same_paths(run, one, two)
+    assert 0.8 < other.low < other.r < 1
+    assert circuits.same_paths(run, one, made_up_maps(3, 1 - rate)).high < -0.5
+    x, y = [], []  # by hand: depth 2, states 0 to 2, then 3 to 5, the last of them the end
+    for place in range(3):
+        for site, token in itertools.product(range(5), range(place, 3)):
+            if site < 3 or token == 2:
+                x.append(one[place].back[site, token, :60].mean())
+                y.append(two[place].back[site, token, :60].mean())
+    r = torch.corrcoef(torch.stack([torch.stack(x), torch.stack(y)]))[0, 1].item()
+    assert other.r == pytest.approx(r, abs=1e-9)
+    assert circuits.same_paths(run, {}, one) is None
+
+
+CIRCUITS = [*TINY, "--n-edits", "2", "--transfer", "--transfer-steps", "2", "--steps", "40"]
+CIRCUITS += "--ood-fraction 0.3 --train-fraction 0.3 --warmup 1 --eval-every 20".split()
+CIRCUITS += ["--lr", "0.02", "--muon-lr", "0.02"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_circuits_study(tmp_path, arch):
+    assert run_study(circuits, *CIRCUITS, "--arch", arch, "--out", tmp_path / "run") == 0
+    found = results_of(tmp_path / "run")
+    path = found["circuits"]["id"]["end"]
+    assert len(path["lens"]["bridge"]["rank"]) == len(found["circuits"]["states"]) == 6
+    for row in path["lens"]["bridge"]["rank"]:
+        assert all(1 <= rank <= 10 for rank in row)
+    assert len(path["swap"]) == 1 and found["circuits"]["fake"] in (True, False, None)
+    assert found["circuits"]["worth"]["end"].keys() >= {"step", "id", "hop2", "ablated"}
+    assert found["transfer"]["end"]["n"]["new->old"] > 0
+    assert runs.read_run(tmp_path / "run" / "results.json")["circuits"]
+
+
+def test_circuits_where_there_is_nothing_to_ask(tmp_path):
+    sizes = "--entities 4 --relations 2 --steps 1 --n-edits 2 --transfer --transfer-steps 1"
+    sizes += " --ood-fraction 0 --train-fraction 1"
+    assert run_study(circuits, *TINY[4:], *sizes.split(), "--out", tmp_path / "n") == 0
+
+
+# --- circuits: transfer ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--out-degree", "2"]], ids=["full", "sparse"])
+def test_new_facts_and_what_is_asked_of_them(tmp_path, more):
+    run = toy_run(tmp_path, *more)
+    child = transfer.grown(run)
+    graph, paths, old = child.task.graph, child.paths, run.task.graph.facts
+    E, R, N = 10, 4, 14
+    assert torch.equal(torch.where(old >= 0, graph.facts[:E, :R], -1), old), "old facts stay"
+    assert (graph.n_entities, graph.n_relations) == (N, 5)
+    assert (child.config.n_entities, child.config.n_relations) == (N, 5)
+    for name in run.paths.masks:
+        assert triples(paths, name, N) == triples(run.paths, name, E), "the old sets"
+    known = set(map(tuple, (old >= 0).nonzero().tolist()))
+    sets = {kind: set() for kind in transfer.KINDS}
+    for h, row in enumerate(graph.facts.tolist()):
+        for r1, b in enumerate(row):
+            for r2, t in enumerate(graph.facts[b].tolist() if b >= 0 else []):
+                first, second = (h, r1) in known, (b, r2) in known
+                if t < 0 or (first and second):
+                    continue
+                if first or second:
+                    sets["old->new" if first else "new->old"].add((h, r1, r2))
+                elif h >= E and b >= E and r2 < R:
+                    sets["new->new"].add((h, r1, r2))
+    for name in sets:
+        assert triples(paths, name, N) == sets[name]
+
+
+def test_transfer_starts_from_the_old_weights(tmp_path, monkeypatch):
+    run, starts = toy_run(tmp_path), []
+    moments = training.Moments(run)
+    run.train(moments)
+    found = {"end": moments.found["end"], "memorized": moments.found["end"]}
+    further = transfer.further
+
+    def noted(child, weights, *rest):
+        starts.append(copy.deepcopy(weights))
+        return further(child, weights, *rest)
+
+    monkeypatch.setattr(transfer, "further", noted)
+    assert list(transfer.transfer_stage(run, found, 2)) == ["scratch", "end", "memorized"]
+    scratch, end = starts[0]["embedding.weight"], starts[1]["embedding.weight"]
+    old = found["end"][1]["embedding.weight"]
+    assert torch.equal(end[:10], old[:10]), "the old entities"
+    assert torch.equal(end[14:18], old[10:14]), "relation r is token E + r"
+    assert torch.equal(end[10:14], scratch[10:14]) and torch.equal(end[18:], scratch[18:])
+
+
+# --- bench ----------------------------------------------------------------------------------------
+
+
+def test_the_plain_formulation_has_the_same_loss_and_gradient():
+    paths = kg.split(kg.synthetic(15, 6, seed=2, out_degree=4), 0.2, 0.6, seed=2)
+    recipe, found = minedit.Recipe(batch=20, branches=3), []
+    sizes = {"d_model": 16, "n_heads": 2, "slots": 16, "top_k": 4, "depth": 2}
+    model = models.Model(Config(15, 6, addressing="topk", **sizes), generator()).double()
+    for make in (minedit.Batches, bench.Rows):
+        batches = make(paths, recipe, generator())
+        loss = batches.loss(model, recipe) if make is minedit.Batches else None
+        if loss is None:
+            with bench.plain_formulation():
+                loss = batches.loss(model, recipe)
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert len(found[0]) > 5
+    for fast, plain in zip(*found):
+        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_bench_at_toy_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    out = tmp_path / "new" / "b"
+    assert run_study(bench, "--quick", "--device", "cpu", "--out", out) == 0
+    found = json.loads((out / "bench.json").read_text())
+    assert [cell["arch"] for cell in found["cells"]] == list(ARCHS)
+    for cell in found["cells"]:
+        assert cell["ms"] > 0 and cell["plain"][1] <= cell["plain"][0] <= cell["plain"][2]
+        assert 0 < cell["of_square"] < 2 and cell["gpt2"] is None
+    assert "transformers is not installed" in capsys.readouterr().out
+    assert models.address is not bench.plain_address
+
+
+@pytest.mark.slow
+def test_what_a_cpu_can_do_of_the_gpu_check(tmp_path):
+    assert run_study(gpu, "--quick", "--device", "cpu", "--out", tmp_path) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    for part in ("memit", "kfac", "grok", "seeds", "step"):
+        assert "error" not in found[part], found[part]
+    assert "skipped" in found["step"] and found["seeds"]["together"] > 0
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x, y, p",
+    [
+        ([6, 7, 8, 9, 10], [1, 2, 3, 4, 5], 2 / 252),  # the paper's 0.008
+        ([1.0, 1.0], [1.0, 1.0], 1),
+        (range(16), range(16, 32), 2 / math.comb(32, 16)),  # counted, not listed
+        ([1, 2], [2, 3], 4 / 6),  # rank sums 3.5 3.5 5 5 6.5 6.5, expected 5
+        ([0.3, 0.1, 0.9], [0.2, 0.5, 0.4, 0.8], 30 / 35),
+    ],
+)
+def test_mann_whitney_against_divisions_counted_by_hand(x, y, p):
+    assert report.mann_whitney(list(x), list(y)) == pytest.approx(p)
+    assert report.mann_whitney(list(y), list(x)) == pytest.approx(p)
+
+
+@pytest.mark.parametrize(
+    "share, n, ends", [(0.0, 16, (0, 0.194)), (1.0, 16, (0.806, 1)), (0.5, 100, (0.404, 0.596))]
+)
+def test_wilson_intervals_are_those_of_published_tables(share, n, ends):
+    assert claims.wilson(share, n) == pytest.approx(ends, abs=1e-3)
+
+
+def made_up_loop(seed, **more):
+    """A run of a grokked loop, with the figures that claims ask for."""
+    path = {"n": 100, "n_swap": 100, "bridge": 0.9, "relation": 0.5, "whole": 0.5, "visible": 0.0}
+    config = {"data": {"train_fraction": 0.8}, "recipe": {}, "model": vars(Config())}
+    n = {"new->old": 1000, "old->new": 1000}
+    end = {"new->old": 1.0, "old->new": 0.5, "new->new": 0.15, "n": n}
+    run = {"arch": "loop", "seed": seed, "step_train": 10, "step_id": 20, "step_ood": 80}
+    run |= {"accuracy": {"ood": 0.99}, "n_paths": {"ood": 1000}, "config": config}
+    run["circuits"] = {
+        "same": {"id": {"r": 0.95}},
+        "id": {"before": path | {"whole": 0.1}, "end": path},
+        "ood": {"memorized": path, "end": path | {"visible": 0.2}},
+    }
+    run["transfer"] = {"end": end}
+    return run | more
+
+
+def other_kind(part, **settings):
+    """A larger group of another kind of training: claims must not take its figures."""
+    group = []
+    for seed in range(3):
+        run = made_up_loop(seed, step_id=1000)
+        run["config"] = run["config"] | {part: run["config"][part] | settings}
+        group.append(run)
+    return runs.Group("other", "loop", group)
+
+
+OTHERS = [("recipe", {"label_noise": 0.1}), ("data", {"train_fraction": 0.5})]
+OTHERS += [("data", {"regime": "first-hop"}), ("data", {"sha256": "a"})]
+OTHERS += [("model", {"depth": 4}), ("model", {"feed_forward": True})]
+VERDICTS = {
+    "[2] ID steps / train": ("2.000", "2.000..2.000", "-", "differs"),
+    "[2] OOD steps / ID": ("3.750", "3.500..4.000", "-", "agrees"),
+    "[2] OOD comes": ("0.990", "0.985..0.994", "2000", "agrees"),
+    "[2] r2 at r2": ("0.000", "0.000..0.000", "-", "differs"),
+    "[2] ungrokked": ("0.000", "0.000..0.019", "200", "agrees ?"),
+    "[11] ID paths": ("0.950", "0.950..0.950", "-", "agrees"),
+    "[11] after grokking: old->new": ("0.500", "0.478..0.522", "2000", "differs"),
+}
+
+
+@pytest.mark.parametrize("text", VERDICTS)
+def test_verdicts_follow_from_the_figures(text):
+    known = claims.read_claims(HERE / "results" / "claims.tsv")
+    (claim,) = [c for c in known if c.text.startswith(text) and "loop" in c.cells]
+    groups = [other_kind(part, **settings) for part, settings in OTHERS]
+    mine = [made_up_loop(0), made_up_loop(1, step_ood=70)]
+    groups += [runs.Group("one", "loop", [made_up_loop(0, step_id=10)])]
+    groups += [runs.Group("loop", "loop", mine)]
+    tested = claims.tested_by(claim, groups)
+    assert claims.verdict_row(claim, "loop", tested["loop"])[3:] == VERDICTS[text]
+    assert claims.tested_by(replace_cells(claim, "dense"), groups) == {}
+
+
+def replace_cells(claim, cells):
+    return replace(claim, cells=cells)
+
+
+def test_one_run_of_a_mean_has_no_interval():
+    known = claims.read_claims(HERE / "results" / "claims.tsv")
+    (claim,) = [c for c in known if c.text.startswith("[2] ID steps / train")]
+    one = [runs.Group("loop", "loop", [made_up_loop(0, step_id=500)])]
+    tested = claims.tested_by(claim, one)["loop"]
+    assert claims.verdict_row(claim, "loop", tested)[-1] == "agrees ?"
+
+
+@pytest.fixture(scope="module")
+def main_groups():
+    return runs.read_groups([HERE / "results" / "main"])
+
+
+def test_runs_of_many_folders_merge(tmp_path, main_groups):
+    """A job array's folders, one run in two of them: its entries are put together."""
+    source = HERE / "results" / "main"
+    for seed in (0, 1):
+        shutil.copytree(source / f"lmc-seed{seed}", tmp_path / f"job{seed}" / "run")
+    again = tmp_path / "job0" / "again"
+    shutil.copytree(source / "lmc-seed0", again)
+    result = json.loads((again / "results.json").read_text())
+    kept = {key: value for key, value in result.items() if key != "edits"}
+    (again / "results.json").write_text(json.dumps(kept | {"mass": {"edits": []}}))
+    (group,) = runs.read_groups([tmp_path / "job0", tmp_path / "job1"])
+    assert [run["seed"] for run in group.runs] == [0, 1] and group.name == "lmc"
+    assert "mass" in group.runs[0] and "locate" in group.runs[0]
+    assert [g.arch for g in main_groups] == list(ARCHS)
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[]", '{"arch": "lmc"}', '{"arch": {}, "seed": 0}'])
+def test_damaged_results_are_refused_in_one_line(tmp_path, capsys, text):
+    (tmp_path / "results.json").write_text(text)
+    error = refused(capsys, report, tmp_path)
+    assert "results.json" in error and "remove it or report another folder" in error
+
+
+@pytest.mark.parametrize("folder", ["main", "mass", "circuits", "ablate", "regimes", "variants"])
+def test_every_table_of_the_results_prints(folder, capsys):
+    assert run_study(report, HERE / "results" / folder) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n---") >= 2 and "nan" not in out
+
+
+def documented_blocks():
+    """(file, folder, line) of every line in a block ```text results/... of the documents."""
+    found = []
+    for file in ("README.md", "results/FINDINGS.md"):
+        for block in (HERE / file).read_text().split("```text results/")[1:]:
+            folder, *lines = block.split("```")[0].splitlines()
+            found += [(file, folder.strip(), line) for line in lines if line.strip()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """{folder: the lines that the report prints of it}"""
+    found = {}
+    for folder in {folder for _, folder, _ in documented_blocks()}:
+        groups = runs.read_groups([HERE / "results" / folder])
+        tables = [make(groups) for make in report.TABLES]
+        found[folder] = {line for text in tables if text for line in text.splitlines()}
+    return found
+
+
+def test_every_table_in_the_documents_is_the_reports(printed):
+    blocks = documented_blocks()
+    assert blocks
+    for file, folder, line in blocks:
+        assert line in printed[folder], f"{file}: {line}"
+
+
+def test_a_mean_says_of_how_many_runs_it_is():
+    made = [runs.Group("lmc", "lmc", [{"x": [{"a": 1.0}]}, {"x": [{"a": None}]}, {"x": []}])]
+    text = runs.mean_table(made, lambda run: run["x"], {}, {"a": "a"}, "legend")
+    assert text.splitlines()[2].split() == ["lmc", "1.000", "(1", "of", "2)"]
+    assert runs.mean_table(made, lambda run: [], {}, {"a": "a"}, "legend") is None
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = HERE / "results" / "main"
+    assert run_study(report, folder, "--plot", "--out", tmp_path) == 0
+    drawn = {file.stem for file in tmp_path.iterdir()}
+    assert drawn == {"grokking", "propagation", "when", "locate"}
+    assert capsys.readouterr().out.count("not drawn") == 3
+    again = tmp_path / "again"
+    assert run_study(report, folder, "--plot", "--out", again) == 0
+    for file in again.iterdir():
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes(), "the same each time"
+
+
+def test_figures_without_matplotlib_are_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = HERE / "results" / "variants"
+    assert "matplotlib is not installed" in refused(capsys, report, folder, "--plot")
