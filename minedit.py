@@ -197,7 +197,7 @@ class Training:
     def step(self, batches: Batches, recipe: Recipe, step: int, forward=None) -> Tensor:
         """Step number `step`, from 0, under the recipe; `forward`: the model's, compiled. Returns
         the loss."""
-        loss = batches.loss(forward or self.model, recipe)
+        loss = batches.loss(self.model if forward is None else forward, recipe)
         loss.backward()
         rate = min(1.0, (step + 1) / max(1, recipe.warmup))
         for optimizer, lr in ((self.adam, recipe.lr), (self.muon, recipe.muon_lr)):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minedit import cell, table
-from models import Config
+from models import ARCHS, Config
 from studies.runs import Group, lookup
 
 
@@ -114,6 +114,25 @@ def verdict_row(claim: Claim, arch: str, tested: Tested) -> tuple:
         verdict += " ?"
     interval = f"{cell(low)}..{cell(high)}"
     return (claim.text, claim.theirs, arch, cell(ours), interval, cell(n, "d"), verdict)
+
+
+def summary_table(claims: list[Claim], groups: list[Group]) -> str:
+    """All claims on one screen: ours in each cell, and whether it is in the range accepted."""
+    rows = [("claim", "theirs", *ARCHS)]
+    for claim in claims:
+        tested = tested_by(claim, groups)
+        row = [claim.text, claim.theirs]
+        for arch in ARCHS:
+            if arch not in tested:
+                row.append("" if tested else "-")
+                continue
+            *_, ours, _, _, verdict = verdict_row(claim, arch, tested[arch])
+            row.append(ours + {"agrees": " +", "differs": " -"}.get(verdict, " ?"))
+        rows.append(tuple(row))
+    return table(rows) + (
+        "\n+: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, "
+        "or one run"
+    )
 
 
 def claims_table(claims: list[Claim], groups: list[Group]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import minedit
 from minedit import cell, mean, table
-from studies.claims import claims_table, read_claims
+from studies.claims import claims_table, read_claims, summary_table
 from studies.runs import Group, lookup, mean_table, named, read_groups, same
 
 # --- Tables: training and edits -------------------------------------------------------------------
@@ -338,7 +338,8 @@ def command(args):
     groups = read_groups(args.folders)
     if args.claims:
         file = Path(__file__).parent.parent / "results" / "claims.tsv"
-        print(claims_table(read_claims(file), groups))
+        known = read_claims(file)
+        print(f"{summary_table(known, groups)}\n\n{claims_table(known, groups)}")
     else:
         report(groups)
     if args.plot:

@@ -1,4 +1,4 @@
-"""What the studies promise, in the order propagation, mass edits, ablation, circuits, bench, report.
+"""What the studies promise: propagation, mass edits, ablation, circuits, bench, report.
 
 python -m pytest -q studies/test_studies.py       # every training here is of toy size
 """
@@ -75,6 +75,14 @@ def test_every_command_in_the_documents_parses(command, monkeypatch):
     name, *arguments = shlex.split(command)[2:]
     monkeypatch.setattr(minedit, "guarded", lambda *_: 0)
     assert STUDIES[name.removeprefix("studies.")].main(arguments) == 0
+
+
+def test_every_exercise_names_tests_that_exist():
+    names = (HERE / "test_all.py").read_text()
+    text = (HERE / "studies" / "EXERCISES.md").read_text()
+    for expression in text.split('-k "')[1:]:
+        for word in expression.split('"')[0].split(" or "):
+            assert word in names.replace("def test_the_", "def test_"), word
 
 
 def test_an_abbreviated_option_is_refused(capsys):
@@ -880,31 +888,35 @@ def test_every_table_of_the_results_prints(folder, capsys):
 
 
 def documented_blocks():
-    """(file, folder, line) of every line in a block ```text results/... of the documents."""
+    """(file, what is reported, line) of every line in a block ```text results... of the documents."""
     found = []
     for file in ("README.md", "results/FINDINGS.md"):
-        for block in (HERE / file).read_text().split("```text results/")[1:]:
-            folder, *lines = block.split("```")[0].splitlines()
-            found += [(file, folder.strip(), line) for line in lines if line.strip()]
+        for block in (HERE / file).read_text().split("```text ")[1:]:
+            reported, *lines = block.split("```")[0].splitlines()
+            found += [(file, reported.strip(), line) for line in lines if line.strip()]
     return found
 
 
 @pytest.fixture(scope="module")
 def printed():
-    """{folder: the lines that the report prints of it}"""
+    """{what is reported: the lines that are printed of it}"""
     found = {}
-    for folder in {folder for _, folder, _ in documented_blocks()}:
-        groups = runs.read_groups([HERE / "results" / folder])
+    for reported in {reported for _, reported, _ in documented_blocks()}:
+        folder, *options = reported.split()
+        groups = runs.read_groups([HERE / folder])
         tables = [make(groups) for make in report.TABLES]
-        found[folder] = {line for text in tables if text for line in text.splitlines()}
+        if options == ["--claims"]:
+            known = claims.read_claims(HERE / "results" / "claims.tsv")
+            tables = [claims.summary_table(known, groups)]
+        found[reported] = {line for text in tables if text for line in text.splitlines()}
     return found
 
 
 def test_every_table_in_the_documents_is_the_reports(printed):
     blocks = documented_blocks()
     assert blocks
-    for file, folder, line in blocks:
-        assert line in printed[folder], f"{file}: {line}"
+    for file, reported, line in blocks:
+        assert line in printed[reported], f"{file}: {line}"
 
 
 def test_a_mean_says_of_how_many_runs_it_is():
