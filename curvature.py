@@ -238,7 +238,7 @@ def corrected_masses(
     dtype: torch.dtype | None = None,
     block: int = 8192,
 ) -> dict[str, Tensor]:
-    """{name: masses [d_out, d_in]}: means over positions of (U_G^T g)^2 (x) (U_A^T a)^2, in place of
+    """{name: masses [d_out, d_in]}, means over positions of (U_G^T g)^2 (x) (U_A^T a)^2 in place of
     lambda_i mu_j: EK-FAC [3]. A second pass over the batches, in the bases of the `factors` {name:
     (A, G)} of the first; the options are those of `kronecker_factors`."""
     names = layer_names(factors)

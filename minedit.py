@@ -615,12 +615,12 @@ class EditRecord:
     at_pass: int
     n: int  # edits
     direct: float | None  # of the edited facts: answered with the new tail
-    hop1: float | None = None  # of the compositions after edits with direct success: right
-    hop2: float | None = None
-    probes_hop1: int = 0
-    probes_hop2: int = 0
-    unrelated_one_hop_moved: float | None = None
-    unrelated_two_hop_moved: float | None = None
+    hop1: float | None  # of the compositions after edits with direct success: right
+    hop2: float | None
+    probes_hop1: int
+    probes_hop2: int
+    unrelated_one_hop_moved: float | None
+    unrelated_two_hop_moved: float | None
 
     def entry(self) -> dict:
         entry = asdict(self)
@@ -628,32 +628,62 @@ class EditRecord:
         return entry
 
 
-def correct(model: Model, at: editing.Site, u: Tensor, r: Tensor, probes: kg.Probes, calls=None):
-    """Whether each probe [m] has its answer, under edits W + r u^T at all (or some) `calls`."""
-    asked = (probes.edit, probes.tokens, calls)
-    return editing.answers_under_edits(model, at.layer, u, r, *asked) == probes.answer
+class Edits(NamedTuple):
+    """n edits of one site, each by itself: W + r u^T, a row of u and of r each."""
+
+    at: editing.Site
+    at_pass: int
+    method: str
+    target: str
+    u: Tensor  # [n, d_in]
+    r: Tensor  # [n, d_out]
+    n_fallbacks: int = 0  # of them without a prototype, sought by gradient instead
 
 
-def edit_one_at_a_time(
+def make_edits(
     model: Model,
+    paths: kg.Paths,
+    known: Tensor,
+    requests: editing.Requests,
     at: editing.Site,
     at_pass: int,
-    u: Tensor,
-    r: Tensor,
-    probes: EditProbes,
-    method: str,
-    target: str,
-) -> EditRecord:
-    """Score edits W + r u^T of the site `at`, u [n, d_in], r [n, d_out], each by itself."""
-    success = correct(model, at, u, r, probes.direct)
-    record = EditRecord(method, target, at.name, at_pass, len(success), share_of(success))
-    hop1 = correct(model, at, u, r, probes.hop1)[success[probes.hop1.edit]]
-    hop2 = correct(model, at, u, r, probes.hop2)[success[probes.hop2.edit]]
-    record.hop1, record.probes_hop1 = share_of(hop1), len(hop1)
-    record.hop2, record.probes_hop2 = share_of(hop2), len(hop2)
-    record.unrelated_one_hop_moved = share_of(~correct(model, at, u, r, probes.facts))
-    record.unrelated_two_hop_moved = share_of(~correct(model, at, u, r, probes.compositions))
-    return record
+    method: str = "rome",
+    target: str = "prototype",
+) -> Edits:
+    """`known` [n_facts], bool: whose values make prototypes."""
+    u = editing.direction(method, at, requests)
+    r, n_fallbacks = residual(model, paths, at, requests, u, target, known)
+    return Edits(at, at_pass, method, target, u, r, n_fallbacks)
+
+
+def answers(model: Model, edits: Edits, probes: kg.Probes, calls=None) -> Tensor:
+    """The model's answers [m] to the probes, each under its edit, which acts at `calls` (all)."""
+    asked = (probes.edit, probes.tokens, calls)
+    return editing.answers_under_edits(model, edits.at.layer, edits.u, edits.r, *asked)
+
+
+def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
+    """Hop 1 and hop 2 of the edits with direct success; and what moved that should not."""
+    hit = {}
+    for name in ("direct", "hop1", "hop2", "facts", "compositions"):
+        asked = getattr(probes, name)
+        hit[name] = answers(model, edits, asked) == asked.answer
+    success = hit["direct"]
+    hop1, hop2 = hit["hop1"][success[probes.hop1.edit]], hit["hop2"][success[probes.hop2.edit]]
+    return EditRecord(
+        method=edits.method,
+        target=edits.target,
+        site=edits.at.name,
+        at_pass=edits.at_pass,
+        n=len(success),
+        direct=share_of(success),
+        hop1=share_of(hop1),
+        hop2=share_of(hop2),
+        probes_hop1=len(hop1),
+        probes_hop2=len(hop2),
+        unrelated_one_hop_moved=share_of(~hit["facts"]),
+        unrelated_two_hop_moved=share_of(~hit["compositions"]),
+    )
 
 
 CORE_EDITS = [("rome", "prototype"), ("rome", "gradient"), ("memit", "prototype")]
@@ -675,19 +705,16 @@ def edit_stage(run: Run, model: Model, n_edits: int) -> list[EditRecord]:
     chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
     run.results["a_priori"] = chosen.site._asdict() | {"effects": chosen.effects, "n": chosen.n}
     requests = requests_for(paths, fact, new)
-    at = gather(run, model, chosen.site)
+    at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
     records = []
-    for method, target in CORE_EDITS:
-        u = editing.direction(method, at, requests)
-        r, n_fallbacks = residual(model, paths, at, requests, u, target, known.facts)
-        if n_fallbacks and not records:
-            print(f"by gradient, since no other known fact has the wanted tail: {n_fallbacks}")
-        records.append(
-            edit_one_at_a_time(model, at, chosen.site.at_pass, u, r, probes, method, target)
-        )
+    for kind in CORE_EDITS:
+        edits = make_edits(model, paths, known.facts, requests, at, at_pass, *kind)
+        if edits.n_fallbacks and not records:
+            print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
+        records.append(score(model, edits, probes))
     print(f"compositions left out: {listed(probes.left_out)}")
     print(f"asked: {len(probes.hop1.edit)} of hop 1, {len(probes.hop2.edit)} of hop 2")
-    print(f"\nat {at.name}, pass {chosen.site.at_pass}, chosen without the edited facts:\n")
+    print(f"\nat {at.name}, pass {at_pass}, chosen without the edited facts:\n")
     print(record_table(records, EDIT_COLUMNS, EDIT_LEGEND))
     return records
 
@@ -736,11 +763,10 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
     chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
     at = gather(run, model, chosen.site)
     requests = requests_for(paths, fact, new)
-    u = editing.direction("rome", at, requests)
-    r, n_fallbacks = residual(model, paths, at, requests, u, "prototype", every)
+    edits = make_edits(model, paths, every, requests, at, chosen.site.at_pass)
     print(f"\nROME at {at.name}, pass {chosen.site.at_pass}; prototype target")
-    if n_fallbacks:
-        print(f"by gradient, since no other known fact has the wanted tail: {n_fallbacks}")
+    if edits.n_fallbacks:
+        print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
     kinds = {
         "fact": kg.questions(paths, fact, new),
         "first hop": kg.hop1_probes(paths, fact, new, *asked)[0],
@@ -750,11 +776,11 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
     rows = [("edited", "question", "before", "after", "should be", "")]
     for kind, probes in kinds.items():
         before = last_answers(model, probes.tokens)
-        after = editing.answers_under_edits(model, at.layer, u, r, probes.edit, probes.tokens)
+        after = answers(model, edits, probes)
         right = after == probes.answer
-        for tokens, *answers, ok in zip(probes.tokens, before, after, probes.answer, right):
+        for tokens, *replies, ok in zip(probes.tokens, before, after, probes.answer, right):
             question = " ".join(names[token] for token in tokens)
-            rows.append((kind, question, *(names[x] for x in answers), "ok" if ok else "NO"))
+            rows.append((kind, question, *(names[x] for x in replies), "ok" if ok else "NO"))
         print(f"{kind}: {int(right.sum())} of {len(right)} right")
     print("\n" + table(rows))
 
@@ -1020,7 +1046,7 @@ def report(results: list[dict]):
         rows.append(tuple(row))
     print(
         f"\n{table(rows)}\n"
-        "accuracy: facts; compositions trained, held out (ID), of two facts in no trained one (OOD)\n"
+        "accuracy: facts; compositions trained, held out (ID), of facts in no trained one (OOD)\n"
         "grokked at: first evaluation with train >= 0.99, OOD >= 0.9. hop 1, hop 2, moved\n"
         "(facts): as of --edit, ROME with a prototype at the a-priori site"
     )

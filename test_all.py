@@ -1567,7 +1567,7 @@ def test_the_ablated_weights_in_the_eigenbasis(layer):
 
 
 def test_a_direction_of_little_curvature_is_forgotten():
-    """Eight examples share an input direction, one has its own: what is done for the eight stays."""
+    """Eight examples share an input direction, one has its own: what the eight get stays."""
     layer = nn.Linear(3, 4, bias=False).double()
     layer.weight.data = normal(4, 3)
     x = torch.tensor([[1.0, 0, 0]] * 8 + [[0, 0, 1.0]]).double()
@@ -2192,8 +2192,8 @@ class Case:
         self.u = editing.direction("rome", world.at, requests)
 
     def record(self, r, probes=None):
-        arguments = (self.u, r, probes or self.probes, "rome", "gradient")
-        return minedit.edit_one_at_a_time(self.world.model, self.world.at, 0, *arguments)
+        edits = minedit.Edits(self.world.at, 0, "rome", "gradient", self.u, r)
+        return minedit.score(self.world.model, edits, probes or self.probes)
 
 
 def test_edits_that_do_nothing_move_nothing_and_one_that_breaks_everything_moves_all(world):

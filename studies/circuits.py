@@ -320,10 +320,8 @@ def worth_of(run: Run, model: Model, n_edits: int) -> dict:
         ablated = minedit.accuracy(model, paths)["id"]
     requests = minedit.requests_for(paths, fact, new)
     at = minedit.gather(run, model, chosen.site)
-    u = editing.direction("rome", at, requests)
-    r, _ = minedit.residual(model, paths, at, requests, u, "prototype", known.facts)
-    at_pass = chosen.site.at_pass
-    record = minedit.edit_one_at_a_time(model, at, at_pass, u, r, probes, "rome", "prototype")
+    edits = minedit.make_edits(model, paths, known.facts, requests, at, chosen.site.at_pass)
+    record = minedit.score(model, edits, probes)
     names = ("n", "direct", "hop1", "probes_hop1", "hop2", "probes_hop2", "site")
     return {name: getattr(record, name) for name in names} | {"ablated": ablated}
 

@@ -121,32 +121,47 @@ def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
     }
     entries = []
     for method, target in kinds_of_edit(is_chosen and bool(known.facts.any())):
-        u = editing.direction(method, at, requests)
-        if target == "near":
-            r, n_fallbacks = near_residual(model, at, requests, u, known.facts), 0
-        else:
-            r, n_fallbacks = minedit.residual(model, paths, at, requests, u, target, known.facts)
-        record = minedit.edit_one_at_a_time(
-            model, at, site.at_pass, u, r, case.probes, method, target.replace("near", "gradient")
-        )
+        edits = edits_of_kind(model, paths, case, at, site.at_pass, method, target)
+        record = minedit.score(model, edits, case.probes)
         entry = record.entry() | of_site | {"near": target == "near"}
         for name, probes in neighbours.items():
-            entry[f"{name}_moved"] = share_of(~minedit.correct(model, at, u, r, probes))
+            moved = minedit.answers(model, edits, probes) != probes.answer
+            entry[f"{name}_moved"] = share_of(moved)
         if case.shared is not None:
-            entry |= score_shared(model, at, u, r, case)
-        distance = distance_to_values(stored, at.values[requests.fact] + r)
+            entry |= score_shared(model, edits, case)
+        distance = distance_to_values(stored, at.values[requests.fact] + edits.r)
         entry["distance"] = float((distance / mean_length).mean())
-        entry["gradient_for_want_of_a_prototype"] = n_fallbacks
+        entry["gradient_for_want_of_a_prototype"] = edits.n_fallbacks
         entries.append(entry)
     return entries
 
 
-def score_shared(model: Model, at: editing.Site, u: Tensor, r: Tensor, case: Case) -> dict:
+def edits_of_kind(
+    model: Model,
+    paths: kg.Paths,
+    case: Case,
+    at: editing.Site,
+    at_pass: int,
+    method: str,
+    target: str,
+) -> minedit.Edits:
+    """As minedit.make_edits, with the target "near" besides, a gradient's pulled to stored values."""
+    arguments = (model, paths, case.known.facts, case.requests, at, at_pass, method)
+    if target != "near":
+        return minedit.make_edits(*arguments, target)
+    u = editing.direction(method, at, case.requests)
+    r = near_residual(model, at, case.requests, u, case.known.facts)
+    return minedit.Edits(at, at_pass, method, "gradient", u, r)
+
+
+def score_shared(model: Model, edits: minedit.Edits, case: Case) -> dict:
     """Hop 1 and hop 2 on what all cells answer right."""
-    success = minedit.correct(model, at, u, r, case.probes.direct)
+    direct = case.probes.direct
+    success = minedit.answers(model, edits, direct) == direct.answer
     found = {}
     for name, probes in zip(("hop1_shared", "hop2_shared"), case.shared):
-        right = minedit.correct(model, at, u, r, probes)[success[probes.edit]]
+        right = minedit.answers(model, edits, probes) == probes.answer
+        right = right[success[probes.edit]]
         found |= {name: share_of(right), f"probes_{name}": len(right)}
     return found
 
@@ -278,13 +293,12 @@ def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> di
     written, held = [], None
     for site in sites:
         at = minedit.gather(run, model, site)
-        u = editing.direction("rome", at, requests)
-        r, _ = minedit.residual(model, paths, at, requests, u, "prototype", known.facts)
+        edits = minedit.make_edits(model, paths, known.facts, requests, at, site.at_pass)
         n_calls = len(sites) if is_shared and site == chosen else 0
         hits = {}
         for acts, calls in actions(n_calls).items():
             hits[acts] = {
-                name: minedit.correct(model, at, u, r, probe, calls)
+                name: minedit.answers(model, edits, probe, calls) == probe.answer
                 for name, probe in probes.items()
             }
         success = hits["always"]["direct"]
@@ -293,7 +307,7 @@ def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> di
             shares = (share_of(hit["direct"]), share_of(hop1), share_of(hop2))
             written.append(Written(site.module, site.call, site.at_pass, acts, *shares))
         if held is None:
-            held = hold(run, model, at, u, r, requests, probes, hits["always"], generator)
+            held = hold(run, model, edits, requests, probes, hits["always"], generator)
     counts = {name: len(probe.edit) for name, probe in probes.items()}
     print(when_table(written, held))
     entries = [w._asdict() | {"pass": w.at_pass} for w in written]
@@ -303,9 +317,7 @@ def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> di
 def hold(
     run: Run,
     model: Model,
-    at: editing.Site,
-    u: Tensor,
-    r: Tensor,
+    edits: minedit.Edits,
     requests: editing.Requests,
     probes: dict[str, kg.Probes],
     right: dict[str, Tensor],
@@ -325,7 +337,7 @@ def hold(
             random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
             counted = right[name] & right["direct"][probe.edit]
             for key, plane in ((name, span(old, new)), (f"{name}_random", span(*random))):
-                answers = held_answers(model, at, u, r, probe, state, token, plane)
+                answers = held_answers(model, edits, probe, state, token, plane)
                 entry[key] = share_of((answers == probe.answer)[counted])
         entries.append(entry)
     return entries
@@ -339,9 +351,7 @@ def span(*vectors: Tensor) -> Tensor:
 @torch.no_grad()
 def held_answers(
     model: Model,
-    at: editing.Site,
-    u: Tensor,
-    r: Tensor,
+    edits: minedit.Edits,
     probe: kg.Probes,
     state: State,
     token: int,
@@ -358,7 +368,7 @@ def held_answers(
         where = (state.module, state.call, token, before, part)
         with ExitStack() as inside:
             inside.enter_context(editing.interchange(model, *where))
-            inside.enter_context(editing.rank_one(at.layer, u[i], r[i]))
+            inside.enter_context(editing.rank_one(edits.at.layer, edits.u[i], edits.r[i]))
             answers.append(model(tokens)[:, -1].argmax(-1))
     return torch.cat(answers)
 

@@ -24,11 +24,11 @@ import kg
 import minedit
 import models
 from curvature import ablate, ablated, eigen, keep_mask
-from edit import memit_update, record
+from edit import record
 from models import ARCHS, Config
 from studies import ablation, bench, circuits, claims, controls, gpu, images, mass_edit
 from studies import propagation, report, runs, training, transfer
-from test_all import TINY, World, assert_same, checkpoint, close, generator, hard_case, normal
+from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
 
 HERE = Path(__file__).parent.parent
@@ -161,7 +161,8 @@ def test_holding_a_state_as_it_was(world):
 
     def held(call, token, basis):
         state = models.State(call, "stream", "blocks.0", call)
-        return propagation.held_answers(model, at, u, r, probe, state, token, basis, chunk=3)
+        edits = minedit.Edits(at, 0, "rome", "gradient", u, r)
+        return propagation.held_answers(model, edits, probe, state, token, basis, chunk=3)
 
     assert torch.equal(held(1, 2, 0 * everything), edited), "nothing is held"
     assert torch.equal(held(2, 2, everything), before), "the last state decides"
@@ -407,10 +408,10 @@ def test_methods_are_compared_at_what_they_are_said_to_match():
 
     def measure(m):
         seen.append({name: m.get_submodule(name).weight.detach().clone() for name in names})
-        return {"size": float(m(x).norm())}
+        return {"size": float(m(x).detach().norm())}
 
     def value(m):
-        return -abs(float(m(x).norm()) - 3)
+        return -abs(float(m(x).detach().norm()) - 3)
 
     groups = {"a": ["0"], "b": ["2"]}
     options = (groups, (0.9, 0.6), (0.1, 0.5), generator())
@@ -888,7 +889,7 @@ def test_every_table_of_the_results_prints(folder, capsys):
 
 
 def documented_blocks():
-    """(file, what is reported, line) of every line in a block ```text results... of the documents."""
+    """(file, what is reported, line) of every line in a block ```text results... of a document."""
     found = []
     for file in ("README.md", "results/FINDINGS.md"):
         for block in (HERE / file).read_text().split("```text ")[1:]:
