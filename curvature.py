@@ -13,8 +13,8 @@ The edit of [1] rotates W into both eigenbases and keeps the pairs of directions
     C = U_G^T W U_A          mass_ij = lambda_i mu_j          W' = U_G (C * M) U_A^T
 
 M is 1 on the pairs of most mass until their sum reaches keep * sum(lambda) * sum(mu), the crossing
-pair included; how large C_ij is plays no part. EK-FAC [3] puts means of (u_i^T g)^2 (v_j^T a)^2 in
-place of lambda_i mu_j, u_i and v_j columns of U_G and U_A: measured in the same basis.
+pair included; how large C_ij is plays no part. EK-FAC [3] puts the exact diagonal of the Fisher in
+the same basis in the place of lambda_i mu_j: E (u_i^T dW v_j)^2, dW the gradient of one example.
 
     >>> A = torch.diag(torch.tensor([3.0, 1.0])).double()
     >>> G = torch.diag(torch.tensor([2.0, 1.0])).double()
@@ -28,11 +28,9 @@ place of lambda_i mu_j, u_i and v_j columns of U_G and U_A: measured in the same
 A [d_in, d_in] and G [d_out, d_out] are uncentred second moments, or `eigen` of them, so that a
 sweep decomposes once; masses and mask [d_out, d_in] are in the eigenbasis, eigenvalues ascending. A
 **position** is a row that an `nn.Linear` is handed: a token, anew in each call of a loop. Any model
-called as `model(inputs) -> logits [..., classes]` will do; only `ablated` changes it. Left out:
-biases, convolutions, K-FAC-reduce, dropout, batch statistics (`model.eval()`).
+called as `model(inputs) -> logits [..., classes]` will do. Left out: biases, convolutions.
 
-[1] Merullo et al. 2025, From Memorization to Reasoning in the Spectrum of Loss Curvature,
-    arXiv 2510.24256.
+[1] Merullo et al. 2025, From Memorization to Reasoning, arXiv 2510.24256.
 [2] Martens & Grosse 2015, arXiv 1503.05671; several positions: Eschenhagen et al. 2023, 2311.00636.
 [3] George et al. 2018, EK-FAC, arXiv 1806.03884.
 """
@@ -74,23 +72,28 @@ def evaluation_mode(model: nn.Module):
 def counted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [N, classes] and targets [N], both flattened, without those whose target is -100."""
     if logits.shape[:-1].numel() != targets.numel():
-        raise ValueError(
-            f"logits {list(logits.shape)} must have one row for each of the targets "
-            f"{list(targets.shape)}"
-        )
+        shapes = f"{list(logits.shape)} and {list(targets.shape)}"
+        raise ValueError(f"logits must have one row for each of the targets, got {shapes}")
     counts = targets.flatten() != -100
     return logits.reshape(len(counts), -1)[counts], targets.flatten()[counts]
 
 
-class Pair(NamedTuple):
-    """What one call of a layer is handed in one batch, and the gradients at its output."""
+class Call(NamedTuple):
+    """What one call of a layer is handed in one batch, and the gradient at what it returns."""
 
     name: str
-    a: Tensor  # [n, d_in]
-    g: Tensor  # [n, d_out], of the sum of the losses; 0 where no loss depends on a position
+    a: Tensor  # [..., d_in]
+    g: Tensor  # [..., d_out], of the sum of the losses; 0 where no loss depends on a position
 
 
-def position_pairs(
+class Recorded(NamedTuple):
+    """All calls in one batch, in order."""
+
+    calls: list[Call]
+    counts: Tensor  # bool, in the shape of the targets: those that are not -100
+
+
+def record_batch(
     model: nn.Module,
     inputs,
     targets: Tensor,
@@ -98,14 +101,13 @@ def position_pairs(
     layers: list[str],
     labels: str,
     generator: torch.Generator | None,
-    positions: str,
-) -> list[Pair]:
-    """The pairs of one batch, a call each: see `kronecker_factors`."""
-    calls = []
+) -> Recorded:
+    """One forward and one backward pass: see `kronecker_factors`."""
+    seen = []
 
     def watch(name, _, arguments, output):
         zero = torch.zeros_like(output, requires_grad=True)  # g is the gradient at this zero
-        calls.append((name, arguments[0].detach().clone(), zero))  # the model may overwrite it
+        seen.append((name, arguments[0].detach().clone(), zero))  # the model may overwrite it
         return output + zero
 
     with ExitStack() as undo:
@@ -115,57 +117,44 @@ def position_pairs(
     logits, gold = counted(output, targets)
     if not logits.detach().softmax(-1).isfinite().all():
         raise ValueError("the logits are not finite; look for inf or nan in weights and inputs")
-    zeros = [zero for _, _, zero in calls]
+    zeros = [zero for _, _, zero in seen]
     gradients = [torch.zeros_like(zero) for zero in zeros]
-    if calls and len(logits):
+    if seen and len(logits):
         if labels == "sampled":
             gold = sample_labels(logits, generator)
         total = len(logits) * loss(logits, gold)  # loss = 1/N sum_n loss_n, g is of the sum
         gradients = torch.autograd.grad(total, zeros, materialize_grads=True)
-    chosen = slice(None)
-    if positions == "counted":
-        chosen = (targets != -100).view(output.shape[:-1])
-    return [
-        Pair(name, a[chosen].flatten(0, -2), g[chosen].flatten(0, -2))
-        for (name, a, _), g in zip(calls, gradients)
-    ]
+    calls = [Call(name, a, g) for (name, a, _), g in zip(seen, gradients)]
+    return Recorded(calls, (targets != -100).view(output.shape[:-1]))
 
 
 def sample_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """Labels [N] from softmax(logits) [N, classes]: with these G is that of the true Fisher."""
-    probability = logits.detach().softmax(-1)
-    if generator is not None:
-        probability = probability.to(generator.device)
+    device = logits.device if generator is None else generator.device
+    probability = logits.detach().softmax(-1).to(device)
     return torch.multinomial(probability, 1, generator=generator)[:, 0].to(logits.device)
 
 
-def all_pairs(
-    model: nn.Module, batches, loss, layers, labels, generator, positions, dtype, block
-) -> Iterator[Pair]:
-    """The pairs of all batches, in blocks of at most `block` positions and in a dtype to sum in;
-    arguments and errors of `kronecker_factors`."""
-    if labels not in ("sampled", "gold") or positions not in ("all", "counted"):
-        raise ValueError(
-            "labels are 'sampled' or 'gold', positions 'all' or 'counted'; "
-            f"got {labels!r}, {positions!r}"
-        )
+def record_all(
+    model: nn.Module,
+    batches,
+    loss,
+    layers: list[str],
+    labels: str,
+    generator: torch.Generator | None,
+) -> Iterator[Recorded]:
+    """Every batch, recorded in evaluation mode; errors of `kronecker_factors`."""
+    if labels not in ("sampled", "gold"):
+        raise ValueError(f"labels are 'sampled' or 'gold', got {labels!r}")
     called, n_counted = set(), 0
     with evaluation_mode(model):
         for inputs, targets in batches:
-            n_counted += int((targets != -100).sum())
-            for name, a, g in position_pairs(
-                model, inputs, targets, loss, layers, labels, generator, positions
-            ):
-                if len(a):
-                    called.add(name)
-                wide = dtype or torch.promote_types(a.dtype, torch.float32)
-                for a_part, g_part in zip(a.split(block), g.split(block)):
-                    yield Pair(name, a_part.to(wide), g_part.to(wide))
+            batch = record_batch(model, inputs, targets, loss, layers, labels, generator)
+            called |= {call.name for call in batch.calls if call.a.numel()}
+            n_counted += int(batch.counts.sum())
+            yield batch
     if n_counted == 0:
-        raise ValueError(
-            "no batch has a target that counts (not -100); pass a list: an iterator may have been "
-            "used up"
-        )
+        raise ValueError("no batch has a target that counts (not -100), or an iterator is used up")
     for name in layers:
         if name not in called:
             raise ValueError(f"the layer {name!r} is never called on these batches; leave it out")
@@ -179,12 +168,9 @@ def layer_names(layers) -> list[str]:
     return names
 
 
-def check_finite(name: str, *sums: Tensor):
-    for x in sums:
-        if not x.isfinite().all():
-            raise ValueError(
-                f"inputs or gradients of {name!r} are not finite or overflow {x.dtype}"
-            )
+def check_finite(name: str, x: Tensor):
+    if not x.isfinite().all():
+        raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {x.dtype}")
 
 
 # --- Factors and masses ---------------------------------------------------------------------------
@@ -212,17 +198,24 @@ def kronecker_factors(
     at every call, or "counted", those alone whose own target counts (that of a whole example for
     all its rows). Sums are in `dtype` (the model's, float32 at least), over blocks of positions.
     ValueError on bad input, TypeError on bad names."""
+    if positions not in ("all", "counted"):
+        raise ValueError(f"positions are 'all' or 'counted', got {positions!r}")
     names = layer_names(layers)
     sums, n = {}, dict.fromkeys(names, 0)
-    options = (names, labels, generator, positions, dtype, block)
-    for name, a, g in all_pairs(model, batches, loss, *options):
-        A, G = a.T @ a, g.T @ g
-        if name in sums:
-            A, G = sums[name][0].add_(A), sums[name][1].add_(G)
-        sums[name] = (A, G)
-        n[name] += len(a)
+    for batch in record_all(model, batches, loss, names, labels, generator):
+        chosen = batch.counts if positions == "counted" else slice(None)
+        for name, a, g in batch.calls:
+            a, g = a[chosen].flatten(0, -2), g[chosen].flatten(0, -2)  # [n, d_in], [n, d_out]
+            wide = dtype or torch.promote_types(a.dtype, torch.float32)
+            n[name] += len(a)
+            for a, g in zip(a.to(wide).split(block), g.to(wide).split(block)):
+                A, G = a.T @ a, g.T @ g
+                if name in sums:
+                    A, G = sums[name][0].add_(A), sums[name][1].add_(G)
+                sums[name] = (A, G)
     for name, (A, G) in sums.items():
-        check_finite(name, A, G)
+        check_finite(name, A)
+        check_finite(name, G)
     return {name: (sums[name][0] / n[name], sums[name][1] / n[name]) for name in names}
 
 
@@ -234,27 +227,51 @@ def corrected_masses(
     labels: str = "sampled",
     generator: torch.Generator | None = None,
     *,
-    positions: str = "all",
     dtype: torch.dtype | None = None,
-    block: int = 8192,
 ) -> dict[str, Tensor]:
-    """{name: masses [d_out, d_in]}, means over positions of (U_G^T g)^2 (x) (U_A^T a)^2 in place of
-    lambda_i mu_j: EK-FAC [3]. A second pass over the batches, in the bases of the `factors` {name:
-    (A, G)} of the first; the options are those of `kronecker_factors`."""
+    """{name: masses [d_out, d_in]}, E_n (sum_s (u_i^T g_s) (v_j^T a_s))^2 for lambda_i mu_j: EK-FAC
+    [3], the diagonal of the Fisher in the bases of the `factors` {name: (A, G)}. n: examples, the
+    rows of the targets; s: the positions of one example, at every call, whose gradients the weight
+    sums. A second pass over the batches; options and errors as of `kronecker_factors`. A layer is
+    to be handed its positions example by example."""
     names = layer_names(factors)
     bases = {name: (eigen(factors[name][0]), eigen(factors[name][1])) for name in names}
-    sums, n = {}, dict.fromkeys(names, 0)
-    options = (names, labels, generator, positions, dtype, block)
-    for name, a, g in all_pairs(model, batches, loss, *options):
-        A, G = bases[name]
-        in_a = (a @ A.vectors.to(a)).square()  # (v_j^T a)^2  [n, d_in]
-        in_g = (g @ G.vectors.to(g)).square()  # (u_i^T g)^2  [n, d_out]
-        mass = in_g.T @ in_a  # [d_out, d_in]
-        sums[name] = sums[name].add_(mass) if name in sums else mass
-        n[name] += len(a)
+    sums, n_examples = {}, 0
+    for batch in record_all(model, batches, loss, names, labels, generator):
+        n_examples += len(batch.counts)
+        for name in names:
+            A, G = bases[name]
+            in_a, in_g = [], []  # of each call [example, position, d]
+            for call in batch.calls:
+                if call.name == name:
+                    wide = dtype or torch.promote_types(call.a.dtype, torch.float32)
+                    a, g = by_example(call, len(batch.counts))
+                    in_a.append(a.to(wide) @ A.vectors.to(a.device, wide))  # v_j^T a_s
+                    in_g.append(g.to(wide) @ G.vectors.to(g.device, wide))  # u_i^T g_s
+            if in_a:
+                mass = squared_sums(torch.cat(in_a, 1), torch.cat(in_g, 1))
+                sums[name] = sums[name] + mass if name in sums else mass
     for name, mass in sums.items():
         check_finite(name, mass)
-    return {name: sums[name] / n[name] for name in names}
+    return {name: sums[name] / n_examples for name in names}
+
+
+def by_example(call: Call, n: int) -> tuple[Tensor, Tensor]:
+    """a [n, position, d_in] and g [n, position, d_out] of a call on n examples."""
+    n_rows = call.a.shape[:-1].numel()
+    if n_rows % n:
+        raise ValueError(f"{call.name!r} is handed {n_rows} positions for {n} examples")
+    return call.a.reshape(n, -1, call.a.shape[-1]), call.g.reshape(n, -1, call.g.shape[-1])
+
+
+def squared_sums(a: Tensor, g: Tensor, most: int = 2**24) -> Tensor:
+    """sum_n (sum_s g_s a_s^T)^2 [d_out, d_in] for a [n, s, d_in], g [n, s, d_out], with at most
+    `most` entries at a time."""
+    total = a.new_zeros(g.shape[-1], a.shape[-1])
+    chunk = max(1, most // total.numel())
+    for a_part, g_part in zip(a.split(chunk), g.split(chunk)):
+        total += (g_part.mT @ a_part).square().sum(0)
+    return total
 
 
 class Spectrum(NamedTuple):
@@ -290,8 +307,7 @@ def double(x: Tensor) -> Tensor:
 
 
 def eigen(factor: Tensor | Eigen) -> Eigen:
-    """The eigendecomposition of A or G, in float64. ValueError where it is no second moment or all
-    zeros."""
+    """The eigendecomposition of A or G, in float64. ValueError where it is no second moment."""
     if isinstance(factor, Eigen):
         return factor
     M = double(factor)
@@ -300,9 +316,9 @@ def eigen(factor: Tensor | Eigen) -> Eigen:
     values, vectors = torch.linalg.eigh(M)
     slack = 1e-3 * M.abs().max()  # float32 sums are rounded
     if not slack > 0 or (M - M.T).abs().max() > slack or values[0] < -slack:
+        found = f"{values[0]:.3g}..{values[-1]:.3g}: leave out a layer that is dead"
         raise ValueError(
-            "a factor must be symmetric, with no negative eigenvalue, and not zero; these are "
-            f"{values[0]:.3g}..{values[-1]:.3g}: leave out a layer that is dead or has no gradient"
+            f"a factor is symmetric, not zero, with no negative eigenvalue; not {found}"
         )
     return Eigen(values.clamp(min=0), vectors)
 
@@ -318,9 +334,8 @@ def keep_mask(
     plain = torch.outer(eigen(G).values, eigen(A).values)  # lambda_i mu_j
     masses = plain if masses is None else double(masses)
     if masses.shape != plain.shape or not masses.isfinite().all() or masses.min() < 0:
-        raise ValueError(
-            f"masses must be finite, not negative and {list(plain.shape)}, got {list(masses.shape)}"
-        )
+        wanted = f"finite, not negative and {list(plain.shape)}"
+        raise ValueError(f"masses must be {wanted}, got {list(masses.shape)}")
     if not masses.any():
         raise ValueError("masses must not all be zero")
     if keep == 1:
@@ -371,10 +386,8 @@ def ablated(model: nn.Module, weights: dict[str, Tensor]):
     old = {name: linear(model, name).weight.detach().clone() for name in weights}
     for name, W in weights.items():
         if W.shape != old[name].shape or not W.isfinite().all():
-            raise ValueError(
-                f"the weight of {name!r} must be finite and {list(old[name].shape)}, "
-                f"got {list(W.shape)}"
-            )
+            wanted = f"finite and {list(old[name].shape)}"
+            raise ValueError(f"the weight of {name!r} must be {wanted}, got {list(W.shape)}")
     try:
         write(model, weights)
         yield model

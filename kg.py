@@ -317,8 +317,8 @@ def hop1_probes(
     paths that it answered right before; asked [n_paths]: the paths to draw from. The second result
     counts by reason the paths that cannot be asked."""
     head, relation, tail = paths.facts.T
-    n_heads = int(torch.maximum(head.max(), tail.max())) + 1
-    row_of = torch.full((n_heads, int(relation.max()) + 1), -1, device=head.device)
+    n_entities = int(torch.cat([head, tail, new]).max()) + 1
+    row_of = torch.full((n_entities, int(relation.max()) + 1), -1, device=head.device)
     row_of[head, relation] = torch.arange(len(head), device=head.device)  # -1: no such fact
 
     begins = paths.first == fact[:, None]  # [n, n_paths]

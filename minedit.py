@@ -503,9 +503,9 @@ class Run:
         self.results = figures | self.results
         write_atomically(self.folder / "results.json", self.results)
         print(
-            f"memorized (train >= 0.99) at step {self.results['memorized_at']}; "
-            f"grokked (OOD >= 0.9 on {self.n_paths['ood']} paths) at step "
-            f"{self.results['grokked_at']}; "
+            f"memorized (train >= 0.99): {when(self.results['memorized_at'])}; "
+            f"grokked (OOD >= 0.9 on {self.n_paths['ood']} paths): "
+            f"{when(self.results['grokked_at'])}; "
             f"{last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most"
         )
 
@@ -1060,6 +1060,10 @@ def progress(record: dict, steps: int) -> str:
         f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.3f}  {shares}  "
         f"{record['seconds']:4.0f} s, {left:3.0f} s to go"
     )
+
+
+def when(step: int | None) -> str:
+    return "never" if step is None else f"step {step}"
 
 
 # --- Files and machine ----------------------------------------------------------------------------

@@ -146,8 +146,7 @@ class SquaredWinners(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        (kept,) = ctx.saved_tensors
-        return torch.mul(grad, kept).mul_(2), None  # d(kept^2) = 2 kept
+        return torch.mul(grad, ctx.saved_tensors[0]).mul_(2), None  # d(kept^2) = 2 kept
 
 
 class FeedForward(nn.Module):
@@ -243,9 +242,7 @@ class State(NamedTuple):
     """Something of the forward pass by the module that returns it and the number of its call."""
 
     at_pass: int  # from 0
-    part: (
-        str  # "attention", "memory", "feed-forward" or "stream", the residual stream after a block
-    )
+    part: str  # "attention", "memory", "feed-forward", or "stream", which a block leaves behind
     module: str
     call: int  # of the module within one forward pass, from 0
 
