@@ -4,8 +4,8 @@ Trains on a richer mixture than the core: a tenth of the trained compositions ha
 answer (exceptions), some relations are arithmetic (tail = head + c), facts are drawn with Zipf
 frequencies, and open-book prompts hold the fact that they ask for. The last steps are gentle, until
 the exceptions are recited. Then the model is ablated by K-FAC, EK-FAC and every control
-(studies/controls.py); nothing tells them which paths are exceptions. Strengths for a kind of layer
-are chosen on a fifth of the paths; the others are scored. Further:
+(studies/controls.py); nothing tells them which paths are exceptions. Strengths, one for a kind of
+layer, are chosen on a fifth of the paths; the others are scored. Further:
 
     tasks        what is kept of each kind of question, beside the paper's figures
     sweep        the better method, one share of mass kept for all chosen layers
@@ -60,12 +60,13 @@ PAPER = {  # percent of a 7B model's accuracy that is kept [1]
 
 def arithmetic_graph(graph: kg.KnowledgeGraph, n: int, seed: int) -> kg.KnowledgeGraph:
     """The synthetic graph of a seed with tail = (head + c) mod n_entities in its first n relations,
-    each with its own c > 0, wherever it has a fact."""
-    E, R = graph.facts.shape
-    generator = torch.Generator().manual_seed(4 * seed)  # on from where kg.synthetic leaves it
-    torch.randint(E - 1, (E, R), generator=generator)
-    torch.rand(E, R, generator=generator)
-    shift = torch.randint(1, E, (n,), generator=generator)
+    each with a c > 0 of its own, wherever it has a fact. ValueError for more relations than such
+    c."""
+    E = graph.n_entities
+    if n >= E:
+        raise ValueError(f"--arithmetic must be below the number of entities, {E}, got {n}")
+    generator = torch.Generator().manual_seed(2**60 + seed)
+    shift = 1 + torch.randperm(E - 1, generator=generator)[:n]
     facts = graph.facts.clone()
     sums = (torch.arange(E)[:, None] + shift) % E  # [n_entities, n]
     facts[:, :n] = torch.where(facts[:, :n] >= 0, sums, -1)
@@ -74,13 +75,13 @@ def arithmetic_graph(graph: kg.KnowledgeGraph, n: int, seed: int) -> kg.Knowledg
 
 def zipf_weights(n_facts: int, exponent: float, seed: int) -> Tensor:
     """i^-exponent [n_facts] for ranks i = 1, 2, ... in random order."""
-    order = torch.randperm(n_facts, generator=torch.Generator().manual_seed(2**62 + seed))
+    order = torch.randperm(n_facts, generator=torch.Generator().manual_seed(2**61 + seed))
     return (order + 1.0) ** -exponent
 
 
 class Mixture(minedit.Batches):
-    """Facts drawn in proportion to `weights` [n_facts] (None: all alike), without repetition in a
-    batch, and n_open_book prompts (h, r, t', h, r) -> t' beside them, t' any entity."""
+    """Facts drawn in proportion to `weights` [n_facts], with replacement (None: all alike, each
+    once at most), and n_open_book prompts (h, r, t', h, r) -> t' beside them, t' any entity."""
 
     weights: Tensor | None = None
     n_open_book = 0
@@ -89,8 +90,8 @@ class Mixture(minedit.Batches):
     def draw_facts(self) -> Tensor:
         if self.weights is None:
             return super().draw_facts()
-        n = min(self.recipe.batch, len(self.weights))
-        return torch.multinomial(self.weights, n, generator=self.generator)
+        n = self.recipe.batch
+        return torch.multinomial(self.weights, n, replacement=True, generator=self.generator)
 
     def integers(self, high: int, n: int) -> Tensor:
         return torch.randint(high, (n,), generator=self.generator, device=self.device)
@@ -162,8 +163,12 @@ class Questions:
             self.paths[name] = (paths.masks[name] & ~exceptions, true)
         chooses = paths.masks["validation"]
         self.scored = ~chooses
-        rows = [(self.paths[name][0] & chooses).nonzero() for name in ("recited", *SPLITS[1:])]
-        self.choosing = torch.cat([row.flatten()[:150] for row in rows])  # by these it is chosen
+        rows = []
+        for name in ("recited", *SPLITS[1:]):  # at most 150 of each, at random
+            mine = (self.paths[name][0] & chooses).nonzero().flatten()
+            order = torch.randperm(len(mine), generator=run.stream()).to(mine.device)
+            rows.append(mine[order[:150]])
+        self.choosing = torch.cat(rows)  # the paths by which strengths are chosen
         arithmetic = paths.facts[:, 1] < n_arithmetic
         rank = weights.argsort(stable=True).argsort() / len(weights)  # 0: the least frequent
         self.facts = {

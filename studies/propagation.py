@@ -145,7 +145,7 @@ def edits_of_kind(
     method: str,
     target: str,
 ) -> minedit.Edits:
-    """As minedit.make_edits, with the target "near" besides, a gradient's pulled to stored values."""
+    """As minedit.make_edits, with a target "near" besides: a gradient's, pulled to the store's."""
     arguments = (model, paths, case.known.facts, case.requests, at, at_pass, method)
     if target != "near":
         return minedit.make_edits(*arguments, target)

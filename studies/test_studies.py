@@ -230,13 +230,18 @@ def mixture(zipf=0.0, n_open_book=0, **recipe):
     return batches
 
 
-def test_facts_are_drawn_as_often_as_their_weights_say_one_at_a_time():
-    batches = mixture(zipf=1.0, batch=1)
-    drawn = torch.cat([batches.draw_facts() for _ in range(4000)])
+@pytest.mark.parametrize("batch", [16, 256])
+def test_facts_are_drawn_as_often_as_their_weights_say(batch):
+    """Whatever the batch, which is large against the number of facts: with replacement."""
+    batches, n = mixture(zipf=1.0, batch=batch), 160_000
+    drawn = torch.cat([batches.draw_facts() for _ in range(n // batch)])
     p = batches.weights / batches.weights.sum()
     count = torch.bincount(drawn, minlength=40)
-    assert ((count - 4000 * p).abs() < 5 * (4000 * p * (1 - p)).sqrt()).all()
-    assert len(mixture(zipf=1.0, batch=30).draw_facts().unique()) == 30, "each at most once"
+    assert ((count - n * p).abs() < 5 * (n * p * (1 - p)).sqrt()).all()
+    order = p.argsort()
+    asked = p[order[-8:]].sum() / p[order[:8]].sum()  # the most frequent fifth to the least
+    realized = count[order[-8:]].sum() / count[order[:8]].sum()
+    assert realized == pytest.approx(float(asked), rel=0.05)
 
 
 def test_open_book_prompts_are_answered_by_the_prompt_alone():
@@ -256,6 +261,9 @@ def test_arithmetic_relations_add_a_constant():
     shift = (graph.facts[:, :2] - torch.arange(11)[:, None]) % 11
     assert (shift == shift[0]).all() and (shift > 0).all()
     assert torch.equal(graph.facts[:, 2:], plain.facts[:, 2:])
+    for seed in range(30):
+        shifts = ablation.arithmetic_graph(plain, 5, seed).facts[0]
+        assert len(shifts.unique()) == 5, "no two relations are the same"
     sparse = kg.synthetic(11, 5, 3, out_degree=2)
     filled = ablation.arithmetic_graph(sparse, 2, 3).facts >= 0
     assert torch.equal(filled, sparse.facts >= 0), "no new facts"
