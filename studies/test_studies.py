@@ -575,6 +575,65 @@ def test_a_run_without_its_moments_is_refused(tmp_path, capsys):
     assert "moments are not kept" in error and "--retrain" in error
 
 
+class Interrupted(Exception):
+    pass
+
+
+def train_until(run, last, moments=None):
+    """As a run that is interrupted at its evaluation at step `last`, before the checkpoint."""
+
+    def watch(trained, record):
+        if moments is not None:
+            moments(trained, record)
+        if record["step"] == last:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run.train(watch)
+
+
+STEPS = ["--steps", "7", "--eval-every", "1"]
+
+
+def test_a_run_half_trained_without_its_moments_is_refused(tmp_path):
+    train_until(toy_run(tmp_path, *STEPS), 4)
+    with pytest.raises(minedit.UserError, match=r"not kept \(before\); use --retrain"):
+        training.Moments(toy_run(tmp_path, *STEPS, "--resume"))
+
+
+@pytest.mark.parametrize("last", [2, 3, 4, 5])
+def test_an_interrupted_run_keeps_the_moments_of_an_uninterrupted_one(tmp_path, monkeypatch, last):
+    shares = {1: 0.2, 2: 0.8, 3: 0.95, 4: 0.99, 5: 1.0, 6: 0.8, 7: 1.0}
+    found = {}
+    for name in ("whole", "resumed"):
+        run = toy_run(tmp_path / name, *STEPS)
+        monkeypatch.setattr(
+            minedit, "accuracy", lambda *_: dict.fromkeys(minedit.LABELS, shares[run.step])
+        )
+        if name == "resumed":
+            train_until(run, last, training.Moments(run))
+            run = toy_run(tmp_path / name, *STEPS, "--resume")
+            assert run.step == last - 1
+        moments = training.Moments(run)
+        run.train(moments)
+        found[name] = moments.found
+    assert found["whole"].keys() == found["resumed"].keys() == {"before", "memorized", "end"}
+    for name, (record, weights) in found["whole"].items():
+        again, their_weights = found["resumed"][name]
+        assert record["step"] == again["step"]
+        assert all(torch.equal(weights[key], their_weights[key]) for key in weights)
+
+
+def test_moments_of_a_run_that_was_replaced_are_not_read(tmp_path):
+    first = toy_run(tmp_path)
+    first.train(training.Moments(first))
+    other = ["--lr", "0.001"]
+    toy_run(tmp_path, *other, "--retrain").train()
+    assert (tmp_path / "r" / "moments.pt").exists()
+    with pytest.raises(minedit.UserError, match="moments are not kept"):
+        training.Moments(toy_run(tmp_path, *other))
+
+
 # --- circuits: lens, swaps, maps ------------------------------------------------------------------
 
 

@@ -11,36 +11,48 @@ from minedit import Run, Training
 from models import Model
 
 
+def moments_due(run: Run) -> dict[str, int]:
+    """{moment: its step} of the training so far."""
+    due = {}
+    for record in run.history:
+        fitted = record["train"] or 0.0
+        if fitted >= 0.99:
+            due["memorized"] = record["step"]
+            break
+        if fitted < 0.9:
+            due["before"] = record["step"]
+    if run.finished:
+        due["end"] = run.step
+    return due
+
+
 class Moments:
-    """The averaged weights at three moments of a training, kept beside its checkpoint."""
+    """The averaged weights at three moments of a training, kept beside its checkpoint. UserError
+    where some are due and were not kept: a training, or a part of it, without this study."""
 
     def __init__(self, run: Run):
         self.run, self.file = run, run.folder / "moments.pt"
         self.found = {}  # name: (the evaluation's record, weights)
         if run.step and self.file.exists():
-            self.found = torch.load(self.file, weights_only=True)
-        if run.finished and "end" not in self.found:
+            state = torch.load(self.file, weights_only=True)
+            if state.get("identity") == run.identity:  # else of a run that this one replaced
+                self.found = state["moments"]
+        missing = [name for name in moments_due(run) if name not in self.found]
+        if missing:
             raise minedit.UserError(
-                f"{run.folder}: was trained without this study, so that its moments are not kept; "
-                "use --retrain or another --out"
+                f"{run.folder}: was trained without this study, so that its moments are not kept "
+                f"({', '.join(missing)}); use --retrain or another --out"
             )
 
     def __call__(self, training: Training, record: dict):
-        """Called at every evaluation."""
-        early = "memorized" not in self.found
-        fitted = record["train"] or 0.0
-        names = []
-        if early and fitted < 0.9:
-            names.append("before")
-        if early and fitted >= 0.99:
-            names.append("memorized")
-        if self.run.finished:
-            names.append("end")
+        """Called at every evaluation, when the record is the last of the run's history."""
+        names = [name for name, step in moments_due(self.run).items() if step == record["step"]]
         for name in names:
             weights = training.average.state_dict()
             self.found[name] = (record, {key: p.cpu().clone() for key, p in weights.items()})
         if names:
-            minedit.write_atomically(self.file, lambda file: torch.save(self.found, file))
+            state = {"identity": self.run.identity, "moments": self.found}
+            minedit.write_atomically(self.file, lambda file: torch.save(state, file))
 
 
 class Moment(NamedTuple):
