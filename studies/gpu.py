@@ -1,6 +1,7 @@
 """What a GPU makes of it: one check of a few minutes that writes gpu.json, part by part.
 
-    grok      seconds and steps until OOD >= 0.9, LMC from nothing, evaluations included
+    grok      seconds and steps until OOD >= 0.9, LMC from nothing, evaluations included: eager, and
+              with the step as a CUDA graph, of one seed and of five side by side
     step      ms of a training step: eager, torch.compile, and as a CUDA graph
     seeds     loss and gradient of five seeds, one after another and as one model (torch.func)
     memit     10 000 edits in one update: C, solve, check; random keys of the mass-edit size
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import curvature
 import edit as editing
 import minedit
-from minedit import Run
+from minedit import Run, Training
 from studies.bench import in_turns, make_run, plain_formulation
 
 
@@ -64,49 +65,114 @@ def grok(run: Run, every: int = 50) -> dict:
     return {"grokked": grokked, "last": curve[-1], "curve": curve}
 
 
-def captured_step(run: Run):
-    """A whole step as a CUDA graph: forward, backward, both optimizers, the average. The batch is
-    drawn outside and copied in; rates are those after the warm-up."""
-    training, recipe = run.fresh(), run.recipe
-    training.adam = torch.optim.AdamW(
-        [training.model.embedding.weight],
-        lr=recipe.lr,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-        capturable=True,
-    )
-    training.muon.param_groups[0].update(lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
-    batches = run.make_batches(run.paths, recipe, training.generator)
-    tokens, positions, answers = batches.draw()
+class GraphedTraining:
+    """minedit.Training whose whole step (forward, backward, both optimizers, the average) is one
+    CUDA graph, replayed on a stream of its own: one launch where there were a thousand. The batch
+    is drawn outside and copied in; rates and the weight of the average are tensors, set before each
+    replay. The arithmetic is that of Training.step."""
 
-    def step():
-        training.adam.zero_grad(set_to_none=True)
-        training.muon.zero_grad(set_to_none=True)
-        loss = minedit.loss_of(training.model(tokens, positions), answers, recipe)
-        loss.backward()
-        training.adam.step()
-        training.muon.step()
+    def __init__(self, run: Run, seed: int):
+        self.run, recipe = run, run.recipe
+        self.training = Training(run.config, recipe, seed, run.device)
+        self.stream = torch.cuda.Stream()
+        self.scalars = torch.zeros(3, device=run.device)  # rate of AdamW, of Muon; 1 - keep
+        model = self.training.model
+        self.adam = torch.optim.AdamW(
+            [model.embedding.weight],
+            lr=self.scalars[0],
+            betas=(0.9, 0.98),
+            weight_decay=recipe.weight_decay,
+            capturable=True,
+        )
+        self.hidden = self.training.muon.param_groups[0]["params"]
+        self.momenta = [torch.zeros_like(p) for p in self.hidden]
+        self.batches = run.make_batches(run.paths, recipe, self.training.generator)
+        self.tokens, self.positions, self.answers = self.batches.draw()
+        self.loss = None
+        start = {name: p.clone() for name, p in model.state_dict().items()}
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):  # allocates what the graph is to reuse; all rates are 0
+                self.compute()
+        self.stream.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.compute()
+        self.restart(seed, start)
+
+    def restart(self, seed: int, weights: dict[str, Tensor]):
+        """Step 0 again: the warm-up has moved moments and the stream of batches."""
+        self.training.model.load_state_dict(weights)
+        self.training.average.load_state_dict(weights)
+        for m in self.momenta:
+            m.zero_()
+        for state in self.adam.state.values():
+            for value in state.values():
+                value.zero_()
+        self.training.generator.manual_seed(4 * seed + 3)
+
+    def compute(self):
+        """What the graph holds."""
+        recipe, model = self.run.recipe, self.training.model
+        model.zero_grad(set_to_none=True)
+        self.loss = minedit.loss_of(model(self.tokens, self.positions), self.answers, recipe)
+        self.loss.backward()
+        self.adam.step()
         with torch.no_grad():
-            for mean, p in zip(training.average.parameters(), training.model.parameters()):
-                mean.lerp_(p, 1 - recipe.ema)
+            for p, m in zip(self.hidden, self.momenta):
+                m.lerp_(p.grad, 1 - recipe.momentum)
+                update = minedit.orthogonalize(p.grad.lerp(m, recipe.momentum))
+                p.mul_(1 - self.scalars[1] * recipe.weight_decay)
+                p.sub_(update * self.scalars[1] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+            for mean, p in zip(self.training.average.parameters(), model.parameters()):
+                mean.lerp_(p, self.scalars[2])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    def step(self, step: int):
+        """Step number `step`, queued on the stream."""
+        recipe = self.run.recipe
+        rate = min(1.0, (step + 1) / max(1, recipe.warmup))
+        keep = min(recipe.ema, (step + 1) / (step + 10))
+        with torch.cuda.stream(self.stream):
+            tokens, _, answers = self.batches.draw()
+            self.tokens.copy_(tokens)
+            self.answers.copy_(answers)
+            self.scalars[0].fill_(recipe.lr * rate)
+            self.scalars[1].fill_(recipe.muon_lr * rate)
+            self.scalars[2].fill_(1 - keep)
+            self.graph.replay()
 
-    def replay():
-        new_tokens, _, new_answers = batches.draw()
-        tokens.copy_(new_tokens)
-        answers.copy_(new_answers)
-        graph.replay()
 
-    return replay
+def grok_graphed(run: Run, n_seeds: int, every: int = 50) -> dict:
+    """As `grok`, by CUDA graphs, n seeds side by side, each on a stream; to the last one's end."""
+    if run.device.type != "cuda":
+        return {"skipped": "CUDA graphs need a GPU"}
+    began = synchronized(run.device)
+    trainings = [GraphedTraining(run, seed) for seed in range(n_seeds)]
+    captured = round(synchronized(run.device) - began, 2)
+    curve, grokked = [], [False] * n_seeds
+    for step in range(run.recipe.steps):
+        for graphed in trainings:
+            graphed.step(step)
+        if (step + 1) % every:
+            continue
+        torch.cuda.synchronize()
+        found = [minedit.accuracy(graphed.training.average, run.paths) for graphed in trainings]
+        grokked = [a["train"] >= 0.99 and (a["ood"] or 0) >= 0.9 for a in found]
+        seconds = round(synchronized(run.device) - began, 2)
+        curve.append({"step": step + 1, "seconds": seconds, "ood": [a["ood"] for a in found]})
+        if all(grokked):
+            break
+    return {"grokked": grokked, "capture_seconds": captured, "last": curve[-1], "curve": curve}
+
+
+def graphed_step(run: Run):
+    """The step of a GraphedTraining, waited for."""
+    graphed = GraphedTraining(run, run.seed)
+
+    def task():
+        graphed.step(run.recipe.warmup)
+        graphed.stream.synchronize()
+
+    return task
 
 
 def eager_step(run: Run, compiled: str | None = None):
@@ -123,7 +189,7 @@ def step_times(run: Run) -> dict:
     found = {"eager": median_ms(eager_step(run), run.device)}
     if run.device.type != "cuda":
         return found | {"skipped": "torch.compile and CUDA graphs are timed on a GPU alone"}
-    found["cuda_graph"] = median_ms(captured_step(run), run.device)
+    found["cuda_graph"] = median_ms(graphed_step(run), run.device)
     for mode in ("default", "reduce-overhead"):
         began = time.perf_counter()
         task = eager_step(run, mode)
@@ -210,6 +276,8 @@ def check(args, file: Path):
         "memit": lambda: memit(run, n, d_in, d_out),
         "kfac": lambda: kfac(run),
         "grok": lambda: grok(run),
+        "grok_graphed": lambda: grok_graphed(run, 1),
+        "grok_graphed_five_seeds": lambda: grok_graphed(run, 5),
         "seeds": lambda: seeds_batched(run),
         "step": lambda: step_times(run),
     }

@@ -618,9 +618,9 @@ def test_an_interrupted_run_keeps_the_moments_of_an_uninterrupted_one(tmp_path, 
         run.train(moments)
         found[name] = moments.found
     assert found["whole"].keys() == found["resumed"].keys() == {"before", "memorized", "end"}
-    for name, (record, weights) in found["whole"].items():
+    for name, (entry, weights) in found["whole"].items():
         again, their_weights = found["resumed"][name]
-        assert record["step"] == again["step"]
+        assert entry["step"] == again["step"]
         assert all(torch.equal(weights[key], their_weights[key]) for key in weights)
 
 
@@ -824,9 +824,24 @@ def test_the_bench_at_toy_size(tmp_path, monkeypatch, capsys):
 def test_what_a_cpu_can_do_of_the_gpu_check(tmp_path):
     assert run_study(gpu, "--quick", "--device", "cpu", "--out", tmp_path) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
-    for part in ("memit", "kfac", "grok", "seeds", "step"):
+    for part in ("memit", "kfac", "grok", "grok_graphed", "seeds", "step"):
         assert "error" not in found[part], found[part]
     assert "skipped" in found["step"] and found["seeds"]["together"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graphed_step_is_the_step(tmp_path):
+    run = toy_run(tmp_path, "--device", "cuda")
+    plain, graphed = run.fresh(), gpu.GraphedTraining(run, run.seed)
+    batches = run.make_batches(run.paths, run.recipe, plain.generator)
+    for step in range(20):
+        plain.step(batches, run.recipe, step)
+        graphed.step(step)
+    torch.cuda.synchronize()
+    for part in ("model", "average"):
+        theirs = getattr(graphed.training, part).state_dict()
+        for name, weight in getattr(plain, part).state_dict().items():
+            torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
 
 
 # --- report ---------------------------------------------------------------------------------------
