@@ -236,24 +236,25 @@ def alphaedit_update(
     lam: float,
     *,
     threshold: float = 1e-2,
+    absolute: bool = False,
     W: Tensor | None = None,
     diagnostics: dict | None = None,
 ) -> Tensor:
     """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit
     [6], for one batch. K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in
     squared lengths of a key. The null space is that of eigenvalues of C below bound = threshold *
-    trace(C) / d_in, so that over ordinary keys E |dW k|^2 <= bound * |dW|^2 (ours: the paper's
-    threshold is absolute); diagnostics["null_space"] is its dimension. The paper's term for earlier
-    edits is left out. Raises ValueError where it is empty and for a bad request. For the rest see
-    `diagnose`."""
+    trace(C) / d_in, or `absolute`, as in the paper's code, below the threshold; over ordinary keys
+    E |dW k|^2 <= bound * |dW|^2. diagnostics["null_space"] is its dimension. The paper's term for
+    earlier edits is left out. Raises ValueError where it is empty and for a bad request. For the
+    rest see `diagnose`."""
     check_requests(K, R, C, W, lam)
     eigenvalues, eigenvectors = torch.linalg.eigh(double(C))
-    share = eigenvalues / eigenvalues.mean()
-    U = eigenvectors[:, share < threshold]  # P = U U^T  [d_in, m]
+    bound = threshold if absolute else threshold * float(eigenvalues.mean())
+    U = eigenvectors[:, eigenvalues < bound]  # P = U U^T  [d_in, m]
     if U.shape[1] == 0:
         raise ValueError(
-            f"the null space of C is empty: its smallest eigenvalue is {share[0]:.3g} of the mean, "
-            f"above {threshold:.3g}; raise the threshold or use memit_update"
+            f"the null space of C is empty: its smallest eigenvalue is {eigenvalues[0]:.3g}, not "
+            f"below {bound:.3g}; raise the threshold or use memit_update"
         )
     X = double(K) @ U  # K P = X U^T
     dual = is_dual(X, None)

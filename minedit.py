@@ -808,16 +808,16 @@ class MassPlan(NamedTuple):
     """Who is edited, and who is watched."""
 
     requests: editing.Requests  # at most 10 000 and half of the facts
-    tuning: editing.Requests  # at most 1000, to choose strengths on
     spared: Tensor  # at most 2000 rows of facts that are never edited
+    others: editing.Requests  # the rest, to choose settings on
 
 
 def mass_plan(paths: kg.Paths, generator: torch.Generator) -> MassPlan:
     fact, new, _ = kg.draw_edits(paths, len(paths.facts), generator)
     wanted = requests_for(paths, fact, new)
-    largest = min(10_000, len(fact) // 2)
-    rest = len(fact) - min(1000, len(fact) // 5)
-    return MassPlan(wanted[:largest], wanted[rest:], fact[largest:rest][:2000])
+    n = min(10_000, len(fact) // 2)
+    n_spared = min(2000, 3 * len(fact) // 10)
+    return MassPlan(wanted[:n], fact[n : n + n_spared], wanted[n + n_spared :])
 
 
 def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[MassRecord]:

@@ -7,18 +7,23 @@ edits up to half of them at the first read of its first store, by
     rome                      one fact after another
     finetune                  constrained fine-tuning, Adam with a bound on every entry of dW
 
-with a prototype or a sought value for each fact. Strengths (lam of MEMIT, the threshold of
-AlphaEdit, the bound of the fine-tuning) are chosen on 1000 other facts; no request is dropped.
-In Dense, MEMIT is also spread over several blocks. Scored are efficacy (new answer), paraphrase (by
-the relation's other name), specificity (2000 facts that are never edited) and their harmonic mean.
+with a value for each fact that is a prototype, sought by gradient with our settings, or sought with
+those of the official code [1] ("official"; its KL term is left out: it keeps what the model says of
+the bare subject, at whose token nothing is edited here). "alphaedit-official" has the threshold
+(2e-2, absolute) and ridge (10) of its code [2]. Strengths (lam of MEMIT, threshold of AlphaEdit,
+bound of the fine-tuning) are chosen for each number of edits, on as many other facts (100 at least)
+and by facts that are not scored; no request is dropped. In Dense, MEMIT is also spread over several
+blocks. Scored are efficacy (new answer), paraphrase (by the relation's other name), specificity
+(1000 facts that are never edited) and their harmonic mean.
 
-    python -m studies.mass_edit --arch all --seeds 4 --out runs/mass    # 7 to 20 minutes a run
+    python -m studies.mass_edit --arch all --seeds 4 --out runs/mass    # 15 to 40 minutes a run
 
 Writes "mass" into results.json. Left out: MEND, which needs a hypernetwork.
 
-[1] Meng et al. 2022, MEMIT, arXiv 2210.07229.
+[1] Meng et al. 2022, MEMIT, arXiv 2210.07229.   [2] Fang et al. 2024, AlphaEdit, arXiv 2410.02355.
 """
 
+import itertools
 import statistics
 import sys
 import time
@@ -37,6 +42,7 @@ LAMBDAS = (1, 3, 10, 30, 100, 300, 1000, 3000)  # of MEMIT
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of AlphaEdit, times the mean eigenvalue of C
 BOUNDS = (0.03, 0.1, 0.3, 0.5, 1.0)  # of the fine-tuning, times the rms of W
 COUNTS = (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)
+TARGETS = ("prototype", "gradient", "official")
 
 # --- The task: every relation has two names -------------------------------------------------------
 
@@ -90,6 +96,40 @@ def finetune_update(
     return dW.detach()
 
 
+def official_residual(
+    model: nn.Module, at: editing.Site, requests: editing.Requests, batch: int
+) -> Tensor:
+    """r [n, d_out] with the settings of MEMIT's code for GPT-J: Adam at 0.5 on r itself, added to
+    the layer's value at the last token, 25 steps or until a request's loss is below 0.05; loss =
+    -log p(wanted answer) + 0.5 |r| / |v0|^2; |r| <= 0.75 |v0|."""
+    parts = []
+    for i in torch.arange(len(requests), device=at.values.device).split(batch):
+        v0 = at.values[requests.fact[i]].norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        r = torch.zeros(len(i), at.values.shape[1], requires_grad=True, device=v0.device)
+        optimizer = torch.optim.Adam([r], lr=0.5)
+
+        def added(_, value):
+            return torch.cat([value[:, :-1], value[:, -1:] + r[:, None]], 1)
+
+        for _ in range(25):
+            with editing.intervene(at.layer, added, calls=[at.call]):
+                logits = model(requests.tokens[i])[:, -1]
+            loss = F.cross_entropy(logits, requests.new[i], reduction="none")
+            length = (r.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+            loss = loss + (0.5 * length / v0**2)[:, 0]
+            is_done = (loss < 0.05)[:, None]
+            if is_done.all():
+                break
+            (r.grad,) = torch.autograd.grad(loss.sum(), r)
+            kept = r.detach().clone()
+            optimizer.step()
+            length = r.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            r.data *= (0.75 * v0 / length).clamp(max=1)
+            r.data = torch.where(is_done, kept, r.data)
+        parts.append(r.detach())
+    return torch.cat(parts)
+
+
 def closed_form(
     method: str, at: editing.Site, K: Tensor, r: Tensor, strength: float, notes: dict | None
 ) -> Tensor:
@@ -99,9 +139,10 @@ def closed_form(
         return editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes)
     if method == "emmet":
         return editing.emmet_update(K, r, at.C, W=W, diagnostics=notes)
-    if method == "alphaedit":
-        options = {"threshold": strength, "W": W, "diagnostics": notes}
-        return editing.alphaedit_update(K, r, at.C, 1.0, **options)
+    if method.startswith("alphaedit"):
+        is_official = method == "alphaedit-official"
+        options = {"threshold": strength, "absolute": is_official, "W": W, "diagnostics": notes}
+        return editing.alphaedit_update(K, r, at.C, 10.0 if is_official else 1.0, **options)
     return editing.rome_sequence(W, at.C, K, K @ W.T + r, notes)
 
 
@@ -152,9 +193,12 @@ class MassStudy:
         self.before = minedit.last_answers(model, self.queries)
         self.known = self.before == self.tails
         self.plan = minedit.mass_plan(run.paths, run.stream())
+        self.choosing, self.scored = self.plan.spared[::2], self.plan.spared[1::2]
 
     def targets(self, requests: editing.Requests, target: str) -> tuple[Tensor, int]:
         """r [n, d_out], and how many have no prototype."""
+        if target == "official":
+            return official_residual(self.model, self.at, requests, self.batch), 0
         others = self.known.index_fill(0, requests.fact, False)  # these are the prototypes
         u = editing.direction("rome", self.at, requests)
         options = {"batch": self.batch} | MASS_TARGET
@@ -162,59 +206,73 @@ class MassStudy:
         return minedit.residual(self.model, paths, self.at, requests, u, target, others, **options)
 
     def each(
-        self, requests: editing.Requests, target: str, kinds: list[tuple[str, float]]
+        self,
+        requests: editing.Requests,
+        target: str,
+        kinds: list[tuple[str, float]],
+        spared: Tensor,
     ) -> list[MassEntry]:
-        """One update of all requests by each (method, strength); the targets are sought once."""
+        """One update of all requests by each (method, strength); the targets are sought once. The
+        facts `spared` tell the specificity."""
         began = time.perf_counter()
         r, n_fallbacks = self.targets(requests, target)
         sought = self.gathered + time.perf_counter() - began
         entries = []
         for method, strength in kinds:
             if method == "finetune":
-                entries.append(self.finetuned(requests, strength))
+                entries.append(self.finetuned(requests, strength, spared))
             else:
-                entries.append(self.solved(requests, target, r, method, strength, sought))
-                entries[-1].fallbacks = n_fallbacks
+                entry = MassEntry(method, target, strength, len(requests), self.at.name)
+                self.solve(entry, requests, r, sought, spared)
+                entry.fallbacks = n_fallbacks
+                entries.append(entry)
         return entries
 
-    def finetuned(self, requests: editing.Requests, bound: float) -> MassEntry:
+    def finetuned(self, requests: editing.Requests, bound: float, spared: Tensor) -> MassEntry:
         began = time.perf_counter()
         dW = finetune_update(self.model, self.at.layer, requests, bound, self.batch)
         entry = MassEntry("finetune", "gradient", bound, len(requests), self.at.name)
         entry.at_pass = self.site.at_pass
         entry.seconds = round(time.perf_counter() - began, 3)
-        self.score(entry, requests, {self.at.name: dW})
+        self.score(entry, requests, {self.at.name: dW}, spared)
         return entry
 
-    def solved(
+    def solve(
         self,
+        entry: MassEntry,
         requests: editing.Requests,
-        target: str,
         r: Tensor,
-        method: str,
-        strength: float,
         sought: float,
-    ) -> MassEntry:
-        """The entry of a closed form; `sought`: the seconds that its targets and C took."""
-        K = self.at.keys[requests.fact]
-        entry = MassEntry(method, target, strength, len(requests), self.at.name)
-        entry.at_pass = self.site.at_pass
+        spared: Tensor,
+    ):
+        """Fill in the entry of a closed form; `sought`: the seconds of its targets and C."""
+        K, entry.at_pass = self.at.keys[requests.fact], self.site.at_pass
         began = time.perf_counter()
         try:
-            dW = closed_form(method, self.at, K, r, strength, None)
+            dW = closed_form(entry.method, self.at, K, r, entry.strength, None)
         except ValueError as error:  # more facts than rank, an empty null space, ...
             entry.infeasible = str(error)
-            return entry
+            return
         entry.seconds = round(time.perf_counter() - began + sought, 3)
-        notes = {}
-        closed_form(method, self.at, K, r, strength, notes)  # once more, for the diagnostics
-        size = r.double().norm(dim=-1).clamp(min=1e-12)
-        for name, value in notes.items():
-            if name.startswith("residual"):
-                value = float((value / size).mean())
-            setattr(entry, name, value)
-        self.score(entry, requests, {self.at.name: dW})
-        return entry
+        self.score(entry, requests, {self.at.name: dW}, spared)
+        if spared is self.scored:  # once more, for the diagnostics
+            notes = {}
+            closed_form(entry.method, self.at, K, r, entry.strength, notes)
+            size = r.double().norm(dim=-1).clamp(min=1e-12)
+            for name, value in notes.items():
+                if name.startswith("residual"):
+                    value = float((value / size).mean())
+                setattr(entry, name, value)
+
+    def choose(self, m: int) -> list[MassEntry]:
+        """Every strength of every method that has one, on m facts that are not scored."""
+        others = self.plan.others[:m]
+        memit = [("memit", lam) for lam in LAMBDAS]
+        alphaedit = [("alphaedit", threshold) for threshold in THRESHOLDS]
+        tuned = [("finetune", bound) for bound in BOUNDS]
+        sweep = self.each(others, "prototype", memit + alphaedit, self.choosing)
+        sweep += self.each(others, "gradient", memit + alphaedit + tuned, self.choosing)
+        return sweep + self.each(others, "official", memit, self.choosing)
 
     def over_blocks(
         self, first: int, last: int, requests: editing.Requests, lam: float
@@ -232,14 +290,19 @@ class MassStudy:
         updates = editing.memit_layers(model, sites, requests, r, lam, self.queries, stream)
         entry = MassEntry("memit", "prototype", lam, len(requests), blocks=f"{first}-{last}")
         entry.seconds = round(time.perf_counter() - began, 3)
-        self.score(entry, requests, updates)
+        self.score(entry, requests, updates, self.scored)
         return entry
 
-    def score(self, entry: MassEntry, requests: editing.Requests, updates: dict[str, Tensor]):
+    def score(
+        self,
+        entry: MassEntry,
+        requests: editing.Requests,
+        updates: dict[str, Tensor],
+        spared: Tensor,
+    ):
         """Ask the model with the updates; no request is left out."""
         n_names = self.run.config.n_relations // 2
         renamed = requests.tokens + torch.tensor([0, n_names], device=self.run.device)
-        spared = self.plan.spared
         with editing.edit(self.model, updates):
             new = minedit.last_answers(self.model, requests.tokens) == requests.new
             again = minedit.last_answers(self.model, renamed) == requests.new
@@ -256,42 +319,51 @@ def best(sweep: list[MassEntry], method: str, target: str) -> MassEntry:
     return max(mine, key=lambda e: e.score or 0)
 
 
+def methods_for(target: str, sweep: list[MassEntry]) -> list[tuple[str, float]]:
+    """(method, strength) of what is tried with a target: MEMIT, and with the one that suits it best
+    its peers too."""
+    kinds = [("memit", best(sweep, "memit", target).strength)]
+    suits = max(TARGETS, key=lambda kind: best(sweep, "memit", kind).score or 0)
+    if target != suits:
+        return kinds
+    own = suits if suits != "official" else "gradient"  # AlphaEdit is not swept with this
+    kinds += [("emmet", 0.0), ("rome", 0.0), ("alphaedit-official", 2e-2)]
+    kinds.append(("alphaedit", best(sweep, "alphaedit", own).strength))
+    return kinds + [("finetune", best(sweep, "finetune", "gradient").strength)]
+
+
 def mass_stage(run: Run, model: Model, batch: int) -> dict:
-    """All methods at all numbers of edits, at strengths chosen on facts that are not scored."""
+    """All methods at all numbers of edits, each at the strength chosen for this number."""
     study = MassStudy(run, model, batch)
     plan, largest = study.plan, len(study.plan.requests)
     minedit.require(largest >= 5, f"{2 * largest} facts can be edited: too few, 10 at least")
     print(
         f"\nup to {largest} of {len(study.queries)} facts in one update, {int(study.known.sum())} "
-        f"known before, at {study.at.name}; strengths chosen on {len(plan.tuning)} others"
+        f"known before, at {study.at.name}; {len(plan.others)} others to choose strengths on"
     )
-    grid = [("memit", lam) for lam in LAMBDAS]
-    grid += [("alphaedit", threshold) for threshold in THRESHOLDS]
-    tuned = [("finetune", bound) for bound in BOUNDS]
-    sweep = study.each(plan.tuning, "prototype", grid)
-    sweep += study.each(plan.tuning, "gradient", grid + tuned)
-    lam = {kind: best(sweep, "memit", kind).strength for kind in ("prototype", "gradient")}
-    target = max(lam, key=lambda kind: best(sweep, "memit", kind).score or 0)
-    peers = [("emmet", 0.0), ("rome", 0.0)]
-    peers.append(("alphaedit", best(sweep, "alphaedit", target).strength))
-    peers.append(("finetune", best(sweep, "finetune", "gradient").strength))
-    edits = []
+    sweeps, edits, layers = {}, [], []
     for n in sorted({min(n, largest) for n in COUNTS}):
-        for kind in ("prototype", "gradient"):
-            methods = [("memit", lam[kind])] + (peers if kind == target else [])
-            edits += study.each(plan.requests[:n], kind, methods)
-    layers = []
+        m = min(max(n, 100), len(plan.others))
+        if m not in sweeps:
+            sweeps[m] = study.choose(m)
+        for target in TARGETS:
+            kinds = methods_for(target, sweeps[m])
+            edits += study.each(plan.requests[:n], target, kinds, study.scored)
     if run.arch == "dense":
+        requests = plan.requests[:1000]
+        lam = best(sweeps[min(1000, m)], "memit", "prototype").strength
         for last in range(len(model.blocks)):
             for first in range(last + 1):
-                requests = plan.requests[:1000]
-                layers.append(study.over_blocks(first, last, requests, lam["prototype"]))
+                layers.append(study.over_blocks(first, last, requests, lam))
     edits.sort(key=lambda e: (e.method != "memit", e.method, e.target))
     print(mass_table(edits + layers))
-    scores = {f"{e.method}_{e.n}": e.score or 0 for e in edits if e.target == target}
+    scores = {}
+    for e in edits:
+        name = f"{e.method}_{e.n}"
+        scores[name] = max(scores.get(name, 0), e.score or 0)
     return {
         "facts": len(study.queries),
-        "sweep": [e.entry() for e in sweep],
+        "sweep": [e.entry() for e in itertools.chain(*sweeps.values())],
         "edits": [e.entry() for e in edits],
         "layers": [e.entry() for e in layers],
         "scores": scores,

@@ -191,8 +191,10 @@ def test_mass_edits_count_every_request(tmp_path, arch):
     assert run_study(mass_edit, *options) == 0
     mass = results_of(tmp_path / "m")["mass"]
     assert {e["n"] for e in mass["edits"]} == {1, 3, 10, 32, 40} and mass["facts"] == 80
-    methods = {"memit", "emmet", "rome", "alphaedit", "finetune"}
+    methods = {"memit", "emmet", "rome", "alphaedit", "alphaedit-official", "finetune"}
     assert {e["method"] for e in mass["edits"]} == methods
+    memit = {(e["target"], e["n"]) for e in mass["edits"] if e["method"] == "memit"}
+    assert memit == set(itertools.product(mass_edit.TARGETS, (1, 3, 10, 32, 40)))
     for e in mass["edits"]:
         if "infeasible" in e:
             continue
@@ -205,6 +207,35 @@ def test_mass_edits_count_every_request(tmp_path, arch):
             assert e["residual_left"] == pytest.approx(e["residual_predicted"], abs=1e-4)
     blocks = [e["blocks"] for e in mass["layers"]]
     assert blocks == (["0-0", "0-1", "1-1"] if arch == "dense" else [])
+
+
+def test_strengths_are_chosen_on_facts_that_are_not_scored(tmp_path):
+    run = toy_run(tmp_path)
+    study = mass_edit.MassStudy(run, run.train(), 100)
+    plan = study.plan
+    facts = [plan.requests.fact, plan.others.fact, study.choosing, study.scored]
+    together = torch.cat(facts)
+    assert len(together) == len(together.unique()) and all(len(part) for part in facts)
+
+
+def test_the_official_target_search_keeps_its_length_and_finds_answers(world):
+    model, at, requests = world.model.float(), copy.copy(world.at), world.requests
+    at.values, before = at.values.float(), weights_of(model)
+    try:
+        r = mass_edit.official_residual(model, at, requests, 3)
+        assert (r.norm(dim=-1) <= 0.7501 * at.values[requests.fact].norm(dim=-1)).all()
+        assert_same(model, before)
+
+        def added(_, value):
+            return torch.cat([value[:, :-1], value[:, -1:] + r[:, None]], 1)
+
+        with editing.intervene(at.layer, added, calls=[at.call]):
+            now = model(requests.tokens)[:, -1].log_softmax(-1)
+        then = model(requests.tokens)[:, -1].log_softmax(-1)
+        rows = torch.arange(4)
+        assert (now[rows, requests.new] > then[rows, requests.new]).all()
+    finally:
+        model.double()
 
 
 def test_constrained_fine_tuning_keeps_its_bound_and_writes(world):
