@@ -820,13 +820,18 @@ def prompt_pairs(
     clean_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows (clean [m], corrupted [m]), m <= n, of random pairs in tokens [P, token] that differ at
-    `place` alone and in answers [P]; the first of each is in the mask clean_rows [P], if given."""
+    `place` alone and in answers [P]; the first of each is in the mask clean_rows [P], if given. No
+    row is in two pairs: they can be counted, and drawn anew in a bootstrap."""
     others = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], 1)
     context = others.unique(dim=0, return_inverse=True)[1]  # [P]: equal where the others are
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[context[order].argsort(stable=True)]  # same context: neighbours, in random order
+    size = torch.bincount(context)
+    place_in_context = torch.arange(len(order), device=order.device)
+    place_in_context -= (size.cumsum(0) - size)[context[order]]  # 0, 1, ... within each context
     clean, other = order[:-1], order[1:]
-    usable = (context[clean] == context[other]) & (answers[clean] != answers[other])
+    usable = (place_in_context[:-1] % 2 == 0) & (context[clean] == context[other])
+    usable &= answers[clean] != answers[other]
     if clean_rows is not None:
         usable &= clean_rows[clean]
     pairs = usable.nonzero().flatten()

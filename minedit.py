@@ -952,7 +952,7 @@ def table(rows: list[tuple]) -> str:
     rows = [[str(x) for x in row] for row in rows]
     columns = list(zip(*rows))
     widths = [max(len(x) for x in column) for column in columns]
-    numeric = [all(x[:1].isdigit() or x in ("-", "") for x in column[1:]) for column in columns]
+    numeric = [all(is_number(x) for x in column[1:]) for column in columns]
     lines = []
     for row in rows:
         cells = zip(row, widths, numeric)
@@ -960,6 +960,11 @@ def table(rows: list[tuple]) -> str:
         lines.append(line.rstrip())
     lines.insert(1, "-" * (sum(widths) + 2 * len(widths) - 2))
     return "\n".join(lines)
+
+
+def is_number(text: str) -> bool:
+    """Or nothing: "-", ""."""
+    return text in ("-", "") or text.lstrip("-")[0].isdigit()
 
 
 def cell(value: float | None, form: str | None = None) -> str:

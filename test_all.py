@@ -1311,7 +1311,7 @@ def test_prompt_pairs_differ_in_one_token_and_the_answer(place):
     paths = tiny_paths()
     tokens, answers = paths.tokens, paths.two_hop
     clean, other = editing.prompt_pairs(tokens, answers, place, 30, generator())
-    assert len(clean) == 30 == len(clean.unique())
+    assert len(clean) > 10 and len(torch.cat([clean, other]).unique()) == 2 * len(clean)
     assert ((tokens[clean] != tokens[other]) == (torch.arange(3) == place)).all()
     assert (answers[clean] != answers[other]).all()
     mine = torch.arange(len(tokens)) % 3 == 0

@@ -8,6 +8,7 @@ A row is the mean over runs that differ in the seed alone. A table is a function
 legend in it; studies/claims.py has the claims, studies/figures.py the figures.
 """
 
+import itertools
 import math
 import sys
 from collections import Counter
@@ -122,6 +123,29 @@ def seeds_table(groups: list[Group]) -> str | None:
         "\nROME, prototype, a-priori site, on what all four cells know. p: exact two-sided "
         "Mann-Whitney, hop 2"
     )
+
+
+def paired_table(groups: list[Group]) -> str | None:
+    """Hop 2 on what all cells know: differences between two cells of one seed, which share graph,
+    split and requests, so that seeds are pairs."""
+    by_arch = {}
+    for group in groups:
+        found = {}
+        for run in group.runs:
+            if run["edit"].get("hop2_shared") is not None:
+                found[run["seed"]] = run["edit"]["hop2_shared"]
+        if len(found) > len(by_arch.get(group.arch, {})):
+            by_arch[group.arch] = found
+    rows = [("cells", "seeds", "mean difference", "lowest", "highest", "first ahead in")]
+    for one, other in itertools.combinations(by_arch, 2):
+        seeds = by_arch[one].keys() & by_arch[other].keys()
+        differences = [by_arch[one][seed] - by_arch[other][seed] for seed in seeds]
+        if differences:
+            row = [f"{one} - {other}", len(seeds), mean(differences)]
+            row += [cell(min(differences)), cell(max(differences))]
+            rows.append((*row, sum(d > 0 for d in differences)))
+    legend = "hop 2 seed by seed: the cells of a seed share graph, split and requests"
+    return f"{table(rows)}\n{legend}" if len(rows) > 1 else None
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -253,13 +277,19 @@ at r1 of a query with the same r2, or its part in (out of) the plane of both bri
 
 def same_table(groups: list[Group]) -> str | None:
     legend = """\
-correlation of tracing maps, memorized against end, and its 95 % bootstrap interval; n: prompts"""
-    shares = same("n", "r", "low", "high")
-
-    def entries(run: dict) -> list[dict]:
-        return named(lookup(run, "circuits.same"))
-
-    return mean_table(groups, entries, {"at": "at"}, shares, legend)
+r: correlation of tracing maps, memorized against end, mean of the runs; ends: of the runs' 95 %
+bootstrap intervals over prompts (each run's own), the lowest and the highest; n: prompts a run"""
+    rows = [("arch", "at", "n", "r", "lowest end", "highest end")]
+    for group in groups:
+        for queries in ("id", "ood"):
+            found = [lookup(run, f"circuits.same.{queries}") or {} for run in group.runs]
+            found = [entry for entry in found if entry]
+            if found:
+                row = [group.name, queries, mean([e["n"] for e in found], ".0f")]
+                row.append(mean([e["r"] for e in found]))
+                row += [cell(min(e["low"] for e in found)), cell(max(e["high"] for e in found))]
+                rows.append(tuple(row))
+    return f"{table(rows)}\n{legend}" if len(rows) > 1 else None
 
 
 def worth_table(groups: list[Group]) -> str | None:
@@ -306,7 +336,7 @@ at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
 TABLES += [scores_table, mass_table, ablation_table, retention_table, relearning_table]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
-TABLES += [seeds_table]
+TABLES += [seeds_table, paired_table]
 
 
 def report(groups: list[Group]):
