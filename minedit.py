@@ -964,7 +964,7 @@ def table(rows: list[tuple]) -> str:
 
 def is_number(text: str) -> bool:
     """Or nothing: "-", ""."""
-    return text in ("-", "") or text.lstrip("-")[0].isdigit()
+    return text in ("-", "") or text.lstrip("-")[:1].isdigit()
 
 
 def cell(value: float | None, form: str | None = None) -> str:
