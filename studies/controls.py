@@ -32,10 +32,8 @@ from curvature import (
     project,
 )
 
-KEEPING = (
-    "kfac",
-    "ekfac",
-)  # have a share of mass to keep; the others a share of the norm to remove
+# kfac and ekfac have a share of mass to keep, the others a share of the norm to remove
+KEEPING = ("kfac", "ekfac")
 CONTROLS = ("svd", "random", "activations", "gradients", "magnitude")
 
 

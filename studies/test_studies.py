@@ -28,6 +28,7 @@ from edit import record
 from models import ARCHS, Config
 from studies import ablation, bench, circuits, claims, controls, gpu, images, mass_edit
 from studies import propagation, report, runs, training, transfer
+from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
 
@@ -546,6 +547,124 @@ def test_bad_ablations_are_refused_before_training(tmp_path, capsys, options, wo
     arguments = [*ABLATION, *options.split(), "--out", tmp_path / "a"]
     assert words in refused(capsys, ablation, *arguments)
     assert not (tmp_path / "a" / "ckpt.pt").exists()
+
+
+def test_open_book_prompts_weigh_as_much_as_compositions():
+    """loss = (w facts + compositions + prompts) / (w + 1)"""
+    recipe = minedit.Recipe(batch=16, label_smoothing=0.1, one_hop_weight=3.0)
+    with_book, without = (mixture(n_open_book=n, batch=16) for n in (8, 0))
+    weight = torch.randn(20, 10, generator=generator())
+
+    def forward(tokens, positions=None):
+        return weight[tokens % 20]
+
+    plain = without.loss(forward, recipe)
+    tokens, told = without.open_book(8)  # from where the same stream is now
+    book = F.cross_entropy(forward(tokens)[:, -1], told, label_smoothing=0.1)
+    torch.testing.assert_close(with_book.loss(forward, recipe), plain + book / 4)
+
+
+# --- ablation: controls ---------------------------------------------------------------------------
+
+
+def test_what_is_removed_is_a_share_of_all_layers_that_change():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+    model[0].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+    model[1].weight.copy_(torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
+    new = {"0": torch.zeros(2, 2), "1": model[1].weight.clone()}
+    before = weights_of(model)
+    found = controls.outcome(model, lambda m: {"norm": float(m[0].weight.norm())}, new, "x")
+    assert found.removed == pytest.approx(3 / 5)
+    assert found.shares == {"norm": 0.0}, "measured with the new weights"
+    assert_same(model, before)
+
+
+# --- ablation: the study --------------------------------------------------------------------------
+
+AREAS = {  # in units of the squared radius
+    "disc": math.pi,
+    "ring": math.pi * (1 - 0.6**2),
+    "square": 1.7**2,
+    "frame": 1.9**2 - 1,
+    "diamond": 2,
+    "plus": 2 * 0.6 * 2 - 0.6**2,
+    "triangle": 1.9**2 / 2,
+    "cross": 2 * (1.8**2 - 1.4**2) - 0.8**2 / 2,
+}
+
+
+@pytest.fixture(scope="module")
+def area():
+    """Of each kind of shape, a mean over many radii, in pixels."""
+    patches, kind = images.shapes(8000, generator())
+    covered = (patches[..., :16] > 0.5).double().sum((1, 2))
+    return torch.stack([covered[kind == k].mean() for k in range(8)])
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_shapes_are_what_they_are_called(area, name):
+    k = list(AREAS).index(name)
+    assert float(area[k] / area[0]) == pytest.approx(AREAS[name] / math.pi, abs=0.04)
+
+
+@pytest.mark.slow
+def test_wrong_labels_of_images_are_few_and_trained():
+    """A transformer that was trained on wrong labels alone would name fewer shapes than chance."""
+    options = (generator(1), generator, (0.9,), (0.3,))
+    before = images.images_stage(400, *options)[0].shares
+    assert before["validation"] > 2 / 8, "twice chance"
+    assert before["memorized"] + before["true"] <= 1
+
+
+def test_ablations_are_chosen_by_paths_of_every_kind_that_they_may_harm(tmp_path):
+    run = ablation.prepare(ablation_args(tmp_path / "n"))[0]
+    batches = run.make_batches(run.paths, run.recipe, generator())
+    weights = ablation.zipf_weights(len(run.paths.facts), 1.0, 0)
+    questions = ablation.Questions(run, batches, weights, 1)
+    masks = run.paths.masks
+    asked = masks["exceptions"] | masks["id"] | masks["ood"]
+    asked = asked | masks["ood_first"] | masks["ood_second"]
+    wanted = (asked & masks["validation"]).nonzero().flatten()
+    assert 0 < len(wanted) < 150, "so few that all are taken"
+    assert torch.equal(questions.choosing.sort().values, wanted)
+    arithmetic, rare, frequent = (
+        questions.facts[name][0] for name in ("arithmetic", "rare", "frequent")
+    )
+    middle = ~(arithmetic | rare | frequent)
+    assert rare.any() and frequent.any() and not (arithmetic & (rare | frequent)).any()
+    assert weights[rare].max() < weights[middle].min()
+    assert weights[middle].max() < weights[frequent].min()
+
+
+@pytest.mark.slow
+def test_the_sweep_removes_more_the_less_is_kept(tmp_path):
+    assert run_study(ablation, *ABLATION, "--arch", "loop", "--out", tmp_path / "run") == 0
+    sweep = results_of(tmp_path / "run")["ablation"]["sweep"]
+    removed = [entry["removed"] for entry in sweep]
+    assert removed == sorted(removed) and 0 < removed[0] < removed[-1] < 1
+    assert [entry["keep"] for entry in sweep] == list(ablation.KEEPS)
+
+
+def test_relearning_goes_on_with_the_last_steps(tmp_path):
+    """The recipe of the last steps from step `first` on, optimizers and stream anew, the average
+    started at the weights."""
+    run = ablation.prepare(ablation_args(tmp_path / "n"))[0]
+    first = run.recipe.steps
+    weights = {name: 0.5 * p for name, p in run.fresh().model.state_dict().items()}
+    moments = further(run, weights, [0, 3], first)
+    assert_same(next(moments).average, weights)
+    after = next(moments)
+
+    reference = minedit.Training(run.config, run.recipe, run.seed, run.device)
+    reference.model.load_state_dict(weights)
+    reference.average.load_state_dict(weights)
+    batches = run.make_batches(run.paths, run.recipe, reference.generator)
+    for step in range(first, first + 3):
+        reference.step(batches, run.recipe.at(first), step)
+    assert run.recipe.at(first) != run.recipe, "the last steps are gentle"
+    assert after.steps == 3
+    assert_same(after.model, reference.model.state_dict())
+    assert_same(after.average, reference.average.state_dict())
 
 
 # --- circuits: regimes and moments ----------------------------------------------------------------
