@@ -579,8 +579,6 @@ def test_what_is_removed_is_a_share_of_all_layers_that_change():
     assert_same(model, before)
 
 
-# --- ablation: the study --------------------------------------------------------------------------
-
 AREAS = {  # in units of the squared radius
     "disc": math.pi,
     "ring": math.pi * (1 - 0.6**2),
