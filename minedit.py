@@ -801,7 +801,7 @@ class MassRecord:
     score: float  # harmonic mean of the two, in percent
     residual_left: float  # mean |r - dW k| / |r|
     residual_predicted: float  # the same, by the identity
-    seconds: float  # targets, C, solve
+    seconds: float  # targets, C, solve, diagnosis
 
 
 class MassPlan(NamedTuple):
