@@ -1933,6 +1933,17 @@ def test_forward_and_loss_can_be_captured_as_one_graph(tmp_path, arch):
         close(x, y, 1e-5)
 
 
+def test_a_step_through_a_compiled_model_is_the_step(tmp_path):
+    """A compiled module has no truth value: it must not be asked for one."""
+    run = toy_run(tmp_path)
+    one, other = run.fresh(), run.fresh()
+    forward = torch.compile(other.model, backend="eager")
+    for training, through in ((one, None), (other, forward)):
+        batches = run.make_batches(run.paths, run.recipe, training.generator)
+        training.step(batches, run.recipe, 0, through)
+    same_weights(one.state_dict(), other.state_dict())
+
+
 @pytest.mark.parametrize("step, weight_decay", [(0, 1.0), (1199, 1.0), (1200, 0.0), (2399, 0.0)])
 def test_the_last_steps_are_gentle(step, weight_decay):
     recipe = minedit.Recipe(steps=2400, memorize=1200)
