@@ -14,7 +14,8 @@ The edit of [1] rotates W into both eigenbases and keeps the pairs of directions
 
 M is 1 on the pairs of most mass until their sum reaches keep * sum(lambda) * sum(mu), the crossing
 pair included; how large C_ij is plays no part. EK-FAC [3] puts the exact diagonal of the Fisher in
-the same basis in the place of lambda_i mu_j: E (u_i^T dW v_j)^2, dW the gradient of one example.
+the same basis in the place of lambda_i mu_j: E (u_i^T D v_j)^2, D the gradient of one example's
+loss in W.
 
     >>> A = torch.diag(torch.tensor([3.0, 1.0])).double()
     >>> G = torch.diag(torch.tensor([2.0, 1.0])).double()
@@ -90,7 +91,7 @@ class Recorded(NamedTuple):
     """All calls in one batch, in order."""
 
     calls: list[Call]
-    counts: Tensor  # bool, in the shape of the targets: those that are not -100
+    counts: Tensor  # bool, in the shape of the logits without classes: targets that are not -100
 
 
 def record_batch(
@@ -316,9 +317,10 @@ def eigen(factor: Tensor | Eigen) -> Eigen:
     values, vectors = torch.linalg.eigh(M)
     slack = 1e-3 * M.abs().max()  # float32 sums are rounded
     if not slack > 0 or (M - M.T).abs().max() > slack or values[0] < -slack:
-        found = f"{values[0]:.3g}..{values[-1]:.3g}: leave out a layer that is dead"
+        found = f"its eigenvalues run from {values[0]:.3g} to {values[-1]:.3g}"
         raise ValueError(
-            f"a factor is symmetric, not zero, with no negative eigenvalue; not {found}"
+            "a factor must be symmetric, not zero, with no negative eigenvalue (a dead layer's is "
+            f"zero: leave it out); {found}"
         )
     return Eigen(values.clamp(min=0), vectors)
 

@@ -1,11 +1,11 @@
 """edit.py: a linear layer is an associative memory; an edit is a small closed-form change of it.
 
 A layer W [d_out, d_in] that is handed a key k returns the value W k. To change what it returns for
-one key and, as far as possible, nothing else, add a rank-one matrix. Two of them differ in the
-direction that must recognise the key:
+one key and, as far as possible, nothing else, add a rank-one matrix r u^T with u k = 1. The row
+edit and ROME differ in u, which must recognise the key:
 
     row    dW = r e_j^T / k_j             j: the largest entry of k. One column of W, one slot [1]
-    ROME   dW = r (P k)^T / (k^T P k)     P = C^-1, C: second moment of the keys to leave alone [2]
+    ROME   dW = r (P k)^T / (k^T P k)     P = C^-1, C: second moment of the layer's usual keys [2]
 
 with r = v* - W k, what is missing from the wanted value v*. For n keys at once, the rows of K, and
 n residuals, the rows of R:
@@ -499,8 +499,8 @@ def restore(model: nn.Module, old: dict[str, Tensor]):
 
 
 @contextmanager
-def edit(model: nn.Module, updates: dict[str, Tensor]):
-    """`with edit(model, {"memory.values": dW}):` edited inside; bit for bit the old model after it,
+def edited(model: nn.Module, updates: dict[str, Tensor]):
+    """`with edited(model, {"memory.values": dW}):` edited inside; bit for bit the old model after it,
     whether the body raised or not."""
     old = apply_edit(model, updates)
     try:
@@ -575,6 +575,8 @@ def last_token(
     inputs, outputs = [], []
     for part in tokens.split(chunk):
         key, value = at_call(model, name, call, part)
+        if key.dim() != 3 or key.shape[:2] != part.shape:
+            raise ValueError(f"{name} must be handed [batch, token, d], got {list(key.shape)}")
         inputs.append(key[:, -1].clone())
         outputs.append(value[:, -1].clone())
     return torch.cat(inputs), torch.cat(outputs)
@@ -648,8 +650,8 @@ def site(
     model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None
 ) -> Site:
     """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more
-    inputs, with values to keep. C pools the keys of these at this call and of the queries at every
-    call, at all of which an edit acts."""
+    inputs, with values to keep. C is the mean of k k^T over every token of the queries at all calls
+    of the layer, since an edit acts at all of them, and of `ordinary` at this call alone."""
     layer = model.get_submodule(name)
     keys, values = last_token(model, name, call, queries)
     moment = Moment(model, layer).add(queries)
@@ -768,7 +770,7 @@ def memit_layers(
     diagnostics: dict | None = None,
 ) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer
-    name: dW}, for `edit`. `stream` (module name, call) reads the residual stream after all sites:
+    name: dW}, for `edited`. `stream` (module name, call) reads the residual stream after all sites:
     its input at the last token should change by r [n, d_out]. Site after site, with the edits so
     far in place, what is missing there, divided by the number of sites left, is written by
     `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
@@ -799,7 +801,7 @@ def memit_layers(
                 W=model.get_submodule(name).weight,
                 diagnostics=notes,
             )
-            edits.enter_context(edit(model, {name: dW}))
+            edits.enter_context(edited(model, {name: dW}))
             updates[name] = updates.get(name, 0) + dW
             carried[name] = carried.get(name, 0) + double(keys).T @ double(keys)
     return updates

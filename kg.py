@@ -86,7 +86,7 @@ def synthetic(
             "a synthetic graph needs 2 entities, 1 relation and an out-degree of 1..n_relations, "
             f"got {n_entities} entities, {n_relations} relations, out-degree {out_degree}"
         )
-    # A seed has four streams of random numbers: graph, split, weights, batches.
+    # Streams of a seed s: 4s graph, 4s+1 split, 4s+2 weights, 4s+3 batches, others far from these.
     generator = torch.Generator().manual_seed(4 * seed)
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
     tails += tails >= torch.arange(n_entities)[:, None]  # skip the head itself
@@ -354,7 +354,7 @@ def _usable(
     of the fact, beside the edited one, that the path uses after the edit."""
     reasons = {
         "edited fact twice": twice,
-        "other fact unknown": (other < 0) | ~known[other],
+        "other fact unknown or OOD": (other < 0) | ~known[other],
         "answer unchanged": answer == paths.two_hop[path],
         "wrong before": ~right[path],
     }

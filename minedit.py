@@ -59,7 +59,9 @@ class Recipe:
     ema: float = option(0.99, "moving average of the weights")
     eval_every: int = option(200, "steps between evaluations")
     label_noise: float = option(0.0, "share of the trained compositions with a wrong answer")
-    memorize: int = option(0, "last steps, gentle ones, until 0.85 of the wrong ones are recited")
+    memorize: int = option(
+        0, "gentle steps at the end, at most, until 0.85 of the wrong are recited"
+    )
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -71,10 +73,11 @@ class Recipe:
 
     def at(self, step: int) -> "Recipe":
         """The recipe of a step, from 0: the last `memorize` steps, in which exceptions are to be
-        recited, have a tenth of the rates and no weight decay."""
+        recited, have a tenth of the rates, no weight decay, and both losses weigh the same."""
         if step < self.steps - self.memorize:
             return self
-        return replace(self, lr=5e-4, muon_lr=1e-3, weight_decay=0.0, one_hop_weight=1.0)
+        rates = {"lr": self.lr / 10, "muon_lr": self.muon_lr / 10}
+        return replace(self, **rates, weight_decay=0.0, one_hop_weight=1.0)
 
 
 RECITED = 0.85  # the share of exceptions recited at which a training with `memorize` ends
@@ -306,15 +309,17 @@ class Known(NamedTuple):
 
     one_hop: Tensor  # [n_facts] its answers
     two_hop: Tensor  # [n_paths]
-    facts: Tensor  # [n_facts], bool: ID facts that it knows
+    facts: Tensor  # [n_facts], bool: facts that it knows, of the ID ones
     right: Tensor  # [n_paths], bool: paths that it answers right
-    asked: Tensor  # [n_paths], bool: paths of two ID facts, trained or held out
+    asked: Tensor  # [n_paths], bool: paths of two ID facts, held out or trained (no exceptions)
 
 
 def what_is_known(model: Model, paths: kg.Paths) -> Known:
     one_hop, two_hop = predict(model, paths)
     facts = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
     asked = paths.masks["train"] | paths.masks["id"]
+    if "exceptions" in paths.masks:
+        asked &= ~paths.masks["exceptions"]
     return Known(one_hop, two_hop, facts, two_hop == paths.two_hop, asked)
 
 
@@ -355,8 +360,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Ended by the steps or by what is recited of the exceptions; no held-out figure ends a
-        training."""
+        """Whether all steps are done, or enough exceptions recited (they are trained ones: no
+        held-out figure ends a training)."""
         late = self.step > max(0, self.recipe.steps - self.recipe.memorize)
         recited = late and (self.history[-1].get("exceptions") or 0) >= RECITED
         return self.step == self.recipe.steps or recited
@@ -422,7 +427,7 @@ class Run:
     def train(self, on_evaluation=None, compiled: bool = False) -> Model:
         """Train to the end of the budget, from the checkpoint where there is one; returns the
         averaged model. Each evaluation is told to on_evaluation(training, record)."""
-        if not (self.folder / "config.json").exists():  # else when there is something to replace it
+        if not (self.folder / "config.json").exists():  # that of a run to be replaced stays for now
             self.write_config()
         training = self.training or self.fresh()
         forward = torch.compile(training.model) if compiled else training.model
@@ -466,8 +471,8 @@ class Run:
         write_atomically(self.folder / "log.jsonl", log.encode())
 
     def write_config(self) -> dict:
-        """What determines the training, compared when a folder is met again, and what is only
-        recorded; that of a finished run stays."""
+        """Write config.json and return it: what determines the training, compared when a folder is
+        met again, and what is only recorded. A finished run keeps the one that it has."""
         if "config" in self.results:
             return self.results["config"]
         environment = {
@@ -503,7 +508,7 @@ class Run:
         self.results = figures | self.results
         write_atomically(self.folder / "results.json", self.results)
         print(
-            f"memorized (train >= 0.99): {when(self.results['memorized_at'])}; "
+            f"memorized ({LABELS[fitted]} >= 0.99): {when(self.results['memorized_at'])}; "
             f"grokked (OOD >= 0.9 on {self.n_paths['ood']} paths): "
             f"{when(self.results['grokked_at'])}; "
             f"{last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most"
@@ -525,7 +530,7 @@ class APriori(NamedTuple):
     """The site to edit, fixed before any edit is scored."""
 
     site: State  # module: the nn.Linear
-    effects: list[float] | None  # of causal tracing, a store each; None where there is no choice
+    effects: list[float] | None  # of causal tracing, a store each; None where nothing was traced
     n: int  # prompts traced
 
 
@@ -533,8 +538,8 @@ def a_priori_site(
     model: Model, paths: kg.Paths, fact: Tensor, known: Tensor, generator: torch.Generator
 ) -> APriori:
     """The first store that is read; in Dense, which has one in every block, that whose output at
-    the last token, restored after the head was corrupted, brings back most of the answers to
-    `known` facts other than those to be edited, `fact`."""
+    the last token, restored after the head was corrupted, raises the probability of the right
+    answer most, over `known` facts other than those to be edited, `fact`."""
     sites = stores(model.config)
     if model.config.loop or model.config.memory:
         return APriori(sites[0], None, 0)
@@ -656,7 +661,7 @@ def make_edits(
     return Edits(at, at_pass, method, target, u, r, n_fallbacks)
 
 
-def answers(model: Model, edits: Edits, probes: kg.Probes, calls=None) -> Tensor:
+def ask(model: Model, edits: Edits, probes: kg.Probes, calls=None) -> Tensor:
     """The model's answers [m] to the probes, each under its edit, which acts at `calls` (all)."""
     asked = (probes.edit, probes.tokens, calls)
     return editing.answers_under_edits(model, edits.at.layer, edits.u, edits.r, *asked)
@@ -667,7 +672,7 @@ def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
     hit = {}
     for name in ("direct", "hop1", "hop2", "facts", "compositions"):
         asked = getattr(probes, name)
-        hit[name] = answers(model, edits, asked) == asked.answer
+        hit[name] = ask(model, edits, asked) == asked.answer
     success = hit["direct"]
     hop1, hop2 = hit["hop1"][success[probes.hop1.edit]], hit["hop2"][success[probes.hop2.edit]]
     return EditRecord(
@@ -754,11 +759,11 @@ def number_of(name: str, known: list[str], kind: str) -> int:
 
 def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
     """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model
-    answers then, to every composition that it answered right before."""
+    answers then, to the compositions with the fact that it answered right before."""
     paths = run.paths
     fact, new = named_edits(run.task.graph, paths, wanted)
     known = what_is_known(model, paths)
-    every = known.one_hop == paths.facts[:, 2]  # here OOD facts count too
+    every = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
     asked = (every, known.right, paths.second >= 0)
     chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
     at = gather(run, model, chosen.site)
@@ -776,7 +781,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
     rows = [("edited", "question", "before", "after", "should be", "")]
     for kind, probes in kinds.items():
         before = last_answers(model, probes.tokens)
-        after = answers(model, edits, probes)
+        after = ask(model, edits, probes)
         right = after == probes.answer
         for tokens, *replies, ok in zip(probes.tokens, before, after, probes.answer, right):
             question = " ".join(names[token] for token in tokens)
@@ -797,7 +802,7 @@ class MassRecord:
 
     n: int
     efficacy: float  # share of the edited facts with their new answer
-    specificity: float  # share of 2000 facts, never edited, that keep theirs
+    specificity: float  # share of at most 2000 facts, never edited, that keep theirs
     score: float  # harmonic mean of the two, in percent
     residual_left: float  # mean |r - dW k| / |r|
     residual_predicted: float  # the same, by the identity
@@ -827,7 +832,7 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
     plan = mass_plan(paths, run.stream())
     largest = len(plan.requests)
     if largest < 5:
-        print(f"\n{2 * largest} facts that can be edited are too few for mass edits: 10 at least")
+        print("\nmass edits: too few facts for them, 10 at least")
         return []
     first = stores(run.config)[0]
     print(f"\nup to {largest} of {len(paths.facts)} facts in one update of {first.module}")
@@ -839,12 +844,12 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
     for n in sorted({min(n, largest) for n in (1, 10, 100, 1000, 10_000)}):
         began = time.perf_counter() - gathered
         requests = plan.requests[:n]
-        u = editing.direction("rome", at, requests)
+        u = editing.direction("rome", at, requests)  # a target is sought with its own edit in place
         r = editing.gradient_residual(model, at, requests, u, batch=batch, **MASS_TARGET)
         notes = {}
         dW = editing.memit_update(at.keys[requests.fact], r, at.C, lam, diagnostics=notes)
         seconds = round(time.perf_counter() - began, 3)
-        with editing.edit(model, {at.name: dW}):
+        with editing.edited(model, {at.name: dW}):
             now = last_answers(model, paths.queries)
         efficacy = share_of(now[requests.fact] == requests.new)
         specificity = share_of(now[plan.spared] == before[plan.spared])
@@ -860,7 +865,7 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
 MASS_COLUMNS = dict(n="facts", efficacy="new answer", specificity="others kept", score="score")
 MASS_COLUMNS |= dict(residual_left="left", residual_predicted="predicted", seconds="seconds")
 MASS_LEGEND = """\
-new answer: edited facts that have it; others kept: answers to 2000 facts never edited
+new answer: edited facts that have it; others kept: answers to facts never edited
 score: harmonic mean, in percent; left: mean |r - dW k| / |r|, and what is predicted"""
 
 
@@ -1030,7 +1035,7 @@ def grouped(results: list[dict]) -> list[list[dict]]:
 def main_edit(result: dict) -> dict:
     """The entry of ROME with a prototype at the a-priori site, {} where there is none."""
     for entry in result.get("edits", []):
-        at_site = entry.get("a_priori", True) and not entry.get("near")
+        at_site = entry.get("a_priori", True) and not entry.get("near")  # of studies.propagation
         if at_site and (entry["method"], entry["target"]) == ("rome", "prototype"):
             return entry
     return {}
@@ -1333,7 +1338,8 @@ def guarded(command, *arguments) -> int:
 
 
 def run_stages(run: Run, model: Model, args):
-    """The stages that were asked for; each one's figures go to results.json as it ends."""
+    """The stages that were asked for; the figures of each go to results.json as it ends, but for
+    --edit-fact, whose table is for the eye."""
     if args.edit:
         began = time.perf_counter()
         records = edit_stage(run, model, args.n_edits)
@@ -1355,7 +1361,7 @@ def check_stages(args, runs: list[Run]):
     if args.ablate:
         message = "--ablate needs --label-noise and --branches above 0"
         require(args.label_noise > 0 and args.branches > 0, message)
-    require(args.lam > 0, f"--lam must be above 0, got {args.lam}")
+    require(0 < args.lam < math.inf, f"--lam must be positive and finite, got {args.lam}")
     for run in runs:
         named_edits(run.task.graph, run.paths, args.edit_fact or [])
 

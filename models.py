@@ -6,8 +6,8 @@
 
 Each of `depth` passes over the residual stream x is x <- x + attention(norm(x)), then
 x <- x + store(norm(x)). Without `loop` each pass has a block of its own; without `memory` the store
-is the block's own feed-forward, with it one store is shared by the whole model: norm, query, keys
-and values, as in [2]. (A looped feed-forward is shared too: what it lacks is the query matrix.) The
+is the block's own feed-forward, with it one store is shared by the whole model: query, keys and
+values, as in [2]. (A looped feed-forward is shared too: what it lacks is the query matrix.) The
 store is a sparse address of positive numbers, then an `nn.Linear` whose columns hold what is stored
 there: `feed_forward.down` and `memory.values`, the edit sites of edit.py.
 
@@ -55,7 +55,9 @@ class Config:
     ff_top_k: int = option(64, "units of it that one token may use, 0: all")
     slots: int = option(1024, "rows of the shared memory")
     top_k: int = option(64, "slots that one read may use")
-    addressing: str = option("groups", "groups: the best of each of top_k groups; topk: the best")
+    addressing: str = option(
+        "groups", "groups: the best of each of top_k groups; topk: the top_k best"
+    )
 
     def __post_init__(self):
         sizes = ["n_entities", "n_relations", "d_model", "n_heads", "depth", "blocks", "d_ff"]
@@ -109,13 +111,13 @@ class Attention(nn.Module):
         """[batch, token, d_model] -> [batch, head, token, d_head]"""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masked: Tensor) -> Tensor:
         x = self.norm(x)
         q = rotate(self.heads(self.query(x)), cos, sin)
         k = rotate(self.heads(self.key(x)), cos, sin)
         v = self.heads(self.value(x))
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [batch, head, token, token]
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(masked, float("-inf")).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).flatten(-2))  # [batch, token, d_model]
 
 
@@ -186,9 +188,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config) if config.private else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor, memory: SharedMemory | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, masked: Tensor, memory: SharedMemory | None
     ) -> Tensor:
-        x = x + self.attention(x, cos, sin, hidden)
+        x = x + self.attention(x, cos, sin, masked)
         if memory is None:
             return x + self.feed_forward(x)
         read = memory(x)
@@ -230,11 +232,11 @@ class Model(nn.Module):
         frequency = 10000.0 ** -(torch.arange(0, d_head, 2, device=tokens.device) / d_head)
         angle = positions[:, None] * frequency  # [token, d_head / 2]
         cos, sin = angle.cos(), angle.sin()
-        hidden = (positions[:, None] <= positions).fill_diagonal_(False)  # [token, token]
+        masked = (positions[:, None] <= positions).fill_diagonal_(False)  # [token, token]
         x = self.embedding(tokens)  # [batch, token, d_model]
         for _ in range(config.depth if config.loop else 1):
             for block in self.blocks:
-                x = block(x, cos, sin, hidden, self.memory)
+                x = block(x, cos, sin, masked, self.memory)
         return F.linear(self.norm(x), self.embedding.weight[: config.n_entities])
 
 

@@ -31,7 +31,7 @@ import kg
 import minedit
 import models
 from curvature import ablate, ablated, corrected_masses, eigen, keep_mask, kronecker_factors
-from edit import alphaedit_update, edit, emmet_update, memit_update, record, rome_update
+from edit import alphaedit_update, edited, emmet_update, memit_update, record, rome_update
 from edit import row_update, second_moment
 from models import ARCHS, Config, Model
 
@@ -265,7 +265,7 @@ def slow_probes(paths, edits, known, right, asked, hop):
             if fact in ([second, now] if hop == 1 else [first]):
                 left_out["edited fact twice"] += 1
             elif other is None or not known[other]:
-                left_out["other fact unknown"] += 1
+                left_out["other fact unknown or OOD"] += 1
             elif after[now] == before[second]:
                 left_out["answer unchanged"] += 1
             elif not right[path]:
@@ -298,7 +298,7 @@ def test_a_new_tail_that_no_fact_mentions_leads_nowhere():
     every = torch.ones(3, dtype=torch.bool)
     fact, new = torch.tensor([0]), torch.tensor([3])
     probes, left_out = kg.hop1_probes(paths, fact, new, every, every, every)
-    assert len(probes.edit) == 0 and left_out["other fact unknown"] == 1
+    assert len(probes.edit) == 0 and left_out["other fact unknown or OOD"] == 1
 
 
 def probes_beside(kind, paths, n, seed=0):
@@ -961,14 +961,14 @@ def assert_same(model, before):
 def test_an_edited_model_is_restored_bit_for_bit():
     model = tiny_model().float()
     before, dW = weights_of(model), torch.randn(16, 32, generator=generator())
-    with edit(model, {"memory.values": dW}):
+    with edited(model, {"memory.values": dW}):
         outer = model.memory.values.weight.clone()
         assert torch.equal(outer, before["memory.values.weight"] + dW)
-        with edit(model, {"memory.values": 2 * dW}):
+        with edited(model, {"memory.values": 2 * dW}):
             assert not torch.equal(model.memory.values.weight, outer)
         assert torch.equal(model.memory.values.weight, outer), "the outer edit"
     assert_same(model, before)
-    with pytest.raises(KeyError), edit(model, {"memory.values": dW}):
+    with pytest.raises(KeyError), edited(model, {"memory.values": dW}):
         raise KeyError
     assert_same(model, before)
     old = editing.apply_edit(model, {"memory.values": dW})
@@ -980,7 +980,7 @@ def test_two_names_of_one_layer_are_edited_and_restored():
     model = tiny_model()
     before, dW = weights_of(model), normal(16, 32)
     model.alias = model.memory
-    with edit(model, {"memory.values": dW, "alias.values": dW}):
+    with edited(model, {"memory.values": dW, "alias.values": dW}):
         close(model.memory.values.weight, before["memory.values.weight"] + 2 * dW)
     del model.alias
     assert_same(model, before)
@@ -998,7 +998,7 @@ def test_a_bad_update_changes_nothing(bad, words):
     model = tiny_model().float()
     before = weights_of(model)
     updates = {"memory.keys": torch.ones(32, 16), "memory.values": bad}
-    with pytest.raises(ValueError, match=words), edit(model, updates):
+    with pytest.raises(ValueError, match=words), edited(model, updates):
         pass
     assert_same(model, before)
 
@@ -1016,7 +1016,7 @@ def test_many_rank_one_edits_at_once_are_those_edits_one_by_one(arch):
     with editing.rank_one(layer, u, r):
         together = model(tokens)
     for i in range(6):
-        with edit(model, {name: torch.outer(r[i], u[i])}):
+        with edited(model, {name: torch.outer(r[i], u[i])}):
             close(together[i], model(tokens[i : i + 1])[0])
     answers = editing.answers_under_edits(model, layer, u, r, torch.arange(6), tokens, chunk=4)
     assert torch.equal(answers, together[:, -1].argmax(-1)) and not layer._forward_hooks
@@ -1106,6 +1106,21 @@ def test_a_site_that_is_not_called_is_refused(name, call, words):
         editing.site(model, name, call, tokens)
 
 
+def test_a_site_that_is_handed_no_sequence_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(0, 1), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="must be handed"):
+        editing.site(model, "2", 0, torch.zeros(3, 2, dtype=torch.long))
+
+
+def test_exceptions_are_no_probes(world):
+    _, paths = world.model, world.paths
+    noisy = kg.with_exceptions(paths, 0.5, world.model.config.n_entities, 0)
+    asked = minedit.what_is_known(world.model, noisy).asked
+    assert torch.equal(
+        asked, minedit.what_is_known(world.model, paths).asked & ~noisy.masks["exceptions"]
+    )
+
+
 def test_prototype_is_the_mean_value_of_other_known_facts(world):
     tails, at, requests = world.tails, world.at, world.requests
     known = torch.arange(len(tails)) % 4 != 0
@@ -1133,7 +1148,7 @@ def test_gradient_target_answers_through_the_edited_model(world, method):
     assert_same(model, before)
     assert model.memory.values.weight.grad is None
     for i in range(4):  # the edit as weights, through every pass
-        with edit(model, {"memory.values": torch.outer(r[i], u[i])}):
+        with edited(model, {"memory.values": torch.outer(r[i], u[i])}):
             answer = model(requests.tokens[i : i + 1])[0, -1].argmax()
             assert answer == requests.new[i]
     assert (r.norm(dim=-1) <= 4.001 * at.values[requests.fact].norm(dim=-1)).all()
@@ -1203,7 +1218,7 @@ def test_more_layers_bring_the_stream_nearer(world):
     wanted = stream_at_the_end(model, requests.tokens) + r
     for some in (sites, sites[-1:]):
         arguments = (model, some, requests, r, 0.05, world.paths.tokens, ("norm", 0))
-        with edit(model, editing.memit_layers(*arguments)):
+        with edited(model, editing.memit_layers(*arguments)):
             left.append((wanted - stream_at_the_end(model, requests.tokens)).norm())
     assert left[0] < 0.9 * left[1] < 0.1 * r.norm()
 
@@ -1948,6 +1963,8 @@ def test_a_step_through_a_compiled_model_is_the_step(tmp_path):
 def test_the_last_steps_are_gentle(step, weight_decay):
     recipe = minedit.Recipe(steps=2400, memorize=1200)
     assert recipe.at(step).weight_decay == weight_decay
+    share = 1 if step < 1200 else 0.1
+    assert recipe.at(step).muon_lr == pytest.approx(share * recipe.muon_lr)
     assert minedit.Recipe().at(1799) == minedit.Recipe()
 
 
@@ -2161,7 +2178,8 @@ BAD_OPTIONS = {
     "--resume --retrain": "--resume",
     "--report /nonexistent": "/nonexistent",
     "--ablate --label-noise 0": "--label-noise",
-    "--mass-edit --lam 0": "--lam must be above 0",
+    "--mass-edit --lam 0": "--lam must be positive",
+    "--mass-edit --lam inf": "--lam must be positive",
     "--triples results/countries.tsv --entities 5": "not with --triples",
 }
 
@@ -2353,7 +2371,7 @@ def test_few_facts_are_reported_not_edited(tmp_path, capsys):
     sizes = "--entities 4 --relations 2 --steps 1 --branches 1 --warmup 0 --lr 0 --muon-lr 0"
     options = [*TINY[4:], *sizes.split(), "--edit", "--mass-edit", "--out", tmp_path / "n"]
     assert run_main(*options) == 0
-    assert "too few for mass edits" in capsys.readouterr().out
+    assert "mass edits: too few facts" in capsys.readouterr().out
 
 
 def test_every_cell_runs_and_reports(tmp_path, capsys):

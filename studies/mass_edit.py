@@ -303,7 +303,7 @@ class MassStudy:
         """Ask the model with the updates; no request is left out."""
         n_names = self.run.config.n_relations // 2
         renamed = requests.tokens + torch.tensor([0, n_names], device=self.run.device)
-        with editing.edit(self.model, updates):
+        with editing.edited(self.model, updates):
             new = minedit.last_answers(self.model, requests.tokens) == requests.new
             again = minedit.last_answers(self.model, renamed) == requests.new
             kept = minedit.last_answers(self.model, self.queries[spared]) == self.before[spared]

@@ -125,7 +125,7 @@ def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
         record = minedit.score(model, edits, case.probes)
         entry = record.entry() | of_site | {"near": target == "near"}
         for name, probes in neighbours.items():
-            moved = minedit.answers(model, edits, probes) != probes.answer
+            moved = minedit.ask(model, edits, probes) != probes.answer
             entry[f"{name}_moved"] = share_of(moved)
         if case.shared is not None:
             entry |= score_shared(model, edits, case)
@@ -157,10 +157,10 @@ def edits_of_kind(
 def score_shared(model: Model, edits: minedit.Edits, case: Case) -> dict:
     """Hop 1 and hop 2 on what all cells answer right."""
     direct = case.probes.direct
-    success = minedit.answers(model, edits, direct) == direct.answer
+    success = minedit.ask(model, edits, direct) == direct.answer
     found = {}
     for name, probes in zip(("hop1_shared", "hop2_shared"), case.shared):
-        right = minedit.answers(model, edits, probes) == probes.answer
+        right = minedit.ask(model, edits, probes) == probes.answer
         right = right[success[probes.edit]]
         found |= {name: share_of(right), f"probes_{name}": len(right)}
     return found
@@ -298,7 +298,7 @@ def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> di
         hits = {}
         for acts, calls in actions(n_calls).items():
             hits[acts] = {
-                name: minedit.answers(model, edits, probe, calls) == probe.answer
+                name: minedit.ask(model, edits, probe, calls) == probe.answer
                 for name, probe in probes.items()
             }
         success = hits["always"]["direct"]

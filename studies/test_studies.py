@@ -247,7 +247,7 @@ def test_constrained_fine_tuning_keeps_its_bound_and_writes(world):
     close(mass_edit.finetune_update(model, layer, requests, 0.1, 3), dW, 1e-6)
     large = mass_edit.finetune_update(model, layer, requests, 20.0, 100)
     assert_same(model, before)
-    with editing.edit(model, {"memory.values": large}):
+    with editing.edited(model, {"memory.values": large}):
         assert torch.equal(model(requests.tokens)[:, -1].argmax(-1), requests.new)
 
 
