@@ -26,14 +26,19 @@ hop 2) and those whose answers it must leave alone. A worked example, which the 
 ([1, 2, 2, 0, 0], [2, 0, 0, 1, 2])
 
 Glossary: n_entities - E, n_relations - R, facts of a graph [E, R] (tail or -1), n_facts - F,
-n_paths - P. Left out: several tails per head and relation, paths of three hops and more.
+n_paths - P. Left out: questions with several right answers (`from_triples` can number them), paths
+of three hops and more.
 
 [1] Wang, Yue, Su, Sun 2024, Grokked Transformers are Implicit Reasoners, arXiv 2405.15071.
 [2] Merullo et al. 2025, arXiv 2510.24256 (exceptions: training answers that are wrong).
+[3] Abramov et al. 2025, Grokking in the Wild, arXiv 2504.20752 (synthetic facts beside real ones).
 """
 
+import gzip
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -53,6 +58,7 @@ class KnowledgeGraph:
     entities: list[str]
     relations: list[str]
     notes: list[str] = field(default_factory=list)  # what was merged or left out in reading
+    n_real: int | None = None  # entities from here on are clones; None: there are none
 
     n_entities = property(lambda self: len(self.entities))
     n_relations = property(lambda self: len(self.relations))
@@ -95,65 +101,208 @@ def synthetic(
     return from_table(torch.where(rank < out_degree, tails, -1))
 
 
-def read_triples(path) -> tuple[dict[tuple[str, str], set[str]], int]:
-    """The tails of each (head, relation) in a UTF-8 file of lines `head <tab> relation <tab> tail`,
-    in the order of the file, and how many triples it has; blank lines and lines that begin with #
-    are skipped. Raises ValueError with the line number for a malformed line, OSError."""
-    tails = {}
-    n_triples = 0
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-                ) from None
-            if not line.strip() or line.startswith("#"):
-                continue
-            parts = [part.strip() for part in line.split("\t")]
-            if len(parts) != 3 or not all(parts):
-                raise ValueError(
-                    f"{path}:{number}: expected head<tab>relation<tab>tail, got {len(parts)} "
-                    f"field(s): {line.strip()[:60]!r}"
-                )
-            head, relation, tail = parts
-            tails.setdefault((head, relation), set()).add(tail)
-            n_triples += 1
-    return tails, n_triples
+class Triples(NamedTuple):
+    """What files of triples hold."""
+
+    tails: dict[tuple[str, str], set[str]]  # {(head, relation): tails}, in the order of the files
+    n: int  # triples read
+    notes: list[str]
 
 
-def from_triples(path) -> KnowledgeGraph:
-    """Read a file of triples (see `read_triples`). Repeated ones are merged; a head and relation
-    with several tails keep none, since which is right cannot be known; both are counted in `notes`.
-    Raises ValueError where nothing usable is left, OSError from the file."""
-    tails, n_triples = read_triples(path)
-    kept = [(h, r, next(iter(t))) for (h, r), t in tails.items() if len(t) == 1]
+HEADERS = {("head", "tail"), ("subject", "object"), ("source", "target"), ("h", "t"), ("s", "o")}
+
+
+def read_triples(*files) -> Triples:
+    """Lines `head <tab> relation <tab> tail` of UTF-8 files (.gz: compressed). Blank lines and lines
+    that begin with # are skipped, and a header; names are brought to Unicode's composed form (NFC). Raises
+    ValueError with file and line number for a malformed line, OSError."""
+    tails, notes, n, n_comments = {}, [], 0, 0
+    for path in map(Path, files):
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = decoded(raw, f"{path}:{number}")
+                if not line.strip():
+                    continue
+                parts = [unicodedata.normalize("NFC", part.strip()) for part in line.split("\t")]
+                if line.startswith("#"):
+                    n_comments += len(parts) == 3
+                    continue
+                if len(parts) != 3 or not all(parts) or not {"\0", "\r"}.isdisjoint(line.strip()):
+                    raise ValueError(
+                        f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
+                        f"{len(parts)} field(s): {line.strip()[:60]!r}"
+                    )
+                if number == 1 and (parts[0].lower(), parts[2].lower()) in HEADERS:
+                    notes.append(f"{path}: its first line is a header: skipped")
+                    continue
+                head, relation, tail = parts
+                tails.setdefault((head, relation), set()).add(tail)
+                n += 1
+    n_repeated = n - sum(len(t) for t in tails.values())
+    if n_repeated:
+        notes.append(f"{n_repeated} repeated triples were merged")
+    if n_comments:
+        notes.append(f"{n_comments} lines that begin with # look like triples: skipped")
+    alike = near_duplicates(tails)
+    if alike:
+        notes.append(f"names that differ in case, blanks or quotes alone: {', '.join(alike[:3])}")
+    return Triples(tails, n, notes)
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """A line of a file; ValueError where it is no UTF-8 text."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
+
+
+def near_duplicates(tails: dict[tuple[str, str], set[str]]) -> list[str]:
+    """Pairs of names of entities, "a / b", that look alike."""
+    names = {head: None for head, _ in tails}
+    for some in tails.values():
+        names |= dict.fromkeys(sorted(some))
+    first, found = {}, []
+    for name in names:
+        visible = "".join(c for c in name if unicodedata.category(c) != "Cf")  # no zero-width ones
+        plain = " ".join(visible.strip("\"'").casefold().split())
+        if plain in first:
+            found.append(f"{first[plain]!r} / {name!r}")
+        first.setdefault(plain, name)
+    return found
+
+
+def from_triples(
+    *files,
+    tails: str = "drop",
+    most_tails: int = 4,
+    order: str = "random",
+    reciprocal: bool = False,
+    clones: int = 0,
+) -> KnowledgeGraph:
+    """A graph out of files of triples (see `read_triples`). Repeated ones are merged. A head and
+    relation with several tails:
+
+    "drop"      keeps none of them, since which is right cannot be known
+    "numbered"  keeps the first `most_tails` of them as facts of relations r#1, r#2, ...: the graph is
+                functional, and who asks for a second tail asks for it by its number. `order` of the
+                tails: "random" (by a fixed seed) or "sorted", in which each r#k has few tails, so
+                that many compositions can be guessed from their second relation alone
+
+    reciprocal: for each (h, r, t) also (t, r^-1, h). clones: of every entity so many synthetic ones
+    are added, with the same relations and tails drawn at random from those of the relation: more
+    compositions for each fact [3]. `notes` counts what was merged, numbered, left out, added. Raises
+    ValueError where nothing usable is left, OSError from the files."""
+    if tails not in ("drop", "numbered") or order not in ("random", "sorted") or most_tails < 1:
+        raise ValueError(
+            "tails are 'drop' or 'numbered', in 'random' or 'sorted' order, most_tails at least 1, "
+            f"got {tails!r}, {order!r}, {most_tails}"
+        )
+    if clones < 0:
+        raise ValueError(f"clones must be 0 or more, got {clones}")
+    read = read_triples(*files)
+    notes = list(read.notes)
+    questions = {question: sorted(found) for question, found in read.tails.items()}
+    if reciprocal:
+        questions |= reciprocals(questions)
+    if tails == "numbered":
+        kept = numbered(questions, most_tails, order, notes)
+    else:
+        kept = [(h, r, t[0]) for (h, r), t in questions.items() if len(t) == 1]
+        n_several = len(questions) - len(kept)
+        if n_several:
+            n_left_out = sum(len(t) for t in questions.values()) - len(kept)
+            notes.append(
+                f"{n_several} questions have several tails: {n_left_out} triples left out "
+                "(numbered tails keep them)"
+            )
+    names = ", ".join(map(str, files))
     if not kept:
         raise ValueError(
-            f"{path}: no usable triple ({n_triples} read; questions with several tails keep none)"
+            f"{names}: no usable triple ({read.n} read; questions with several tails keep none)"
         )
-    n_distinct = sum(len(t) for t in tails.values())
-    n_ambiguous = len(tails) - len(kept)
-    notes = []
-    if n_triples > n_distinct:
-        notes.append(f"{n_triples - n_distinct} repeated triples were merged")
-    if n_ambiguous:
-        n_left_out = n_distinct - len(kept)
-        notes.append(f"{n_ambiguous} questions have several tails: {n_left_out} triples left out")
+    graph = from_facts(kept, notes)
+    if not (graph.facts[graph.facts[graph.facts >= 0]] >= 0).any():
+        raise ValueError(f"{names}: no two-hop path in it: no tail is also a head")
+    return with_clones(graph, clones) if clones else graph
 
+
+def reciprocals(questions: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list[str]]:
+    found = {}
+    for (head, relation), tails in questions.items():
+        for tail in tails:
+            found.setdefault((tail, f"{relation}^-1"), []).append(head)
+    return {question: sorted(heads) for question, heads in found.items()}
+
+
+def numbered(
+    questions: dict[tuple[str, str], list[str]], most: int, order: str, notes: list[str]
+) -> list[tuple[str, str, str]]:
+    """Facts (head, relation#k, tail) of at most `most` tails a question."""
+    generator = torch.Generator().manual_seed(0)
+    place = {}  # {question: the order of its tails}, whatever the order of the files
+    for question in sorted(questions):
+        n = len(questions[question])
+        shuffled = torch.randperm(n, generator=generator).tolist()
+        place[question] = shuffled if order == "random" else range(n)
+    facts = []
+    for (head, relation), tails in questions.items():
+        for k, i in enumerate(place[head, relation][:most], 1):
+            facts.append((head, f"{relation}#{k}", tails[i]))
+    n_first = len(questions)
+    n_left_out = sum(len(tails) for tails in questions.values()) - len(facts)
+    notes.append(
+        f"{len(facts) - n_first} triples are second to {most}th tails, of relations r#2, ...; "
+        f"{n_left_out} beyond are left out"
+    )
+    return facts
+
+
+MOST_ENTRIES = 2**27  # of a table of facts, 1 GiB
+
+
+def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> KnowledgeGraph:
+    """A graph out of (head, relation, tail) by name, one tail for each head and relation."""
     entity, relation = {}, {}  # names in order of appearance: their numbers
     rows = []
-    for h, r, t in kept:
+    for h, r, t in facts:
         head = entity.setdefault(h, len(entity))
         tail = entity.setdefault(t, len(entity))
         rows.append((head, relation.setdefault(r, len(relation)), tail))
+    if len(entity) * len(relation) > MOST_ENTRIES:
+        raise ValueError(
+            f"{len(entity)} entities and {len(relation)} relations are too many for a table of facts"
+            f" of at most {MOST_ENTRIES} entries; are head, relation and tail in this order?"
+        )
     heads, columns, tails = torch.tensor(rows).T
-    facts = torch.full((len(entity), len(relation)), -1)
-    facts[heads, columns] = tails
-    if not (facts[tails] >= 0).any():
-        raise ValueError(f"{path}: no two-hop path in it: no tail is also a head")
-    return KnowledgeGraph(facts, list(entity), list(relation), notes)
+    table = torch.full((len(entity), len(relation)), -1)
+    table[heads, columns] = tails
+    return KnowledgeGraph(table, list(entity), list(relation), notes)
+
+
+def with_clones(graph: KnowledgeGraph, n: int, seed: int = 0) -> KnowledgeGraph:
+    """The graph with n clones of every entity that has facts: the same relations, each tail drawn
+    from the tails of its relation."""
+    generator = torch.Generator().manual_seed(seed)
+    head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
+    of_relation = {r: graph.facts[head[relation == r], r] for r in relation.unique().tolist()}
+    heads = head.unique()
+    clone = torch.full((graph.n_entities,), -1)
+    clone[heads] = torch.arange(len(heads))
+    tables, names = [graph.facts], list(graph.entities)
+    for i in range(1, n + 1):
+        table = torch.full((len(heads), graph.n_relations), -1)
+        for r, tails in of_relation.items():
+            mine = clone[head[relation == r]]
+            drawn = torch.randint(len(tails), (len(mine),), generator=generator)
+            table[mine, r] = tails[drawn]
+        tables.append(table)
+        names += [f"{graph.entities[h]}~{i}" for h in heads.tolist()]
+    notes = graph.notes + [f"{n * len(head)} facts of {n * len(heads)} synthetic clones added"]
+    return KnowledgeGraph(torch.cat(tables), names, graph.relations, notes, graph.n_entities)
 
 
 # --- Paths and splits -----------------------------------------------------------------------------
@@ -171,6 +320,7 @@ class Paths:
     first: Tensor  # [n_paths]: row in `facts` of the first hop
     second: Tensor  # [n_paths]: row in `facts` of the second hop, -1 where there is none
     ood_fact: Tensor  # [n_facts], bool: kept out of every trained composition
+    real: Tensor  # [n_facts], bool: not of a clone, so that it may be asked and edited
     masks: dict[str, Tensor]  # name: bool [n_paths], the five sets of SPLITS and others
 
     def __post_init__(self):
@@ -192,11 +342,19 @@ class Paths:
         return Paths(**moved, masks=masks)
 
 
-def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, seed: int) -> Paths:
+def split(
+    graph: KnowledgeGraph,
+    ood_fraction: float,
+    train_fraction: float,
+    seed: int,
+    most_paths: int = 1_000_000,
+) -> Paths:
     """List every path of the graph and divide the two-hop ones into train / id / ood / ood_first /
     ood_second. `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts
-    are trained (both rounded to whole numbers). Cost and memory are linear in the number of paths,
-    so sparse graphs stay small. Raises ValueError where no path would be trained."""
+    are trained (both rounded to whole numbers). Paths of clones are trained, not asked. Cost and
+    memory are linear in the number of paths; where there are more than `most_paths`, every fact
+    keeps as many continuations as fit, at random. Raises ValueError where no path would be trained.
+    """
     if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1:
         raise ValueError(
             "ood_fraction must be in [0, 1) and train_fraction in (0, 1], "
@@ -209,7 +367,7 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
     ood_fact = torch.zeros(n_facts, dtype=torch.bool)
     ood_fact[torch.randperm(n_facts, generator=generator)[: round(ood_fraction * n_facts)]] = True
 
-    first, second = list_paths(head, tail, graph.n_entities)
+    first, second = list_paths(head, tail, graph.n_entities, most_paths, seed)
     composed = second >= 0
     next_relation = torch.where(composed, relation[second], relation[first])
     first_token = graph.n_entities + relation[first]
@@ -228,30 +386,71 @@ def split(graph: KnowledgeGraph, ood_fraction: float, train_fraction: float, see
             f"two ID facts); lower ood_fraction {ood_fraction} or raise train_fraction "
             f"{train_fraction}"
         )
+    real = head < (graph.n_entities if graph.n_real is None else graph.n_real)
+    asked = composed & real[first]
     masks = {
         "train": train,
-        "id": composed & ~ood1 & ~ood2 & ~train,
-        "ood": ood1 & ood2,
-        "ood_first": ood1 & ~ood2,
-        "ood_second": ood2 & ~ood1,
+        "id": asked & ~ood1 & ~ood2 & ~train,
+        "ood": asked & ood1 & ood2,
+        "ood_first": asked & ood1 & ~ood2,
+        "ood_second": asked & ood2 & ~ood1,
     }
     facts = torch.stack([head, relation, tail], 1)
-    return Paths(facts, tokens, tail[first], two_hop, first, second, ood_fact, masks)
+    return Paths(facts, tokens, tail[first], two_hop, first, second, ood_fact, real, masks)
 
 
-def list_paths(head: Tensor, tail: Tensor, n_entities: int) -> tuple[Tensor, Tensor]:
+def list_paths(
+    head: Tensor, tail: Tensor, n_entities: int, most: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """First and second fact of every path, for facts sorted by head. The facts that leave an entity
     are a slice of the list: fact i continues with each fact in the slice of its tail, or has one
-    row of its own, with second = -1, where that slice is empty."""
+    row of its own, with second = -1, where that slice is empty. Of more than `most` paths each fact
+    keeps an equal number, evenly spread over its slice from a random one on."""
     out_degree = torch.bincount(head, minlength=n_entities)
     slice_start = out_degree.cumsum(0) - out_degree
-    n_rows = out_degree[tail].clamp(min=1)  # of each fact
+    n_all = out_degree[tail].clamp(min=1)  # rows of each fact
+    n_rows = n_all.clamp(max=continuations(n_all, most))
     first = torch.repeat_interleave(torch.arange(len(head)), n_rows)
     first_row = n_rows.cumsum(0) - n_rows  # of each fact
     place = torch.arange(len(first)) - first_row[first]  # 0, 1, ... within the rows of a fact
+    if int(n_all.sum()) > len(first):
+        generator = torch.Generator().manual_seed(2**59 + seed)
+        start = (torch.rand(len(head), generator=generator) * n_all).long()  # of each fact
+        place = (start[first] + place * n_all[first] // n_rows[first]) % n_all[first]
     composed = out_degree[tail[first]] > 0
     second = torch.where(composed, slice_start[tail[first]] + place, -1)
     return first, second
+
+
+def continuations(n_rows: Tensor, most: int) -> int:
+    """The largest m, 1 at least, with sum(min(n_rows, m)) <= most."""
+    low, high = 1, int(n_rows.max())
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int(n_rows.clamp(max=middle).sum()) <= most:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def most_frequent_tail(paths: Paths) -> dict[str, float | None]:
+    """The baseline of each set of SPLITS: the share of its paths that are answered by the most
+    frequent tail of their second relation, whatever they begin with."""
+    relation, tail = paths.facts[:, 1], paths.facts[:, 2]
+    pair = torch.stack([relation, tail], 1)
+    distinct, number = pair.unique(dim=0, return_inverse=True)
+    count = torch.bincount(number)
+    order = count.argsort(stable=True)  # the most frequent one last
+    best = torch.full((int(relation.max()) + 1,), -1, device=tail.device)
+    for i in order.tolist():
+        best[distinct[i, 0]] = distinct[i, 1]
+    guess = best[relation[paths.second]]
+    found = {}
+    for name in SPLITS:
+        rows = paths.masks[name]
+        found[name] = (guess == paths.two_hop)[rows].double().mean().item() if rows.any() else None
+    return found
 
 
 def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
@@ -285,13 +484,14 @@ class Probes(NamedTuple):
     edit: Tensor  # [m] which edit
     tokens: Tensor  # [m, token]
     answer: Tensor  # [m]
+    path: Tensor | None = None  # [m] which path, of compositions that begin or end with the fact
 
 
 def draw_edits(paths: Paths, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     """(fact [n], new [n], n_fixed): n random ID facts, fewer where there are not so many, each with
     a new tail out of the other tails of its relation; n_fixed ID facts have no other tail."""
     facts = paths.facts.cpu()
-    id_facts = (~paths.ood_fact.cpu()).nonzero().flatten()
+    id_facts = (paths.real & ~paths.ood_fact).cpu().nonzero().flatten()
     tails = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
     editable = [i for i in id_facts.tolist() if len(tails[int(facts[i, 1])]) > 1]
     order = torch.randperm(len(editable), generator=generator)[:n]
@@ -363,7 +563,8 @@ def _usable(
     for reason, out in reasons.items():
         left_out[reason] = int((keep & out).sum())
         keep &= ~out
-    return Probes(edit[keep], paths.tokens[path[keep]], answer[keep]), left_out
+    path = path[keep]
+    return Probes(edit[keep], paths.tokens[path], answer[keep], path), left_out
 
 
 def _random_rows(rows: Tensor, n_edits: int, n: int, generator: torch.Generator) -> Tensor:

@@ -501,6 +501,7 @@ class Run:
             "accuracy": {name: last[name] for name in LABELS},
             "n_facts": len(self.paths.facts),
             "n_paths": self.n_paths,
+            "most_frequent_tail": kg.most_frequent_tail(self.task.paths),
             "memorized_at": first_step(self.history, **{fitted: 0.99}),
             "grokked_at": first_step(self.history, train=0.99, ood=0.9),
             "config": self.write_config(),
@@ -513,6 +514,10 @@ class Run:
             f"{when(self.results['grokked_at'])}; "
             f"{last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most"
         )
+        if "triples" in self.task.data:
+            guess = self.results["most_frequent_tail"]
+            shares = "  ".join(f"{LABELS[name]} {cell(guess[name])}" for name in kg.SPLITS)
+            print(f"answering with the most frequent tail of the second relation alone: {shares}")
 
     def add_results(self, name: str, entry, began: float):
         """Put what a stage found, since `began` (of time.perf_counter), into results.json."""
@@ -593,6 +598,7 @@ class EditProbes(NamedTuple):
     hop2: kg.Probes
     facts: kg.Probes
     compositions: kg.Probes
+    hop1_trained: Tensor  # [of hop1], bool: compositions that were trained, the others held out
     left_out: dict[str, int]  # compositions that cannot be asked, by reason
 
 
@@ -607,7 +613,8 @@ def edit_probes(
     facts = kg.unrelated_facts(paths, fact, known.one_hop, n, generator)
     compositions = kg.unrelated_paths(paths, fact, known.two_hop, known.asked, n, generator)
     left_out = {reason: without[reason] + without2[reason] for reason in without}
-    return EditProbes(kg.questions(paths, fact, new), hop1, hop2, facts, compositions, left_out)
+    direct, trained = kg.questions(paths, fact, new), paths.masks["train"][hop1.path]
+    return EditProbes(direct, hop1, hop2, facts, compositions, trained, left_out)
 
 
 @dataclass
@@ -621,11 +628,13 @@ class EditRecord:
     n: int  # edits
     direct: float | None  # of the edited facts: answered with the new tail
     hop1: float | None  # of the compositions after edits with direct success: right
+    hop1_held_out: float | None  # of those among them that were not trained
     hop2: float | None
     probes_hop1: int
     probes_hop2: int
     unrelated_one_hop_moved: float | None
     unrelated_two_hop_moved: float | None
+    shrink: float = 0.0  # of C
 
     def entry(self) -> dict:
         entry = asdict(self)
@@ -674,7 +683,8 @@ def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
         asked = getattr(probes, name)
         hit[name] = ask(model, edits, asked) == asked.answer
     success = hit["direct"]
-    hop1, hop2 = hit["hop1"][success[probes.hop1.edit]], hit["hop2"][success[probes.hop2.edit]]
+    counts1, counts2 = success[probes.hop1.edit], success[probes.hop2.edit]
+    hop1, hop2 = hit["hop1"][counts1], hit["hop2"][counts2]
     return EditRecord(
         method=edits.method,
         target=edits.target,
@@ -683,20 +693,90 @@ def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
         n=len(success),
         direct=share_of(success),
         hop1=share_of(hop1),
+        hop1_held_out=share_of(hit["hop1"][counts1 & ~probes.hop1_trained]),
         hop2=share_of(hop2),
         probes_hop1=len(hop1),
         probes_hop2=len(hop2),
         unrelated_one_hop_moved=share_of(~hit["facts"]),
         unrelated_two_hop_moved=share_of(~hit["compositions"]),
+        shrink=edits.at.shrink,
     )
+
+
+SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # to choose from
+MOST_MOVED = 0.015  # share of other facts whose answer may change where a shrinkage is chosen
+
+
+class Shrinkage(NamedTuple):
+    """What edits of other facts do at each of SHRINKS, and which of these is chosen by it."""
+
+    chosen: float
+    n: int  # edits tried
+    followed: list[float]  # mean of hop 1 and hop 2, of all edits, direct success or not
+    moved: list[float]  # of unrelated facts
+
+
+def choose_shrinkage(
+    model: Model,
+    paths: kg.Paths,
+    known: Known,
+    edited: Tensor,
+    at: editing.Site,
+    at_pass: int,
+    generator: torch.Generator,
+    n: int = 48,
+) -> Shrinkage:
+    """The shrinkage of C (`editing.shrunk`) at which most follows of ROME's edits (prototype) of n
+    ID facts other than those to be `edited`, where at most MOST_MOVED of the unrelated facts move;
+    of those within 0.01 of the best the smallest."""
+    fact, new, _ = kg.draw_edits(paths, 2 * n + len(edited), generator)
+    r, has_one = editing.prototype_residual(
+        at, requests_for(paths, fact, new), paths.facts[:, 2], known.facts
+    )
+    usable = (has_one & ~torch.isin(fact, edited)).nonzero().flatten()[:n]
+    if len(usable) == 0:
+        return Shrinkage(0.0, 0, [], [])
+    fact, new, r = fact[usable], new[usable], r[usable]
+    probes = edit_probes(paths, known, fact, new, 50, generator)
+    requests = requests_for(paths, fact, new)
+    followed, moved = [], []
+    for s in SHRINKS:
+        there = editing.shrunk(at, s)
+        u = editing.direction("rome", there, requests)
+        record = score(model, Edits(there, at_pass, "rome", "prototype", u, r), probes)
+        hops = [hop for hop in (record.hop1, record.hop2) if hop is not None]
+        followed.append(record.direct * statistics.fmean(hops) if hops else 0.0)
+        moved.append(record.unrelated_one_hop_moved or 0.0)
+    allowed = [i for i, share in enumerate(moved) if share <= MOST_MOVED] or [0]
+    best = max(followed[i] for i in allowed)
+    chosen = min(SHRINKS[i] for i in allowed if followed[i] >= best - 0.01)
+    return Shrinkage(chosen, len(fact), followed, moved)
+
+
+def with_shrinkage(
+    run: Run,
+    model: Model,
+    known: Known,
+    edited: Tensor,
+    at: editing.Site,
+    at_pass: int,
+    shrink: float | str,
+) -> editing.Site:
+    """The site with its C shrunk, as given, or "auto", as chosen on facts other than `edited`."""
+    if shrink == "auto":
+        found = choose_shrinkage(model, run.paths, known, edited, at, at_pass, run.stream())
+        run.results["shrinkage"] = found._asdict() | {"tried": SHRINKS}
+        shrink = found.chosen
+    return editing.shrunk(at, shrink)
 
 
 CORE_EDITS = [("rome", "prototype"), ("rome", "gradient"), ("memit", "prototype")]
 CORE_EDITS += [("row", "prototype")]
 
 
-def edit_stage(run: Run, model: Model, n_edits: int) -> list[EditRecord]:
-    """Edit random ID facts one at a time, at the a-priori site, and ask what follows."""
+def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> list[EditRecord]:
+    """Edit random ID facts one at a time, at the a-priori site, and ask what follows. `shrink`: of
+    C, or "auto", to choose it on other facts."""
     paths, generator = run.paths, run.stream()
     known = what_is_known(model, paths)
     fact, new, n_fixed = kg.draw_edits(paths, n_edits, generator)
@@ -711,6 +791,7 @@ def edit_stage(run: Run, model: Model, n_edits: int) -> list[EditRecord]:
     run.results["a_priori"] = chosen.site._asdict() | {"effects": chosen.effects, "n": chosen.n}
     requests = requests_for(paths, fact, new)
     at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
+    at = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
     records = []
     for kind in CORE_EDITS:
         edits = make_edits(model, paths, known.facts, requests, at, at_pass, *kind)
@@ -719,16 +800,17 @@ def edit_stage(run: Run, model: Model, n_edits: int) -> list[EditRecord]:
         records.append(score(model, edits, probes))
     print(f"compositions left out: {listed(probes.left_out)}")
     print(f"asked: {len(probes.hop1.edit)} of hop 1, {len(probes.hop2.edit)} of hop 2")
-    print(f"\nat {at.name}, pass {at_pass}, chosen without the edited facts:\n")
+    print(f"\nat {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}, without the edited facts:\n")
     print(record_table(records, EDIT_COLUMNS, EDIT_LEGEND))
     return records
 
 
 EDIT_COLUMNS = dict(method="method", target="target", direct="edited fact", hop1="hop 1")
-EDIT_COLUMNS |= dict(hop2="hop 2", unrelated_one_hop_moved="moved: facts")
+EDIT_COLUMNS |= dict(hop1_held_out="held out", hop2="hop 2", unrelated_one_hop_moved="moved: facts")
 EDIT_COLUMNS |= dict(unrelated_two_hop_moved="compositions")
 EDIT_LEGEND = """\
-hop 1, hop 2: compositions that begin, that end with the edited fact, now right
+hop 1, hop 2: compositions that begin, that end with the edited fact, now right; held out:
+those of hop 1 that were not trained
 moved: answers about other facts, and to compositions without the fact, that changed"""
 
 
@@ -757,7 +839,7 @@ def number_of(name: str, known: list[str], kind: str) -> int:
     return known.index(name)
 
 
-def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
+def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: float | str):
     """Edit facts given by name, one at a time (ROME, a-priori site, prototype); show what the model
     answers then, to the compositions with the fact that it answered right before."""
     paths = run.paths
@@ -766,10 +848,11 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]]):
     every = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
     asked = (every, known.right, paths.second >= 0)
     chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
-    at = gather(run, model, chosen.site)
+    at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
+    at = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
     requests = requests_for(paths, fact, new)
-    edits = make_edits(model, paths, every, requests, at, chosen.site.at_pass)
-    print(f"\nROME at {at.name}, pass {chosen.site.at_pass}; prototype target")
+    edits = make_edits(model, paths, every, requests, at, at_pass)
+    print(f"\nROME at {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}; prototype target")
     if edits.n_fallbacks:
         print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
     kinds = {
@@ -1180,12 +1263,15 @@ def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
     add("--retrain", action="store_true", help="train again, replacing what the folder holds")
     add("--compile", action="store_true", help="torch.compile the step's forward pass")
     add("--quick", action="store_true", help="everything at toy size")
-    add(
-        "--triples",
-        type=Path,
-        metavar="FILE.tsv",
-        help="your graph: head <tab> relation <tab> tail",
-    )
+    add("--triples", type=Path, nargs="+", metavar="FILE", help="your graph, one triple per line: "
+        "head <tab> relation <tab> tail")  # fmt: skip
+    add("--tails", choices=["drop", "numbered"], default="drop",
+        help="of a question with several: none is kept, or all as facts of r#1, r#2, ...")  # fmt: skip
+    add("--most-tails", type=int, default=4, help="of a question, with --tails numbered")
+    add("--tail-order", choices=["random", "sorted"], default="random", help="of numbered tails")
+    add("--reciprocal", action="store_true", help="with (h, r, t) also (t, r^-1, h)")
+    add("--clones", type=int, default=0, help="synthetic copies of each entity, with random tails")
+    add("--most-paths", type=int, default=1_000_000, help="sampled, if the graph has more")
     add("--entities", type=int, default=50, help="of the synthetic graph")
     add("--relations", type=int, default=20, help="of the synthetic graph")
     add("--out-degree", type=int, help="facts per entity of it, None: one per relation")
@@ -1201,10 +1287,20 @@ def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def shrinkage(text: str) -> float | str:
+    """Of C: "auto", or a number from 0."""
+    value = text if text == "auto" else float(text)
+    if value != "auto" and not 0 <= value <= 1e6:
+        raise ValueError
+    return value
+
+
 def core_parser() -> argparse.ArgumentParser:
     parser = training_parser("minedit.py", __doc__.split("\n\n")[1])
     add = parser.add_argument
     add("--edit", action="store_true", help="stage: edit facts one at a time, ask what follows")
+    add("--shrink", type=shrinkage, default="auto", metavar="S",
+        help="C + S * mean eigenvalue * I in edits, or auto: chosen on other facts")  # fmt: skip
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"),
         help="stage: edit this fact")  # fmt: skip
     add("--mass-edit", action="store_true", help="stage: MEMIT, 1 to 10 000 facts in one update")
@@ -1237,7 +1333,9 @@ def check_options(args):
     """UserError for options that do not fit together, before any file is touched."""
     require(args.seeds >= 1, f"--seeds must be at least 1, got {args.seeds}")
     require(args.n_edits >= 1, f"--n-edits must be at least 1, got {args.n_edits}")
-    require(args.edit_batch >= 1, f"--edit-batch must be at least 1, got {args.edit_batch}")
+    for name in ("edit_batch", "most_paths"):
+        value, option = getattr(args, name), name.replace("_", "-")
+        require(value >= 1, f"--{option} must be at least 1, got {value}")
     require(0 <= args.seed < 2**60, f"--seed must be in 0..2^60, got {args.seed}")
     require(
         not (args.resume and args.retrain), "--resume goes on with a run, --retrain replaces it"
@@ -1257,24 +1355,33 @@ def choose_device(name: str) -> torch.device:
 
 def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> Task:
     """The task of a seed: a synthetic graph, or that of the user's triples."""
-    data = {"ood_fraction": args.ood_fraction, "train_fraction": args.train_fraction}
+    names = ("ood_fraction", "train_fraction", "most_paths")
+    data = {name: getattr(args, name) for name in names}
     if graph is None:
         graph = kg.synthetic(args.entities, args.relations, seed, args.out_degree)
         for name in ("entities", "relations", "out_degree"):
             data[name] = getattr(args, name)
     else:
-        content = hashlib.sha256(args.triples.read_bytes()).hexdigest()
-        data |= {"triples": str(args.triples), "sha256": content}
-    paths = kg.split(graph, args.ood_fraction, args.train_fraction, seed)
+        content = hashlib.sha256(b"".join(file.read_bytes() for file in args.triples)).hexdigest()
+        data |= {"triples": " ".join(map(str, args.triples)), "sha256": content}
+        data |= {name: getattr(args, name) for name in READING}
+    paths = kg.split(graph, args.ood_fraction, args.train_fraction, seed, args.most_paths)
     if args.label_noise:
         paths = kg.with_exceptions(paths, args.label_noise, graph.n_entities, seed)
     return Task(graph, paths, data, graph.n_relations)
 
 
-def read_graph(file: Path) -> kg.KnowledgeGraph:
-    graph = kg.from_triples(file)
+READING = ("tails", "most_tails", "tail_order", "reciprocal", "clones")  # options of --triples
+
+
+def read_graph(args) -> kg.KnowledgeGraph:
+    options = {name.removeprefix("tail_"): getattr(args, name) for name in READING}
+    graph = kg.from_triples(*args.triples, **options)
     sizes = f"{graph.n_entities} entities, {graph.n_relations} relations"
-    print(f"{file}: {int((graph.facts >= 0).sum())} facts, {'; '.join([sizes, *graph.notes])}")
+    files = ", ".join(map(str, args.triples))
+    print(f"{files}: {int((graph.facts >= 0).sum())} facts, {sizes}")
+    for note in graph.notes:
+        print(f"  {note}")
     return graph
 
 
@@ -1287,7 +1394,7 @@ def prepare(args, make_task=make_task, make_batches=Batches) -> list[Run]:
     parent = args.out or Path("runs/quick" if args.quick else "runs")
     runs = []
     try:
-        graph = read_graph(args.triples) if args.triples else None
+        graph = read_graph(args) if args.triples else None
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         for seed in range(args.seed, args.seed + args.seeds):
             task = make_task(args, seed, graph)
@@ -1342,10 +1449,10 @@ def run_stages(run: Run, model: Model, args):
     --edit-fact, whose table is for the eye."""
     if args.edit:
         began = time.perf_counter()
-        records = edit_stage(run, model, args.n_edits)
+        records = edit_stage(run, model, args.n_edits, args.shrink)
         run.add_results("edits", [record.entry() for record in records], began)
     if args.edit_fact:
-        edit_fact_stage(run, model, args.edit_fact)
+        edit_fact_stage(run, model, args.edit_fact, args.shrink)
     if args.mass_edit:
         began = time.perf_counter()
         records = mass_edit_stage(run, model, args.lam, args.edit_batch)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import doctest
+import gzip
 import json
 import os
 import shlex
@@ -136,6 +137,127 @@ def test_triples_are_read_merged_and_left_out(tmp_path):
     assert "1 repeated" in merged and "1 questions" in left_out and "2 triples" in left_out
 
 
+def named(graph):
+    """{(head, relation, tail)} of a graph, by name."""
+    found = set()
+    for h, r in (graph.facts >= 0).nonzero().tolist():
+        tail = graph.entities[graph.facts[h, r]]
+        found.add((graph.entities[h], graph.relations[r], tail))
+    return found
+
+
+SEVERAL = [("a", "r", tail) for tail in "bcdef"] + [("b", "r", "a"), ("c", "s", "b")]
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A file in which a has five tails under r."""
+    file = tmp_path / "several.tsv"
+    file.write_text("".join("\t".join(triple) + "\n" for triple in SEVERAL))
+    return file
+
+
+def test_numbered_tails_are_facts_of_relations_of_their_own(several, tmp_path):
+    graph = kg.from_triples(several, tails="numbered", most_tails=3, order="sorted")
+    rest = {("b", "r#1", "a"), ("c", "s#1", "b")}
+    assert named(graph) == {("a", "r#1", "b"), ("a", "r#2", "c"), ("a", "r#3", "d")} | rest
+    assert "2 triples are second to 3th" in graph.notes[-1] and "2 beyond" in graph.notes[-1]
+    whole = named(kg.from_triples(several, tails="numbered", most_tails=5))
+    assert {(h, t) for h, r, t in whole} == {(h, t) for h, r, t in SEVERAL}
+    assert {r for h, r, t in whole if h == "a"} == {f"r#{k}" for k in range(1, 6)}
+    swapped = tmp_path / "swapped.tsv"
+    swapped.write_text("".join(reversed(several.read_text().splitlines(keepends=True))))
+    again = kg.from_triples(swapped, tails="numbered", most_tails=5)
+    assert named(again) == whole, "whatever the order of the file"
+    first = {
+        kg.from_triples(several, tails="numbered", most_tails=n).facts[0, 0].item() for n in (1, 5)
+    }
+    assert len(first) == 1, "the k-th tail does not depend on how many are kept"
+
+
+def test_reciprocal_facts_are_added_where_they_have_one_tail(several):
+    found = named(kg.from_triples(several, reciprocal=True))
+    assert {fact for fact in found if fact[1] == "r^-1"} == {
+        (t, "r^-1", h) for h, r, t in SEVERAL if r == "r"
+    }
+    assert ("b", "s^-1", "c") in found and ("b", "r", "a") in found
+
+
+def test_clones_have_the_relations_of_their_entity_and_are_trained_alone(tmp_path):
+    file = tmp_path / "graph.tsv"
+    graph = kg.synthetic(12, 4, seed=0, out_degree=3)
+    file.write_text("".join("\t".join(fact) + "\n" for fact in sorted(named(graph))))
+    plain, cloned = kg.from_triples(file), kg.from_triples(file, clones=2)
+    n = plain.n_entities
+    assert cloned.n_real == n and cloned.n_entities == 3 * n
+    assert torch.equal(cloned.facts[:n], plain.facts)
+    for k in (1, 2):
+        mine = cloned.facts[k * n : (k + 1) * n]
+        assert (
+            torch.equal(mine >= 0, plain.facts >= 0)
+            and cloned.entities[k * n] == f"{plain.entities[0]}~{k}"
+        )
+        for r in range(4):
+            assert set(mine[:, r].tolist()) <= set(plain.facts[:, r].tolist())
+    paths = kg.split(cloned, 0.1, 0.8, seed=0)
+    of_clone = paths.tokens[:, 0] >= n
+    assert paths.masks["train"][of_clone].any() and torch.equal(paths.real, paths.facts[:, 0] < n)
+    for name in ("id", "ood", "ood_first", "ood_second"):
+        assert not paths.masks[name][of_clone].any()
+    fact, _, _ = kg.draw_edits(paths, 1000, generator())
+    assert paths.real[fact].all()
+
+
+def test_what_files_of_triples_may_look_like(tmp_path):
+    (tmp_path / "one.tsv").write_text("head\trelation\ttail\n#n1\tr\tx\nParis\tin\tFrance\n")
+    with gzip.open(tmp_path / "two.txt.gz", "wb") as file:
+        file.write("France\tin\tE\u0301tat\npari\u200bs\tin\t\u00c9tat\n".encode())
+    graph = kg.from_triples(tmp_path / "one.tsv", tmp_path / "two.txt.gz")
+    wanted = {
+        ("Paris", "in", "France"),
+        ("France", "in", "\u00c9tat"),
+        ("pari\u200bs", "in", "\u00c9tat"),
+    }
+    assert named(graph) == wanted, "names are composed, the header is no fact"
+    notes = " ".join(graph.notes)
+    assert "a header" in notes and "1 lines that begin with #" in notes and "'Paris' / " in notes
+
+
+def test_more_paths_than_wanted_are_sampled_alike_for_every_fact():
+    graph = kg.synthetic(20, 8, seed=1)
+    whole = kg.split(graph, 0.1, 0.8, seed=1)
+    some = kg.split(graph, 0.1, 0.8, seed=1, most_paths=500)
+    assert len(whole.first) == 160 * 8 and len(some.first) == 160 * 3
+    assert torch.bincount(some.first).tolist() == [3] * 160
+    assert torch.equal(some.facts, whole.facts) and torch.equal(some.queries, whole.queries)
+    rows = {tuple(row) for row in torch.cat([whole.tokens, whole.two_hop[:, None]], 1).tolist()}
+    mine = [tuple(row) for row in torch.cat([some.tokens, some.two_hop[:, None]], 1).tolist()]
+    assert len(set(mine)) == len(mine) and set(mine) <= rows
+    again = kg.split(graph, 0.1, 0.8, seed=1, most_paths=10**9)
+    assert torch.equal(again.tokens, whole.tokens)
+
+
+def test_the_baseline_is_the_most_frequent_tail_of_the_second_relation():
+    paths = kg_world(20, 8, 5)
+    best = {}
+    for r in range(8):
+        tails = paths.facts[paths.facts[:, 1] == r, 2].tolist()
+        most = max(map(tails.count, tails), default=0)
+        best[r] = {t for t in tails if tails.count(t) == most}
+    found = kg.most_frequent_tail(paths)
+    for name in ("train", "id"):
+        low = high = 0
+        rows = paths.masks[name].nonzero().flatten().tolist()
+        guesses = {}
+        for row in rows:
+            r2 = int(paths.facts[paths.second[row], 1])
+            guesses.setdefault(r2, []).append(int(paths.two_hop[row]))
+        for r2, answers in guesses.items():
+            counts = [answers.count(t) for t in best[r2]]
+            low, high = low + min(counts), high + max(counts)
+        assert low / len(rows) <= found[name] <= high / len(rows)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -146,6 +268,9 @@ def test_triples_are_read_merged_and_left_out(tmp_path):
         (b"# only this\n", r"bad.tsv: no usable triple \(0 read"),
         (b"a\tr\tb\na\tr\tc\n", r"bad.tsv: no usable triple \(2 read"),
         (b"a\tr\tb\nc\tr\td\n", "bad.tsv: no two-hop path"),
+        (b"a\tr\tb\rb\tr\tc\r", "bad.tsv:1: .* a line end, got 5"),
+        (b"a\tr\tb\0\n", "bad.tsv:1: .* got 3 field"),
+        (b"".join(b"%d\t%d\t%d\n" % (i, i, i + 1) for i in range(12_000)), "too many for a table"),
     ],
 )
 def test_bad_triples_say_where_and_why(tmp_path, text, words):
@@ -229,7 +354,7 @@ def test_a_split_never_asks_what_it_trains(seed):
 def test_to_moves_every_tensor():
     moved = vars(kg_world().to(torch.int32))  # a dtype stands in for a device
     tensors = list(moved.pop("masks").values()) + list(moved.values())
-    assert [tensor.dtype for tensor in tensors] == [torch.int32] * (5 + 7)
+    assert [tensor.dtype for tensor in tensors] == [torch.int32] * (5 + 8)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -353,7 +478,7 @@ def test_edits_are_id_facts_with_another_tail_of_their_relation(n):
     again, other = kg.draw_edits(paths, n, generator()), kg.draw_edits(paths, n, generator(1))
     assert torch.equal(again[0], fact) and torch.equal(again[1], new)
     assert not torch.equal(other[0], fact)
-    edit, tokens, answer = kg.questions(paths, fact, new)
+    edit, tokens, answer, _ = kg.questions(paths, fact, new)
     assert torch.equal(tokens, paths.facts[fact, :2] + torch.tensor([0, 10]))
     assert torch.equal(edit, torch.arange(len(fact))) and torch.equal(answer, new)
 
@@ -2017,7 +2142,7 @@ def test_a_run_writes_what_it_promises(finished):
     assert results["accuracy"].keys() == names
     kinds = [(e["method"], e["target"]) for e in results["edits"]]
     assert kinds == minedit.CORE_EDITS
-    keys = "method target site pass n direct hop1 hop2 probes_hop1 probes_hop2"
+    keys = "method target site pass n direct hop1 hop1_held_out hop2 shrink probes_hop1 probes_hop2"
     keys += " unrelated_one_hop_moved unrelated_two_hop_moved"
     for entry in results["edits"]:
         assert set(keys.split()) == entry.keys()
@@ -2180,6 +2305,12 @@ BAD_OPTIONS = {
     "--ablate --label-noise 0": "--label-noise",
     "--mass-edit --lam 0": "--lam must be positive",
     "--mass-edit --lam inf": "--lam must be positive",
+    "--edit --shrink -1": "--shrink",
+    "--edit --shrink nan": "--shrink",
+    "--triples results/countries.tsv --tails some": "--tails",
+    "--triples results/countries.tsv --most-tails 0": "most_tails",
+    "--triples results/countries.tsv --clones -1": "clones",
+    "--most-paths 0": "--most-paths",
     "--triples results/countries.tsv --entities 5": "not with --triples",
 }
 
@@ -2289,6 +2420,46 @@ def test_the_a_priori_site_is_fixed_without_the_facts_that_are_edited(world, mon
     assert chosen.site.module == "blocks.1.feed_forward.down" and chosen.n > 10
     nothing = (paths, fact, ~known, generator())
     assert minedit.a_priori_site(tiny_model("dense"), *nothing).site.at_pass == 0
+
+
+def test_a_shrunk_site_goes_from_rome_to_the_least_change_of_the_weight(world):
+    at = world.at
+    k = at.keys[world.requests.fact].double()
+    wide = editing.shrunk(at, 0.3)
+    mean = torch.linalg.eigvalsh(at.C).mean()
+    close(wide.C, at.C + 0.3 * mean * torch.eye(len(at.C), dtype=at.C.dtype), 1e-12)
+    assert wide.shrink == 0.3 and editing.shrunk(at, 0).C.equal(at.C)
+    least = editing.direction("rome", editing.shrunk(at, 1e9), world.requests).double()
+    close(least, k / k.square().sum(1, keepdim=True), 1e-6)  # C plays no part any more
+    for bad in ((at, -1.0), (at, float("nan")), (wide, 0.1)):
+        with pytest.raises(ValueError, match="shrink an unshrunk site"):
+            editing.shrunk(*bad)
+
+
+def test_a_shrinkage_is_chosen_on_other_facts_within_its_bound(world, monkeypatch):
+    known = minedit.what_is_known(world.model, world.paths)
+    known = known._replace(facts=~world.paths.ood_fact)  # of a model that knows them
+    edited, seen = world.requests.fact, {}
+    followed = [0.1, 0.5, 0.6, 0.895, 0.9, 0.95, 1.0]
+    moved = [0.0, 0.0, 0.0, 0.01, 0.01, 0.02, 0.3]
+
+    def watched(model, edits, probes):
+        i = minedit.SHRINKS.index(edits.at.shrink)
+        seen[i] = set(probes.direct.tokens[:, 0].tolist()), probes.direct
+        none = dict.fromkeys(("probes_hop1", "probes_hop2", "unrelated_two_hop_moved"))
+        fixed = dict(method="rome", target="prototype", site="", at_pass=0, n=1, direct=1.0, **none)
+        hops = dict(hop1=followed[i], hop1_held_out=None, hop2=followed[i])
+        return minedit.EditRecord(**fixed, **hops, unrelated_one_hop_moved=moved[i])
+
+    monkeypatch.setattr(minedit, "score", watched)
+    found = minedit.choose_shrinkage(
+        world.model, world.paths, known, edited, world.at, 0, generator()
+    )
+    assert found.chosen == minedit.SHRINKS[3], "the smallest within 0.01 of the best allowed"
+    assert sorted(seen) == list(range(7)) and found.n > 3
+    for _, direct in seen.values():
+        for query in world.requests.tokens:
+            assert not (direct.tokens == query).all(1).any(), "an edited fact was used"
 
 
 class Case:
