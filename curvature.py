@@ -47,14 +47,63 @@ from torch import Tensor, nn
 # --- Positions: the inputs and the gradients of a layer -------------------------------------------
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
-    """The layer of that name; ValueError for an unknown name, TypeError for another kind."""
+class Layer(NamedTuple):
+    """A linear layer: it returns x W^T (+ bias), W [d_out, d_in] = weight, or weight^T where it is
+    the other way round, as in the `Conv1D` of GPT-2."""
+
+    module: nn.Module
+    weight: Tensor  # as the module holds it
+    matrix: Tensor  # [d_out, d_in], a view of it
+
+    @torch.no_grad()
+    def maps(self) -> bool:
+        """Whether the module maps by `matrix`, up to rounding."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.matrix.shape[1], generator=generator).to(self.weight)
+        both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                found, bias = self.module.forward(both)[0]
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it wants another shape
+            return False
+        wanted = double(self.matrix) @ double(x)
+        left = (double(found) - double(bias) - wanted).norm()
+        slack = 8 * torch.finfo(x.dtype).eps ** 0.75
+        return bool(left <= slack * (wanted.norm() + double(bias).norm()))
+
+
+def linear(model: nn.Module, name: str) -> Layer:
+    """The layer of that name; ValueError for an unknown name or a weight that is computed, so that
+    what is written there would be lost, TypeError for what is no linear layer."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(modules.get(name), nn.Linear):
-        return modules[name]
-    names = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
-    message = f"{name!r} is no nn.Linear of the model; such are {names[:8]}"
-    raise TypeError(message) if name in modules else ValueError(message)
+    if name not in modules:
+        names = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
+        raise ValueError(f"{name!r} is no layer of the model; such are {names[:8]}")
+    weight = modules[name]._parameters.get("weight")
+    if weight is None and isinstance(getattr(modules[name], "weight", None), Tensor):
+        raise ValueError(f"the weight of {name!r} is computed (weight_norm, pruning, ...)")
+    if weight is not None and weight.dim() == 2:
+        for matrix in (weight, weight.mT):
+            layer = Layer(modules[name], weight, matrix)
+            if layer.maps():
+                return layer
+    raise TypeError(f"{name!r} is no linear layer: it has no weight that maps what it is handed")
+
+
+def logits_of(output) -> Tensor:
+    """The logits of what a model returns: a tensor, an object with `.logits`, or a tuple or list
+    that begins with them. TypeError for anything else, ValueError for a single class."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "the model must return logits [..., classes], a tuple that begins with them or an object"
+            f" with .logits, not {type(found).__name__}"
+        )
+    if found.dim() == 0 or found.shape[-1] < 2:
+        raise ValueError(f"logits must be [..., classes >= 2], got {list(found.shape)}")
+    return found
 
 
 @contextmanager
@@ -106,16 +155,20 @@ def record_batch(
     """One forward and one backward pass: see `kronecker_factors`."""
     seen = []
 
-    def watch(name, _, arguments, output):
+    def watch(name, _, arguments, keywords, output):
         zero = torch.zeros_like(output, requires_grad=True)  # g is the gradient at this zero
-        seen.append((name, arguments[0].detach().clone(), zero))  # the model may overwrite it
+        a = (*arguments, *keywords.values())[0]
+        seen.append((name, a.detach().clone(), zero))  # the model may overwrite it
         return output + zero
 
     with ExitStack() as undo:
         for name in layers:
-            undo.enter_context(linear(model, name).register_forward_hook(partial(watch, name)))
-        output = model(inputs)
+            hook = partial(watch, name)
+            module = linear(model, name).module
+            undo.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        output = logits_of(model(inputs))
     logits, gold = counted(output, targets)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not logits.detach().softmax(-1).isfinite().all():
         raise ValueError("the logits are not finite; look for inf or nan in weights and inputs")
     zeros = [zero for _, _, zero in seen]
@@ -385,7 +438,7 @@ def ablate(
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the
     old ones."""
-    old = {name: linear(model, name).weight.detach().clone() for name in weights}
+    old = {name: linear(model, name).matrix.detach().clone() for name in weights}
     for name, W in weights.items():
         if W.shape != old[name].shape or not W.isfinite().all():
             wanted = f"finite and {list(old[name].shape)}"
@@ -399,4 +452,5 @@ def ablated(model: nn.Module, weights: dict[str, Tensor]):
 
 def write(model: nn.Module, weights: dict[str, Tensor]):
     for name, W in weights.items():
-        linear(model, name).weight.data.copy_(W)
+        linear(model, name).matrix.data.copy_(W)
+    torch.clear_autocast_cache()  # of casts of the weights before

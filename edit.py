@@ -36,9 +36,10 @@ end), or r comes by gradient descent on -log p(wanted answer) of the model with 
             [ 0.5000,  0.2500]], dtype=torch.float64)
 
 K: keys [n, d_in]; R: residuals [n, d_out]; C: `second_moment` E[k k^T] [d_in, d_in]; lam: its
-weight. A **site** is an `nn.Linear` by name and the number of its call in a forward pass. The file
-needs torch alone, and any model called as `model(tokens) -> logits [batch, token, answers]`. Left
-out: biases, several keys averaged for one fact as in [2].
+weight. A **site** is a linear layer by name and the number of its call in a forward pass. The file
+needs torch alone, and any model called as `model(tokens) -> logits [batch, token, answers]`
+(`Adapted` makes others so). Layers are `nn.Linear` or anything that maps by a 2-D weight, either way
+round; W and dW are [d_out, d_in] throughout, and values are without the bias.
 
 [1] Niu 2026, arXiv 2606.20737 (the single-row edit).
 [2] Meng et al. 2022, ROME, arXiv 2202.05262, equation 2.
@@ -419,12 +420,14 @@ def why_singular(X: Tensor, lam: float) -> str:
 
 
 def outcome(dW: Tensor, K: Tensor, R: Tensor, W: Tensor | None = None) -> dict:
-    """Of the update as it is returned, rounding included: "residual_left" [n], |r - dW k| of each
-    request, and, with W at hand, "relative_norm", |dW| / |W|."""
-    found = {"residual_left": (double(R) - double(K) @ double(dW).T).norm(dim=-1)}
+    """Of the update as it is returned: "residual_left" [n], |r - dW k| of each request, and, with W
+    at hand, "relative_norm", |dW| / |W|; dW is then what W + dW, rounded as W is, adds to W."""
+    written, found = double(dW), {}
     if W is not None:
-        found["relative_norm"] = float(double(dW).norm() / double(W).norm())
-    return found
+        found["relative_norm"] = float(written.norm() / double(W).norm())
+        written = double(cast(double(W) + written.to(double(W).device), W)) - double(W)
+    left = double(R) - double(K) @ written.T
+    return {"residual_left": left.norm(dim=-1)} | found
 
 
 def diagnose(
@@ -467,24 +470,126 @@ def largest_cosine(U: Tensor, chunk: int = 512) -> tuple[float, int, int]:
     return best
 
 
+# --- Models of others -----------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A linear layer: it returns x W^T (+ bias), W [d_out, d_in] = weight, or weight^T where it is
+    the other way round, as in the `Conv1D` of GPT-2."""
+
+    module: nn.Module
+    weight: Tensor  # as the module holds it
+    matrix: Tensor  # [d_out, d_in], a view of it
+
+    @torch.no_grad()
+    def returns(self, x: Tensor) -> bool:
+        """Whether the module maps x [d_in] by `matrix`, up to rounding."""
+        x = x.to(self.weight) / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny).to(self.weight)
+        both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                found, bias = self.module.forward(both)[0]
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ):  # it wants another shape, or no tensor
+            return False
+        wanted = double(self.matrix) @ double(x)
+        left = double(found) - double(bias) - wanted
+        size = wanted.norm() + double(bias).norm()
+        return bool(left.norm() <= 8 * torch.finfo(x.dtype).eps ** 0.75 * size)
+
+
+def layer_of(model: nn.Module, name: str) -> Layer:
+    """The layer of that name, which way round it is found by asking it. ValueError where it is no
+    linear layer or its weight is computed, so that what is written there would be lost."""
+    module = model.get_submodule(name)
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        raise ValueError(
+            f"{name} has no weight [d_out, d_in] among its parameters; a weight that is computed "
+            "(weight_norm, pruning, ...) has to be made a parameter before it can be edited"
+        )
+    for matrix in (weight, weight.mT):
+        layer = Layer(module, weight, matrix)
+        generator = torch.Generator().manual_seed(0)
+        if layer.returns(torch.randn(matrix.shape[1], generator=generator).to(weight)):
+            return layer
+    raise ValueError(f"{name} is no linear layer: it does not map what it is handed by its weight")
+
+
+class Adapted(nn.Module):
+    """Any model as it is called here, adapted(tokens) -> logits, by call(model, tokens); names of
+    layers are the model's own: Adapted(gpt2, lambda m, t: m(input_ids=t, attention_mask=t != 0)).
+    """
+
+    def __init__(self, model: nn.Module, call):
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, tokens: Tensor):
+        return self.call(self.model, tokens)
+
+    def get_submodule(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+
+def logits_of(output) -> Tensor:
+    """The logits [batch, token, answers] of what a model returns: a tensor, an object with
+    `.logits`, or a tuple or list that begins with them. TypeError for anything else."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or found.dim() != 3:
+        kind = (
+            f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        )
+        raise TypeError(
+            "the model must return logits [batch, token, answers], a tuple that begins with them or "
+            f"an object with .logits, not {kind}; use edit.Adapted"
+        )
+    return found
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """Inside, no dropout and no running statistics; after it every module has its own mode again.
+    RuntimeError under torch.inference_mode, in which no gradient can be taken."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("edits need gradients: use torch.no_grad, not torch.inference_mode")
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 # --- Putting an edit into a model -----------------------------------------------------------------
 
 
 @torch.no_grad()
 def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add updates {layer name: dW} to the weights for good; returns the old weights, for `restore`.
-    ValueError, and no change, where an update is not finite, not of the weight's shape, or the sum
-    does not fit the weight's dtype."""
+    """Add updates {layer name: dW [d_out, d_in]} to the weights for good; returns the old weights,
+    for `restore`. ValueError, and no change, where an update is not finite, not of the weight's
+    shape, or the sum does not fit the weight's dtype; where the layer, asked afterwards, does not
+    return what was written."""
     old = {}
     try:
         for name, dW in updates.items():
-            W = model.get_submodule(name).weight
+            layer = layer_of(model, name)
+            W = layer.matrix
             if W.shape != dW.shape or not dW.isfinite().all():
                 raise ValueError(
                     f"the update of {name} must be finite and {list(W.shape)}, got {list(dW.shape)}"
                 )
-            old[name] = W.detach().clone()
+            old[name] = layer.weight.detach().clone()
             W.copy_(cast(double(W) + double(dW).to(double(W).device), W))
+            torch.clear_autocast_cache()  # of casts of the old weight
+            if not layer.returns(dW[dW.norm(dim=1).argmax()]):
+                raise ValueError(f"{name} does not return what was written to its weight")
     except Exception:
         restore(model, old)
         raise
@@ -496,6 +601,7 @@ def restore(model: nn.Module, old: dict[str, Tensor]):
     """Put back the weights that `apply_edit` returned, bit for bit."""
     for name, weight in reversed(old.items()):  # two names may mean one layer
         model.get_submodule(name).weight.copy_(weight)
+    torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -516,23 +622,23 @@ def intervene(module: nn.Module, change, calls=None):
     then is for one forward pass."""
     n_calls = 0
 
-    def hook(_, inputs, output):
+    def hook(_, arguments, keywords, output):
         nonlocal n_calls
         n_calls += 1
         if calls is None or n_calls - 1 in calls:
-            return change(inputs[0], output)
+            return change((*arguments, *keywords.values())[0], output)
 
-    with module.register_forward_hook(hook):
+    with module.register_forward_hook(hook, with_kwargs=True):
         yield
 
 
-def rank_one(layer: nn.Linear, u: Tensor, r: Tensor, calls=None):
+def rank_one(layer: nn.Module, u: Tensor, r: Tensor, calls=None):
     """Inside, example b of a batch sees its own edit, W + r_b u_b^T, at every call of the layer or
     at the `calls` given (see `intervene`), and W is untouched: u [batch, d_in], r [batch, d_out].
     """
 
     def change(k, value):  # (W + r u^T) k = W k + r (u k)
-        return value + torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None]
+        return value + (torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None]).to(value)
 
     return intervene(layer, change, calls)
 
@@ -550,10 +656,13 @@ def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor,
         inputs.append(key)
         outputs.append(value)
 
-    with intervene(module, keep):
+    with evaluation_mode(model), intervene(module, keep):
         model(tokens)
     if not inputs:
-        raise ValueError("the layer is not called when the model reads these tokens")
+        raise ValueError(
+            "the layer is not called when the model reads these tokens (a compiled model does not "
+            "tell: use the one that it was made from)"
+        )
     return torch.stack(inputs), torch.stack(outputs)
 
 
@@ -569,24 +678,36 @@ def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Ten
 
 
 def last_token(
-    model: nn.Module, name: str, call: int, tokens: Tensor, chunk: int = 1024
+    model: nn.Module,
+    name: str,
+    call: int,
+    tokens: Tensor,
+    chunk: int = 1024,
+    position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `at_call`, at the last token alone: input [n, d_in] and output [n, d_out]."""
+    """As `at_call`, at the last token alone, or at the `position` [n] of each prompt: input [n,
+    d_in] and output [n, d_out]."""
+    if position is None:
+        position = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
     inputs, outputs = [], []
-    for part in tokens.split(chunk):
+    for part, place in zip(tokens.split(chunk), position.split(chunk)):
         key, value = at_call(model, name, call, part)
         if key.dim() != 3 or key.shape[:2] != part.shape:
             raise ValueError(f"{name} must be handed [batch, token, d], got {list(key.shape)}")
-        inputs.append(key[:, -1].clone())
-        outputs.append(value[:, -1].clone())
+        row = torch.arange(len(part), device=part.device)
+        inputs.append(key[row, place])
+        outputs.append(value[row, place])
     return torch.cat(inputs), torch.cat(outputs)
 
 
 class Moment:
     """C of a layer over several inputs, chunk by chunk: every token counts the same."""
 
-    def __init__(self, model: nn.Module, layer: nn.Linear, chunk: int = 1024):
-        self.model, self.layer, self.chunk = model, layer, chunk
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, chunk: int = 1024, pad: int | None = None
+    ):
+        """`pad`: a token that does not count."""
+        self.model, self.layer, self.chunk, self.pad = model, layer, chunk, pad
         self.total, self.n = 0, 0
 
     def add(self, tokens: Tensor, call: int | None = None) -> "Moment":
@@ -595,7 +716,9 @@ class Moment:
             keys, _ = record(self.model, self.layer, part)  # [call, batch, token, d_in]
             if call is not None:
                 keys = keys[call : call + 1]
-            keys = keys.flatten(0, -2)
+            keys = (
+                keys.flatten(0, -2) if self.pad is None else keys[:, part != self.pad].flatten(0, 1)
+            )
             self.total = self.total + second_moment(keys) * len(keys)
             self.n += len(keys)
         return self
@@ -615,9 +738,11 @@ class Requests:
     tokens: Tensor  # [n, token] the query
     old: Tensor  # [n] the answer now
     new: Tensor  # [n] the answer wanted
+    targets: Tensor | None = None  # [n, token] an answer of several tokens: see `prompts`
 
     def __getitem__(self, rows) -> "Requests":
-        return Requests(self.fact[rows], self.tokens[rows], self.old[rows], self.new[rows])
+        targets = None if self.targets is None else self.targets[rows]
+        return Requests(self.fact[rows], self.tokens[rows], self.old[rows], self.new[rows], targets)
 
     def __len__(self) -> int:
         return len(self.fact)
@@ -634,16 +759,47 @@ class Requests:
             first[fact] = j
 
 
+class Prompts(NamedTuple):
+    """Prompts of several lengths, each followed by its answer, as a model learns to read them."""
+
+    tokens: Tensor  # [n, token]
+    position: Tensor  # [n] of the token whose key stands for the fact
+    targets: Tensor  # [n, token] the answer, each token where it is to be answered, -100 elsewhere
+
+
+def prompts(
+    texts: list[list[int]],
+    answers: list[list[int]],
+    pad: int,
+    subject: list[int] | None = None,
+    side: str = "right",
+) -> Prompts:
+    """Prompts and answers, lists of tokens, with padding on a side. `subject`: the place of each
+    prompt's last subject token, where ROME reads the key [2]; None: the prompt's last token."""
+    width = max(len(text) + len(answer) - 1 for text, answer in zip(texts, answers, strict=True))
+    tokens = torch.full((len(texts), width), pad)
+    targets = torch.full((len(texts), width), -100)
+    position = torch.zeros(len(texts), dtype=torch.long)
+    for i, (text, answer) in enumerate(zip(texts, answers)):
+        read = text + answer[:-1]  # the last token of an answer is answered, not read
+        start = 0 if side == "right" else width - len(read)
+        tokens[i, start : start + len(read)] = torch.tensor(read)
+        first = start + len(text) - 1  # here the answer begins
+        targets[i, first : first + len(answer)] = torch.tensor(answer)
+        position[i] = first if subject is None else start + subject[i]
+    return Prompts(tokens, position, targets)
+
+
 @dataclass
 class Site:
     """What an edit needs to know of one layer at one call: gathered once, used by every method."""
 
     name: str  # of the nn.Linear
     call: int  # which of its calls within a forward pass, from 0
-    layer: nn.Linear
+    layer: nn.Module
     C: Tensor  # [d_in, d_in] second moment of ordinary keys
     keys: Tensor  # [n_facts, d_in] at the last token of each fact's query
-    values: Tensor  # [n_facts, d_out]
+    values: Tensor  # [n_facts, d_out], W k, without a bias
     shrink: float = 0.0  # C holds this share of its mean eigenvalue more in every direction
 
 
@@ -659,17 +815,36 @@ def shrunk(at: Site, shrink: float) -> Site:
 
 
 def site(
-    model: nn.Module, name: str, call: int, queries: Tensor, ordinary: Tensor | None = None
+    model: nn.Module,
+    name: str,
+    call: int,
+    queries: Tensor,
+    ordinary: Tensor | None = None,
+    *,
+    position: Tensor | None = None,
+    phrasings: list[tuple[Tensor, Tensor | None]] = (),
+    pad: int | None = None,
+    chunk: int = 1024,
 ) -> Site:
     """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more
     inputs, with values to keep. C is the mean of k k^T over every token of the queries at all calls
-    of the layer, since an edit acts at all of them, and of `ordinary` at this call alone."""
-    layer = model.get_submodule(name)
-    keys, values = last_token(model, name, call, queries)
-    moment = Moment(model, layer).add(queries)
+    of the layer, since an edit acts at all of them, and of `ordinary` at this call alone; the token
+    `pad` does not count. Keys are read at the last token or at `position` [n_facts]; with other
+    `phrasings` of the facts, (tokens, position) each, a key is the mean over all, and the value
+    that of this very key. `chunk`: how many inputs are read at a time."""
+    layer = layer_of(model, name)
+    bias = getattr(layer.module, "bias", None)
+    keys, values = last_token(model, name, call, queries, chunk, position)
+    if phrasings:
+        others = [last_token(model, name, call, t, chunk, at)[0] for t, at in phrasings]
+        keys = torch.stack([keys, *others]).mean(0)
+        values = keys @ layer.matrix.detach().mT
+    elif bias is not None:
+        values = values - bias.detach()
+    moment = Moment(model, layer.module, chunk, pad).add(queries)
     if ordinary is not None:
         moment.add(ordinary, call)
-    return Site(name, call, layer, moment.mean(), keys, values)
+    return Site(name, call, layer.module, moment.mean(), keys, values)
 
 
 def direction(method: str, at: Site, requests: Requests, lam: float = 1.0) -> Tensor:
@@ -720,38 +895,77 @@ def gradient_residual(
     clamp: float = 4.0,
     batch: int | None = None,
     penalty=None,
+    diagnostics: dict | None = None,
 ) -> Tensor:
     """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|,
     by Adam on r in units of |v0|; v0 = W k. The model runs with W + r u^T at every call of the
     layer, as after the edit; each request for itself, `batch` at a time (None: all). A penalty adds
-    penalty(v0 + r, |v0|), of [batch, d_out] and [batch, 1], to the summed loss."""
-    parts = []
-    usual = at.values.norm(dim=-1).mean()
+    penalty(v0 + r, |v0|), of [batch, d_out] and [batch, 1], to the summed loss. diagnostics:
+    "probability" [n] of the wanted answer with r in place, "reached" [n] whether it is answered."""
+    parts, probability, reached = [], [], []
+    usual = at.values.float().norm(dim=-1).mean()
+    wide = torch.promote_types(at.values.dtype, torch.float32)  # sought in float32 at least
     for i in torch.arange(len(u), device=u.device).split(batch or max(1, len(u))):
-        v0 = at.values[requests.fact[i]]
+        mine = requests[i]
+        v0 = at.values[mine.fact].to(wide)
         size = v0.norm(dim=-1, keepdim=True)
         size = torch.where(size > 0, size, usual)  # the site may return nothing
         scaled = torch.zeros_like(v0, requires_grad=True)  # r in units of |v0|
         optimizer = torch.optim.Adam([scaled], lr=lr)
-        for _ in range(steps):
-            with rank_one(at.layer, u[i], scaled * size):
-                logits = model(requests.tokens[i])[:, -1]
-            loss = F.cross_entropy(logits, requests.new[i], reduction="sum")
-            loss = loss + decay * scaled.square().sum()
-            if penalty is not None:
-                loss = loss + penalty(v0 + scaled * size, size)
-            (scaled.grad,) = torch.autograd.grad(loss, scaled)
-            optimizer.step()
-            length = scaled.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            scaled.data *= (clamp / length).clamp(max=1)
-        parts.append((scaled * size).detach())
+        with evaluation_mode(model), torch.enable_grad():
+            for step in range(steps):
+                with rank_one(at.layer, u[i], scaled * size):
+                    loss = answered(logits_of(model(mine.tokens)), mine)[0].sum()
+                if step == 0:
+                    check_gradient(loss, scaled)
+                loss = loss + decay * scaled.square().sum()
+                if penalty is not None:
+                    loss = loss + penalty(v0 + scaled * size, size)
+                (scaled.grad,) = torch.autograd.grad(loss, scaled)
+                optimizer.step()
+                length = scaled.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+                scaled.data *= (clamp / length).clamp(max=1)
+        r = (scaled * size).detach()
+        parts.append(r)
+        if diagnostics is not None:
+            with evaluation_mode(model), torch.no_grad(), rank_one(at.layer, u[i], r):
+                loss, hit = answered(logits_of(model(mine.tokens)), mine)
+            probability.append((-loss).exp())
+            reached.append(hit)
+    if diagnostics is not None:
+        diagnostics |= {"probability": torch.cat(probability), "reached": torch.cat(reached)}
     return torch.cat(parts)
+
+
+def check_gradient(loss: Tensor, x: Tensor):
+    """ValueError where the loss does not depend on x, as far as autograd can tell."""
+    found = None
+    if loss.requires_grad:
+        (found,) = torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True)
+    if found is None or not found.isfinite().all():
+        raise ValueError(
+            "the loss of the wanted answers has no (finite) gradient to what the layer returns: is "
+            "it checkpointed (use_reentrant), detached, or in a dtype that overflows?"
+        )
+
+
+def answered(logits: Tensor, requests: Requests) -> tuple[Tensor, Tensor]:
+    """-log p of each wanted answer [n], all of its tokens, and whether it is what the model answers
+    [n], bool."""
+    if requests.targets is None:
+        logits, targets = logits[:, -1:], requests.new[:, None]
+    else:
+        targets = requests.targets
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    flat = logits.flatten(0, 1).to(wide)
+    loss = F.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets).sum(1)
+    return loss, ((logits.argmax(-1) == targets) | (targets == -100)).all(1)
 
 
 @torch.no_grad()
 def answers_under_edits(
     model: nn.Module,
-    layer: nn.Linear,
+    layer: nn.Module,
     u: Tensor,
     r: Tensor,
     edit: Tensor,
@@ -762,9 +976,10 @@ def answers_under_edits(
     """The model's answers [m] to questions tokens [m, token], each asked with its own edit in
     place: W + r u^T of row edit [m] in u [n, d_in], r [n, d_out] (`calls`: see `rank_one`)."""
     answers = []
-    for i, part in zip(edit.split(chunk), tokens.split(chunk)):
-        with rank_one(layer, u[i], r[i], calls):
-            answers.append(model(part)[:, -1].argmax(-1))
+    with evaluation_mode(model):
+        for i, part in zip(edit.split(chunk), tokens.split(chunk)):
+            with rank_one(layer, u[i], r[i], calls):
+                answers.append(logits_of(model(part))[:, -1].argmax(-1))
     return torch.cat(answers)
 
 
@@ -810,7 +1025,7 @@ def memit_layers(
                 moments[i],
                 lam,
                 carried=carried.get(name),
-                W=model.get_submodule(name).weight,
+                W=layer_of(model, name).matrix,
                 diagnostics=notes,
             )
             edits.enter_context(edited(model, {name: dW}))
@@ -896,12 +1111,14 @@ def trace(
     n, n_tokens = clean.shape
     back = torch.zeros(len(sites), n_tokens, n, dtype=torch.float64)
     rise = torch.zeros_like(back)
-    before = probability(model(corrupted)[:, -1], answer)
+    with evaluation_mode(model):
+        before = probability(logits_of(model(corrupted))[:, -1], answer)
     for i, (name, call) in enumerate(sites):
         state = at_call(model, name, call, clean)[1]  # [n, token, d]
         for token in range(n_tokens):
-            with interchange(model, name, call, token, state[:, token]):
-                logits = model(corrupted)[:, -1]
+            swap = interchange(model, name, call, token, state[:, token])
+            with evaluation_mode(model), swap:
+                logits = logits_of(model(corrupted))[:, -1]
             back[i, token] = logits.argmax(-1) == answer
             rise[i, token] = probability(logits, answer) - before
     return Traced(back, rise)

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import curvature
 import edit as editing
@@ -1866,8 +1867,8 @@ def test_ablated_weights_are_put_back_bit_for_bit():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"layers": ["blocks.0"]}, "blocks.0.*no nn.Linear.*blocks.0.attention.query"),
-        ({"layers": ["no.such"]}, "no.such.*no nn.Linear"),
+        ({"layers": ["blocks.0"]}, "blocks.0.*no linear layer"),
+        ({"layers": ["no.such"]}, "no.such.*no layer of the model.*blocks.0.attention.query"),
         ({"layers": []}, "list"),
         ({"layers": "memory.values"}, "list.*memory.values"),
         ({"layers": ["memory.values", "spare"]}, "spare.*never called"),
@@ -1919,6 +1920,309 @@ BAD_EDITS = {
 def test_bad_edits_are_refused(layer, words):
     with pytest.raises(ValueError, match=words):
         ablate(*BAD_EDITS[words](layer.W, layer.A, layer.G))
+
+
+# --- edit.py, curvature.py: models of others ------------------------------------------------------
+
+
+class Transposed(nn.Module):
+    """x W + b with W [d_in, d_out], as GPT-2's Conv1D."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(d_in, d_out, generator=generator(d_in)))
+        self.bias = nn.Parameter(torch.randn(d_out, generator=generator(d_out)))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+class Gpt(nn.Module):
+    """Two blocks of a causal mean, dropout and a feed-forward, in the ways models are written."""
+
+    def __init__(self, layer=nn.Linear, width=24, returns="logits", calls="plain", d=16):
+        super().__init__()
+        self.returns, self.calls = returns, calls
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.embedding, self.dropout = nn.Embedding(12, d), nn.Dropout(0.4)
+            self.up = nn.ModuleList(layer(d, width) for _ in range(2))
+            self.down = nn.ModuleList(layer(width, d) for _ in range(2))
+            self.head = nn.Linear(d, 12, bias=False)
+
+    def block(self, x, i):
+        h = self.dropout(torch.tanh(self.up[i](x)))
+        return x + (self.down[i](input=h) if self.calls == "keyword" else self.down[i](h))
+
+    def forward(self, tokens, mask=None):
+        mask = torch.ones_like(tokens) if mask is None else mask
+        x = self.embedding(tokens) * mask[..., None]
+        n = mask.cumsum(1).clamp(min=1)[..., None]
+        for i in range(2):
+            x = x.cumsum(1) / n + x
+            if self.calls == "checkpoint":
+                x = torch.utils.checkpoint.checkpoint(self.block, x, i, use_reentrant=True)
+            else:
+                x = self.block(x, i)
+            x = x * mask[..., None]
+        logits = self.head(x)
+        made = {"logits": logits, "tuple": (logits, None), "text": "no logits"}
+        return made.get(self.returns) if self.returns != "object" else Output(logits)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+PROMPT, STORE = torch.tensor([[1, 5, 3]]), "down.1"
+
+
+def edit_to(model, answer=7, **options):
+    """The answer of the model, edited as in the README, and what the search for r says of itself."""
+    texts = torch.randint(12, (64, 5), generator=generator())
+    at = editing.site(model, STORE, 0, PROMPT, texts)
+    request = editing.Requests(torch.tensor([0]), PROMPT, torch.tensor([0]), torch.tensor([answer]))
+    u, notes = editing.direction("rome", at, request), {}
+    r = editing.gradient_residual(model, at, request, u, diagnostics=notes, **options)
+    with editing.edited(model, {STORE: torch.outer(r[0].float(), u[0].float())}):
+        with torch.no_grad():
+            found = editing.logits_of(model.eval()(PROMPT))[0, -1].argmax().item()
+    return found, notes
+
+
+FOREIGN = {
+    "plain": {},
+    "transposed": {"layer": Transposed},
+    "transposed and square": {"layer": Transposed, "width": 16},
+    "a tuple": {"returns": "tuple"},
+    "an object": {"returns": "object"},
+    "keyword": {"calls": "keyword"},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("context", ["", "training", "no_grad", "autocast", "bfloat16", "float16"])
+def test_an_edit_of_a_foreign_model_is_what_the_model_answers(kind, context):
+    model = Gpt(**FOREIGN[kind])
+    if context in ("bfloat16", "float16"):
+        model.to(getattr(torch, context))
+    model.train(context == "training")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    assert model.eval()(PROMPT) is not None
+    model.train(context == "training")
+    contexts = {"no_grad": torch.no_grad(), "autocast": torch.autocast("cpu", torch.bfloat16)}
+    with contexts.get(context, contextlib.nullcontext()):
+        mode = model.training
+        found, notes = edit_to(model)
+        assert found == 7 and notes["reached"].all() and notes["probability"] > 0.5
+        model.train(mode)
+        plain = editing.logits_of(model.eval()(PROMPT))[0, -1].argmax()
+        assert plain != 7, "the old model after the block"
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_modes_and_buffers_are_left_alone():
+    model = nn.Sequential(nn.Embedding(12, 5), nn.BatchNorm1d(5), nn.Linear(5, 5)).train()
+    model[2].eval()
+    tokens = torch.randint(12, (6, 5), generator=generator())
+    editing.site(model, "2", 0, tokens)
+    assert [module.training for module in model] == [True, True, False]
+    assert model[1].num_batches_tracked == 0
+
+
+REFUSED = {
+    "text": (lambda: edit_to(Gpt(returns="text")), TypeError, "must return logits"),
+    "checkpoint": (lambda: edit_to(Gpt(calls="checkpoint")), ValueError, "no .* gradient"),
+    "weight_norm": (lambda: edit_to(computed_weight()), ValueError, "computed"),
+    "no linear layer": (lambda: edit_to(Gpt(layer=Scaled)), ValueError, "no linear layer"),
+}
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def computed_weight():
+    model = Gpt()
+    model.down[1] = nn.utils.parametrizations.weight_norm(model.down[1])
+    return model
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_edited_is_refused_with_the_reason(kind):
+    call, error, words = REFUSED[kind]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.inference_mode"):
+        edit_to(Gpt())
+
+
+def test_a_target_out_of_reach_says_so():
+    found, notes = edit_to(Gpt(), clamp=1e-3)
+    assert found != 7 and not notes["reached"].any() and notes["probability"] < 0.5
+
+
+def test_a_weight_that_is_not_what_the_layer_uses_is_restored():
+    model = Gpt()
+    kept = copy.deepcopy(model.down[1])
+    model.down[1].forward = kept.forward  # as if a cast of the old weight were kept
+    old = model.down[1].weight.clone()
+    with pytest.raises(ValueError, match="does not return what was written"):
+        editing.apply_edit(model, {STORE: torch.ones(16, 24)})
+    assert torch.equal(model.down[1].weight, old)
+
+
+def test_values_are_without_the_bias_so_that_rome_is_exact():
+    model = Gpt(layer=Transposed).double().eval()
+    at = editing.site(model, STORE, 0, PROMPT, torch.arange(12)[None])
+    W = editing.layer_of(model, STORE).matrix
+    close(at.values[0], W @ at.keys[0], 1e-12)
+    v = torch.linspace(-1, 1, 16).double()
+    dW = rome_update(W, at.C, at.keys[0], v)
+    with edited(model, {STORE: dW}):
+        returned = editing.last_token(model, STORE, 0, PROMPT)[1][0]
+    close(returned, v + model.down[1].bias, 1e-10)
+
+
+def test_diagnostics_are_of_the_rounded_weight():
+    W, k = torch.randn(8, 6, generator=generator()).bfloat16(), torch.ones(6)
+    C, notes = torch.eye(6).double(), {}
+    v = 1.01 * (W.double() @ k.double())
+    dW = rome_update(W, C, k, v, diagnostics=notes)
+    rounded = (W.double() + dW.double()).to(W.dtype).double()
+    left = (v - rounded @ k.double()).norm()
+    close(notes["residual_left"], left[None], 1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_several_lengths_are_read_each_at_its_own_token(side):
+    model = editing.Adapted(Gpt().double().eval(), lambda m, t: m(t, mask=t != 0))
+    texts, answers = [[1, 5, 3], [2, 4], [9, 8, 6, 3]], [[7], [5, 2], [11]]
+    made = editing.prompts(texts, answers, pad=0, subject=[1, 0, 3], side=side)
+    assert made.tokens.shape == made.targets.shape == (3, 4)
+    at = editing.site(model, STORE, 0, made.tokens, position=made.position, pad=0)
+    keys = []
+    for i, (text, answer) in enumerate(zip(texts, answers)):
+        read = torch.tensor([text + answer[:-1]])
+        key, value = editing.at_call(model, STORE, 0, read)
+        place = (1, 0, 3)[i]
+        close(at.keys[i], key[0, place], 1e-9)
+        close(at.values[i], value[0, place] - model.model.down[1].bias, 1e-9)
+        keys.append(key[0])
+        logits = model(made.tokens[i : i + 1])[0].log_softmax(-1)
+        alone = model(read)[0].log_softmax(-1)[len(text) - 1 :]
+        wanted = alone[range(len(answer)), answer].sum()
+        places = (made.targets[i] >= 0).nonzero().flatten()
+        close(logits[places, made.targets[i][places]].sum(), wanted, 1e-9)
+    close(at.C, second_moment(torch.cat(keys)), 1e-9)  # padding does not count
+
+
+def test_an_answer_of_several_tokens_is_sought_whole():
+    model = Gpt().eval()
+    made = editing.prompts([[1, 5, 3], [2, 4]], [[7, 2], [5, 9]], pad=0)
+    at = editing.site(model, STORE, 0, made.tokens, position=made.position)
+    new = torch.tensor([7, 5])
+    requests = editing.Requests(torch.arange(2), made.tokens, new, new, made.targets)
+    u, notes = editing.direction("rome", at, requests), {}
+    r = editing.gradient_residual(model, at, requests, u, steps=150, clamp=20.0, diagnostics=notes)
+    for i in range(2):
+        with editing.rank_one(model.down[1], u[i : i + 1], r[i : i + 1]):
+            log_p = model(made.tokens[i : i + 1])[0].log_softmax(-1)
+        places = (made.targets[i] >= 0).nonzero().flatten()
+        hit = log_p.argmax(-1)[places] == made.targets[i][places]
+        assert notes["reached"][i] == hit.all()
+        probability = log_p[places, made.targets[i][places]].sum().exp()
+        assert notes["probability"][i].item() == pytest.approx(probability.item(), rel=1e-3)
+    assert notes["probability"].min() > 0.01, "the second token counts too"
+
+
+def test_a_key_may_be_the_mean_over_phrasings():
+    model = Gpt().double().eval()
+    other = torch.tensor([[4, 1, 2]])
+    at = editing.site(model, STORE, 0, PROMPT, phrasings=[(other, torch.tensor([1]))])
+    keys = [editing.at_call(model, STORE, 0, t)[0][0, p] for t, p in ((PROMPT, 2), (other, 1))]
+    close(at.keys[0], (keys[0] + keys[1]) / 2, 1e-9)
+    close(at.values[0], model.down[1].weight @ at.keys[0], 1e-9)  # of this very key
+
+
+def test_factors_and_ablation_of_a_transposed_layer_are_those_of_a_linear_one():
+    plain, other = Gpt().double(), Gpt(layer=Transposed, returns="tuple").double()
+    for i in range(2):
+        for kind in ("up", "down"):
+            mine, its = getattr(plain, kind)[i], getattr(other, kind)[i]
+            its.weight.data, its.bias.data = mine.weight.data.T.contiguous(), mine.bias.data
+    other.embedding, other.head = plain.embedding, plain.head
+    tokens = torch.randint(12, (16, 5), generator=generator())
+    batches = [(tokens[:, :-1], tokens[:, 1:])]
+    found = []
+    for model in (plain, other):
+        factors = curvature.kronecker_factors(model, batches, F.cross_entropy, [STORE], "gold")
+        A, G = factors[STORE]
+        W = curvature.linear(model, STORE).matrix.detach()
+        kept = curvature.ablate(W, A, G, 0.7)
+        with curvature.ablated(model, {STORE: kept}), torch.no_grad():
+            logits = curvature.logits_of(model.eval()(tokens))
+        found.append((A, G, kept, logits))
+    for mine, its in zip(*found):
+        close(mine, its, 1e-10)
+
+
+def test_sampled_labels_want_two_classes():
+    with pytest.raises(ValueError, match="classes >= 2"):
+        curvature.kronecker_factors(
+            nn.Linear(3, 1), [(torch.zeros(4, 3), torch.zeros(4).long())], F.cross_entropy, [""]
+        )
+
+
+def test_factors_of_a_half_precision_model_with_many_positions_are_finite():
+    model = nn.Linear(4, 3).half()
+    x = torch.randn(72_000, 4, generator=generator()).half()
+    targets = torch.randint(3, (72_000,), generator=generator())
+    A, G = curvature.kronecker_factors(model, [(x, targets)], F.cross_entropy, [""])[""]
+    logits = model(x).float().softmax(-1)
+    exact = (torch.diag(logits.mean(0)) - logits.T @ logits / len(x)).detach()
+    close(G.float(), exact, 2e-2)
+
+
+def test_official_formulas_on_gpt2_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config).train()
+    name = "transformer.h.1.mlp.c_proj"
+    prompts = torch.randint(50, (20, 6), generator=generator())
+    at = editing.site(model, name, 0, prompts, torch.randint(50, (200, 8), generator=generator()))
+    W = editing.layer_of(model, name).matrix
+    assert W.shape == (32, 128)
+    k, C = at.keys.double(), at.C
+    C_inverse = torch.linalg.inv(C)
+    v = at.values.double().roll(1, 0)
+    R = v - at.values.double()
+    u = C_inverse @ k[0] / (k[0] @ C_inverse @ k[0])
+    close(editing.direction("rome", at, FirstFact)[0].double(), u, 1e-5)
+    close(
+        rome_update(W, C, at.keys[0], v[0]).double(), torch.outer(v[0] - W.double() @ k[0], u), 1e-5
+    )
+    lam = 15.0
+    wanted = torch.linalg.solve(lam * C + k.T @ k, k.T @ R).T
+    dW = memit_update(at.keys, R.float(), C, lam)
+    close(dW.double(), wanted, 1e-5)
+    plain = model.eval()(prompts).logits.detach()
+    with edited(model, {name: dW}), torch.no_grad():
+        returned = editing.last_token(model, name, 0, prompts)[1].double()
+        bias = model.get_submodule(name).bias.double()
+        close(returned, k @ (W.double()).T + bias, 1e-4)
+    assert torch.equal(model(prompts).logits, plain)
+
+
+class FirstFact:
+    fact = torch.tensor([0])
 
 
 # --- minedit.py: training -------------------------------------------------------------------------
