@@ -50,7 +50,7 @@ round; W and dW are [d_out, d_in] throughout, and values are without the bias.
 """
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -739,10 +739,11 @@ class Requests:
     old: Tensor  # [n] the answer now
     new: Tensor  # [n] the answer wanted
     targets: Tensor | None = None  # [n, token] an answer of several tokens: see `prompts`
+    position: Tensor | None = None  # [n] of the token at which the key is read; None: the last
 
     def __getitem__(self, rows) -> "Requests":
-        targets = None if self.targets is None else self.targets[rows]
-        return Requests(self.fact[rows], self.tokens[rows], self.old[rows], self.new[rows], targets)
+        mine = [getattr(self, f.name) for f in fields(self)]
+        return Requests(*(x if x is None else x[rows] for x in mine))
 
     def __len__(self) -> int:
         return len(self.fact)
@@ -995,26 +996,30 @@ def memit_layers(
     ordinary: Tensor,
     stream: tuple[str, int],
     diagnostics: dict | None = None,
+    *,
+    pad: int | None = None,
 ) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer
     name: dW}, for `edited`. `stream` (module name, call) reads the residual stream after all sites:
     its input at the last token should change by r [n, d_out]. Site after site, with the edits so
     far in place, what is missing there, divided by the number of sites left, is written by
     `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
-    came, over `ordinary` [n, token]. diagnostics[name, call]: see `diagnose`. ValueError for two
+    came, over `ordinary` [n, token] but for `pad`. diagnostics[name, call]: see `diagnose`. ValueError for two
     requests for one fact. In a loop dW sums what is written at each call, but acts at all of them:
     more sites need not bring the stream nearer."""
     requests.check_distinct()
     moments = []
     for name, call in sites:
-        moments.append(Moment(model, model.get_submodule(name)).add(ordinary, call).mean())
-    wanted = last_token(model, *stream, requests.tokens)[0] + r
+        moment = Moment(model, model.get_submodule(name), pad=pad)
+        moments.append(moment.add(ordinary, call).mean())
+    asked = {"tokens": requests.tokens, "position": requests.position}
+    wanted = last_token(model, *stream, **asked)[0] + r
     updates, carried = {}, {}
     with ExitStack() as edits:
         for i, (name, call) in enumerate(sites):
-            missing = wanted - last_token(model, *stream, requests.tokens)[0]
+            missing = wanted - last_token(model, *stream, **asked)[0]
             share = missing / (len(sites) - i)
-            keys = last_token(model, name, call, requests.tokens)[0]
+            keys = last_token(model, name, call, **asked)[0]
             alive = (keys != 0).any(-1)
             if not alive.any():
                 continue

@@ -728,7 +728,7 @@ def choose_shrinkage(
 ) -> Shrinkage:
     """The shrinkage of C (`editing.shrunk`) at which most follows of ROME's edits (prototype) of n
     ID facts other than those to be `edited`, where at most MOST_MOVED of the unrelated facts move;
-    of those within 0.01 of the best the smallest."""
+    of those within 0.005 of the best the smallest."""
     fact, new, _ = kg.draw_edits(paths, 2 * n + len(edited), generator)
     r, has_one = editing.prototype_residual(
         at, requests_for(paths, fact, new), paths.facts[:, 2], known.facts
@@ -749,7 +749,7 @@ def choose_shrinkage(
         moved.append(record.unrelated_one_hop_moved or 0.0)
     allowed = [i for i, share in enumerate(moved) if share <= MOST_MOVED] or [0]
     best = max(followed[i] for i in allowed)
-    chosen = min(SHRINKS[i] for i in allowed if followed[i] >= best - 0.01)
+    chosen = min(SHRINKS[i] for i in allowed if followed[i] >= best - 0.005)
     return Shrinkage(chosen, len(fact), followed, moved)
 
 
@@ -1320,7 +1320,7 @@ def parse(parser: argparse.ArgumentParser, argv, presets: dict[str, dict]) -> ar
             parser.set_defaults(**defaults)
             break
     if args.triples:
-        parser.set_defaults(entities=None, relations=None)
+        parser.set_defaults(entities=None, relations=None, batch=None)
     return parser.parse_args(argv)
 
 
@@ -1395,6 +1395,8 @@ def prepare(args, make_task=make_task, make_batches=Batches) -> list[Run]:
     runs = []
     try:
         graph = read_graph(args) if args.triples else None
+        if args.batch is None:  # a quarter of the facts, as of the synthetic graph
+            args.batch = min(1024, max(256, int((graph.facts >= 0).sum()) // 4))
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         for seed in range(args.seed, args.seed + args.seeds):
             task = make_task(args, seed, graph)

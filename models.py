@@ -55,9 +55,7 @@ class Config:
     ff_top_k: int = option(64, "units of it that one token may use, 0: all")
     slots: int = option(1024, "rows of the shared memory")
     top_k: int = option(64, "slots that one read may use")
-    addressing: str = option(
-        "groups", "groups: the best of each of top_k groups; topk: the top_k best"
-    )
+    addressing: str = option("groups", "groups: best of each of top_k; topk: top_k best; gelu: all")
 
     def __post_init__(self):
         sizes = ["n_entities", "n_relations", "d_model", "n_heads", "depth", "blocks", "d_ff"]
@@ -67,8 +65,8 @@ class Config:
         if self.d_model % (2 * self.n_heads):
             clash = f"{self.d_model} and {self.n_heads}"
             raise ValueError(f"d_model must be a multiple of 2 * n_heads, got {clash}")
-        if self.addressing not in ("groups", "topk"):
-            raise ValueError(f"addressing must be 'groups' or 'topk', got {self.addressing!r}")
+        if self.addressing not in ("groups", "topk", "gelu"):
+            raise ValueError(f"addressing is groups, topk or gelu, got {self.addressing!r}")
         if self.memory:
             self._check_winners("slots", "top_k")
         if self.private:
@@ -124,7 +122,9 @@ class Attention(nn.Module):
 def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
     """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width].
     "topk": the top_k largest win, ties aside. "groups", far cheaper: the best of each of top_k
-    groups, entry j in group j % top_k. top_k = 0: all win."""
+    groups, entry j in group j % top_k. top_k = 0: all win. "gelu": gelu(score), dense."""
+    if addressing == "gelu":
+        return F.gelu(scores)
     if not top_k:
         return scores.relu().square()
     if addressing == "topk":

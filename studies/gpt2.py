@@ -4,10 +4,11 @@ Trains a small GPT-2 (transformers' own class, random weights) on sentences made
 results/countries.tsv, three phrasings of every fact, and on a few sentences of random words that are
 repeated over and over. Then
 
-    edits     a hundred facts by MEMIT in one update, at one layer and over two, at each fact's last
-              subject token; asked in the phrasing of the edit (efficacy), in one that the edit has
-              not seen (paraphrase), and other facts of the same relations (specificity)
-    trace     which layer's output, restored, brings an answer back
+    edits     a hundred facts by MEMIT in one update, at one layer and over two, at the last token of
+              the prompt (where these three blocks bring a fact together: at the last subject token,
+              as in a language model, edits fail); asked in the phrasing of the edit (efficacy), in
+              one that the edit has not seen (paraphrase), and other facts (specificity)
+    trace     which layer's output, at which token, restored, brings an answer back
     recite    the repeated sentences out by K-FAC, as few of the facts as can be
 
 lam and the share of curvature to keep are chosen on facts and sentences that are not scored. With
@@ -78,22 +79,6 @@ class Words:
         return [self.number[word] for word in text.split()]
 
 
-class Asked(NamedTuple):
-    """Facts as prompts of one phrasing."""
-
-    texts: list[list[int]]
-    subject: list[int]  # the place of the last subject token
-
-
-def ask(words: Words, facts: list[Fact], phrasing: str) -> Asked:
-    texts, subject = [], []
-    for fact in facts:
-        before, after = phrasing.format(r=fact.relation, h="|").split("|")
-        texts.append(words.read(f"{before} {fact.head} {after}"))
-        subject.append(len(words.read(f"{before} {fact.head}")) - 1)
-    return Asked(texts, subject)
-
-
 def padded(rows: list[list[int]]) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
@@ -101,15 +86,14 @@ def padded(rows: list[list[int]]) -> Tensor:
 
 def make_prompts(words: Words, facts: list[Fact], phrasing: str, tails: list[str]):
     """`editing.Prompts` of facts with these answers."""
-    asked = ask(words, facts, phrasing)
-    answers = [words.read(tail) for tail in tails]
-    return editing.prompts(asked.texts, answers, PAD, asked.subject)
+    texts = [words.read(phrasing.format(r=fact.relation, h=fact.head)) for fact in facts]
+    return editing.prompts(texts, [words.read(tail) for tail in tails], PAD)
 
 
 def requests_of(made, rows: Tensor) -> editing.Requests:
     """All prompts, as edits of the facts `rows` of a site."""
     new = made.targets.max(1).values  # only targets count
-    return editing.Requests(rows, made.tokens, new, new, made.targets)
+    return editing.Requests(rows, made.tokens, new, new, made.targets, made.position)
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -185,14 +169,13 @@ class Editor:
             make_prompts(words, facts, phrasing, [fact.tail for fact in facts])
             for phrasing in PHRASINGS
         ]
-        self.at = self.site(self.layers[0])
-
-    def site(self, name: str) -> editing.Site:
-        """Keys are means over the first two phrasings; the third is left for the paraphrase."""
-        first, second, _ = self.made
-        options = {"position": first.position, "pad": PAD}
-        more = [(second.tokens, second.position)]
-        return editing.site(self.model, name, 0, first.tokens, phrasings=more, **options)
+        first, second, _ = (
+            self.made
+        )  # keys are means over two; the third is left for the paraphrase
+        options = {"phrasings": [(second.tokens, second.position)], "pad": PAD}
+        self.at = editing.site(
+            self.model, self.layers[1], 0, first.tokens, position=first.position, **options
+        )
 
     def wanted(self, rows: list[int], generator) -> list[str]:
         """New tails, each another one of the same relation."""
@@ -208,13 +191,13 @@ class Editor:
         return new
 
     def targets(self, rows: list[int], new: list[str]) -> Tensor:
-        """r of each fact at the first layer, by gradient, through its own rank-one edit."""
+        """r of each fact at the second layer, by gradient, through its own rank-one edit."""
         facts = [self.facts[i] for i in rows]
         made = make_prompts(self.words, facts, PHRASINGS[0], new)
         request = requests_of(made, torch.tensor(rows))
         u = editing.direction("rome", self.at, request)
         notes = {}
-        options = {"steps": 30, "decay": 0.5, "clamp": 3.0, "batch": 256, "diagnostics": notes}
+        options = {"steps": 30, "decay": 0.05, "batch": 256, "diagnostics": notes}
         r = editing.gradient_residual(self.model, self.at, request, u, **options)
         print(f"targets of {len(rows)} facts: {int(notes['reached'].sum())} reach their answer")
         return r
@@ -231,21 +214,17 @@ class Editor:
             shares.append(share_of(right(self.model, keep)))
         return Score(method, lam, *shares, time.perf_counter() - began)
 
-    def memit(self, rows, r: Tensor, lam: float) -> dict[str, Tensor]:
+    def memit(self, rows, new: list[str], r: Tensor, lam: float) -> dict[str, Tensor]:
         return {self.at.name: editing.memit_update(self.at.keys[rows], r, self.at.C, lam)}
 
-    def memit_two(self, rows, r: Tensor, lam: float) -> dict[str, Tensor]:
-        """Half of the residual at the first layer, what is missing then at the second one."""
-        dW = editing.memit_update(self.at.keys[rows], r / 2, self.at.C, lam)
-        made = self.made[0]
-        tokens, position = made.tokens[rows], made.position[rows]
-        stream = ("transformer.h.2.ln_1", 0)  # what the second block leaves behind
-        wanted = editing.last_token(self.model, *stream, tokens, position=position)[0] + r
-        with editing.edited(self.model, {self.at.name: dW}):
-            now = editing.last_token(self.model, *stream, tokens, position=position)[0]
-            second = self.site(self.layers[1])
-            more = editing.memit_update(second.keys[rows], wanted - now, second.C, lam)
-        return {self.at.name: dW, second.name: more}
+    def memit_two(self, rows, new: list[str], r: Tensor, lam: float) -> dict[str, Tensor]:
+        """Over the first two layers: r is what the stream after them lacks."""
+        made = make_prompts(self.words, [self.facts[i] for i in rows], PHRASINGS[0], new)
+        request = requests_of(made, torch.tensor(rows))
+        sites = [(name, 0) for name in self.layers[:2]]
+        stream = ("transformer.h.2.ln_1", 0)
+        arguments = (self.model, sites, request, r, lam, self.made[0].tokens, stream)
+        return editing.memit_layers(*arguments, pad=PAD)
 
 
 def edit_many(editor: Editor, n: int, generator) -> list[Score]:
@@ -261,15 +240,15 @@ def edit_many(editor: Editor, n: int, generator) -> list[Score]:
         r = editor.targets(choosing[:n], [new[i] for i in choosing[:n]])
         for lam in LAMBDAS:
             rows, began = choosing[:n], time.perf_counter()
-            updates = update(rows, r, lam)
             tails = [new[i] for i in rows]
+            updates = update(rows, tails, r, lam)
             result = editor.score(method, lam, rows, tails, choosing[n:], updates, began)
             if best is None or result.mean() > best.mean():
                 best = result
         rows, began = scored[:n], time.perf_counter()
         tails = [new[i] for i in rows]
         r = editor.targets(rows, tails)
-        updates = update(rows, r, best.lam)
+        updates = update(rows, tails, r, best.lam)
         found.append(editor.score(method, best.lam, rows, tails, scored[n:], updates, began))
     return found
 
@@ -283,7 +262,7 @@ def trace_layers(editor: Editor, generator) -> dict[str, list[float]]:
     length = lengths[one_word].mode().values
     rows = (one_word & (lengths == length)).nonzero().flatten()
     tokens, answer = made.tokens[rows, :length], made.targets[rows].max(1).values
-    place = int(made.position[rows].mode().values)
+    place = int((tokens != tokens[0]).sum(0).argmax())  # where most of them differ: the subject
     clean, other = editing.prompt_pairs(tokens, answer, place, 50, generator)
     sites = [(name, 0) for name in editor.layers]
     if len(clean) == 0:
@@ -305,7 +284,7 @@ def ablate_repeated(editor: Editor, sentences: Tensor, repeated: Tensor) -> tupl
     """Before, and with one share of curvature mass kept in all feed-forward layers: the one at which
     most of a half of the facts, less half of the sentences, is left; the other halves are scored.
     """
-    model = editor.model
+    model = editor.model.model  # names of layers are its own
     layers = [name.replace("c_proj", kind) for name in editor.layers for kind in ("c_fc", "c_proj")]
     data = torch.cat([sentences, repeated.repeat(len(sentences) // len(repeated) // 5, 1)])
     batches = []
