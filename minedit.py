@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class Recipe:
         for name, value in vars(self).items():
             low = 1 if name in ("steps", "batch", "eval_every") else 0
             is_share = name in ("momentum", "label_smoothing", "ema", "label_noise")
-            high = 1 if is_share else math.inf
+            high = 1 if is_share else 100 if name.endswith("lr") else 1e9
             if not low <= value < high:
                 raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
@@ -395,7 +396,10 @@ class Run:
         require(self.identity.keys() <= found.keys(), f"{out} is no run folder; choose another")
         if retrain:
             return
-        differs = differences({key: found[key] for key in self.identity}, self.identity)
+        kept = {key: found[key] for key in self.identity}
+        if resume and self.longer_than(kept):
+            kept["recipe"] = kept["recipe"] | {"steps": self.recipe.steps}
+        differs = differences(kept, self.identity)
         require(not differs, f"{out}: another run, which differs in {', '.join(differs)}; {remedy}")
         checkpoint, results = self.folder / "ckpt.pt", self.folder / "results.json"
         if checkpoint.exists():
@@ -407,16 +411,26 @@ class Run:
         if self.finished and results.exists():
             self.results = read_json(results, "remove it and run the stages again")
 
+    def longer_than(self, identity: dict) -> bool:
+        """Whether this is the same training with more steps; with `memorize` steps are no mere end."""
+        there = identity["recipe"]["steps"]
+        return isinstance(there, int) and there < self.recipe.steps and self.recipe.memorize == 0
+
     def load_checkpoint(self, path: Path):
         """Go on from a checkpoint; UserError unless it is whole and of this run."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if differences(state["identity"], self.identity):
+            identity = state["identity"]
+            if self.longer_than(identity):
+                identity["recipe"]["steps"] = self.recipe.steps
+            if differences(identity, self.identity):
                 raise ValueError("it belongs to a run with other settings")
             if state["history"][-1]["step"] != state["step"]:
                 raise ValueError("its history ends at another step")
             training = self.fresh()
             training.load_state_dict(state)
+            if not all(p.isfinite().all() for p in training.average.parameters()):
+                raise ValueError("its weights are not finite")
         except Exception as error:  # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
             raise UserError(
@@ -427,6 +441,10 @@ class Run:
     def train(self, on_evaluation=None, compiled: bool = False) -> Model:
         """Train to the end of the budget, from the checkpoint where there is one; returns the
         averaged model. Each evaluation is told to on_evaluation(training, record)."""
+        with self.locked():
+            return self.train_on(on_evaluation, compiled)
+
+    def train_on(self, on_evaluation, compiled: bool) -> Model:
         if not (self.folder / "config.json").exists():  # that of a run to be replaced stays for now
             self.write_config()
         training = self.training or self.fresh()
@@ -450,6 +468,26 @@ class Run:
                 on_evaluation(training, record)
             self.write_checkpoint(training)
         return training.average.eval()
+
+    @contextmanager
+    def locked(self):
+        """Inside, no other process trains in this folder; a killed one leaves no lock behind."""
+        if self.finished or sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        file = self.folder / "lock.part"
+        with open(file, "w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                message = f"--out {self.folder}: another process is training there"
+                raise UserError(message) from None
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
 
     def check_finite(self, training: Training, record: dict):
         finite = all(p.isfinite().all() for p in training.model.parameters())
@@ -1470,6 +1508,10 @@ def check_stages(args, runs: list[Run]):
     if args.ablate:
         message = "--ablate needs --label-noise and --branches above 0"
         require(args.label_noise > 0 and args.branches > 0, message)
+        for run in runs:
+            require(
+                run.n_paths["exceptions"] > 0, f"--label-noise {args.label_noise}: no exception"
+            )
     require(0 < args.lam < math.inf, f"--lam must be positive and finite, got {args.lam}")
     for run in runs:
         named_edits(run.task.graph, run.paths, args.edit_fact or [])

@@ -2612,6 +2612,10 @@ BAD_OPTIONS = {
     "--mass-edit --lam 0": "--lam must be positive",
     "--mass-edit --lam inf": "--lam must be positive",
     "--edit --shrink -1": "--shrink",
+    "--lr 1e99": "lr must be in [0, 100)",
+    "--muon-lr 1e99": "muon_lr must be in [0, 100)",
+    "--steps 10000000000": "steps must be in",
+    "--ablate --label-noise 1e-9 --entities 10 --relations 4": "no exception",
     "--edit --shrink nan": "--shrink",
     "--triples results/countries.tsv --tails some": "--tails",
     "--triples results/countries.tsv --most-tails 0": "most_tails",
@@ -2653,6 +2657,8 @@ def damage(folder, kind):
         state = {"average": {"w": torch.ones(2)}}
     elif kind == "an object":
         state = nn.Linear(2, 2)
+    elif kind == "not finite":
+        state["average"]["memory.keys.weight"][0, 0] = float("nan")
     elif kind == "another seed's":
         state["identity"]["seed"] = 1
     elif kind == "a moment of another shape":
@@ -2665,7 +2671,7 @@ def damage(folder, kind):
 
 
 KINDS = ["empty", "truncated", "another program's", "an object", "another seed's"]
-KINDS += ["a moment of another shape", "no moment of a layer"]
+KINDS += ["a moment of another shape", "no moment of a layer", "not finite"]
 KINDS += ["model", "average", "moments", "generator", "history"]
 
 
@@ -2690,6 +2696,36 @@ def test_retrain_replaces_a_run_only_when_it_has_something_better(copied, monkey
     assert before == {file.name: file.read_bytes() for file in copied.iterdir()}
     assert run_main(*retrain) == 0
     assert checkpoint(copied)["step"] == 30 and "edits" not in results_of(copied)
+
+
+def test_a_finished_run_can_be_trained_on(copied, tmp_path):
+    assert run_main(*TINY, "--out", copied, "--steps", "30") == 2, "but not unasked"
+    assert run_main(*TINY, "--out", copied, "--steps", "30", "--resume") == 0
+    assert run_main(*TINY, "--out", tmp_path / "whole", "--steps", "30") == 0
+    same_weights(checkpoint(copied), checkpoint(tmp_path / "whole"))
+    assert "edits" not in json.loads((copied / "results.json").read_text()), "of another model"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    tried = []
+
+    def meanwhile(training, record):
+        if not tried:
+            tried.append(True)
+            program = [
+                sys.executable,
+                "minedit.py",
+                *TINY,
+                "--out",
+                str(tmp_path / "toy"),
+                "--resume",
+            ]
+            tried.append(subprocess.run(program, capture_output=True, text=True))
+
+    run = toy_run(tmp_path)
+    run.train(meanwhile)
+    assert tried[1].returncode == 2 and "another process" in tried[1].stderr
 
 
 def test_results_without_a_checkpoint_are_kept(copied, capsys):

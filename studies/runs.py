@@ -44,6 +44,15 @@ def settings_of(result: dict) -> str:
     return json.dumps([result["arch"], found], sort_keys=True)
 
 
+def whole_lines(lines: list[str]) -> list[dict]:
+    """Of a log, of which the last line may be half written."""
+    found = [json.loads(line) for line in lines[:-1]]
+    try:
+        return found + [json.loads(line) for line in lines[-1:]]
+    except ValueError:
+        return found
+
+
 def read_run(file: Path) -> dict:
     """A results.json with what stands beside it, in one form whatever version wrote it; UserError
     where it is not one."""
@@ -54,7 +63,7 @@ def read_run(file: Path) -> dict:
     try:
         log = file.with_name("log.jsonl")
         lines = log.read_text().splitlines() if log.exists() else []
-        result["history"] = [json.loads(line) for line in lines]
+        result["history"] = whole_lines(lines)
         result["edits"] = lookup(result, "propagation.edits") or result.get("edits", [])
         for entry in result["edits"]:
             entry.setdefault("a_priori", True)

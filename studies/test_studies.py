@@ -26,7 +26,7 @@ import models
 from curvature import ablate, ablated, eigen, keep_mask
 from edit import record
 from models import ARCHS, Config
-from studies import ablation, bench, circuits, claims, controls, gpu, images, mass_edit
+from studies import ablation, bench, circuits, claims, controls, gpt2, gpu, images, mass_edit
 from studies import propagation, report, runs, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
@@ -35,6 +35,7 @@ from test_all import results_of, tiny_model, tiny_paths, weights_of
 HERE = Path(__file__).parent.parent
 STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
+STUDIES["gpt2"] = gpt2
 
 
 @pytest.fixture(scope="module")
@@ -1175,3 +1176,28 @@ def test_figures_without_matplotlib_are_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = HERE / "results" / "variants"
     assert "matplotlib is not installed" in refused(capsys, report, folder, "--plot")
+
+
+# --- gpt2.py --------------------------------------------------------------------------------------
+
+
+def test_the_gpt2_study_runs_and_edits_the_model_that_it_saved(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    facts = [f"city{i}\tcountry\tland{i % 5}" for i in range(30)]
+    (tmp_path / "facts.tsv").write_text("\n".join(facts))
+    out = ["--out", tmp_path / "out", "--facts", tmp_path / "facts.tsv"]
+    assert run_study(gpt2, *out, "--steps", "80", "--edits", "5") == 0
+    found = json.loads((tmp_path / "out" / "gpt2.json").read_text())
+    assert found["known"] > 10 and len(found["edits"]) == 2
+    (tmp_path / "prompts.tsv").write_text("the country of city3 is\tcity3\tland1\n")
+    prompts = ["--prompts", tmp_path / "prompts.tsv", "--at", "last"]
+    assert run_study(gpt2, "--model", tmp_path / "out", *prompts) == 0
+    assert "ok" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "options, words", [("--steps 0", "--steps"), ("--model nowhere", "--prompts")]
+)
+def test_bad_input_of_the_gpt2_study_is_one_line(capsys, options, words):
+    assert gpt2.main(options.split()) == 2
+    assert words in capsys.readouterr().err
