@@ -22,7 +22,6 @@ Needs `pip install transformers`. Saves model and tokenizer to --out, and gpt2.j
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -75,7 +74,7 @@ class Words:
     """A vocabulary of whole words; word 0 is the padding."""
 
     def __init__(self, texts: list[str]):
-        words = sorted({word for text in texts for word in text.split()})
+        words = sorted(set(" ".join(texts).split()))
         self.number = {"<pad>": PAD} | {word: i for i, word in enumerate(words, 1)}
 
     def read(self, text: str) -> list[int]:
@@ -334,23 +333,19 @@ def study(args) -> dict:
     transformers = load_transformers()
     generator = torch.Generator().manual_seed(args.seed)
     facts = read_facts(args.facts)
-    made = [[p.format(r=f.relation, h=f.head) + f" {f.tail} ." for f in facts] for p in PHRASINGS]
-    texts = [text for some in made for text in some]
+    texts = []
+    for phrasing in PHRASINGS:
+        texts += [f"{phrasing.format(r=f.relation, h=f.head)} {f.tail} ." for f in facts]
     words = Words(texts)
     sentences = pad_sequence([torch.tensor(words.read(text)) for text in texts], True, PAD)
     n_words, width = len(words.number), sentences.shape[1]
     repeated = torch.randint(1, n_words, (N_REPEATED, width), generator=generator)
-    sizes = {"n_embd": 128, "n_layer": 3, "n_head": 4}
-    config = transformers.GPT2Config(
-        vocab_size=n_words, n_positions=width, pad_token_id=PAD, **sizes
-    )
+    sizes = {"vocab_size": n_words, "n_positions": width, "n_embd": 128, "n_layer": 3, "n_head": 4}
+    config = transformers.GPT2Config(**sizes, pad_token_id=PAD)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         model = transformers.GPT2LMHeadModel(config)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(facts)} facts, {len(texts)} sentences, {n_words} words; {n_parameters:,} parameters"
-    )
+    print(f"{len(facts)} facts, {len(texts)} sentences, {n_words} words")
     began = time.perf_counter()
     train(model, sentences, repeated, args.steps, generator)
     print(f"{time.perf_counter() - began:.0f} s for training")
@@ -393,10 +388,16 @@ def edit_pretrained(args):
         raise UserError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
     reader = adapted(model.eval())
     lines = [line.split("\t") for line in args.prompts.read_text().splitlines() if line.strip()]
+    for line in lines:
+        fine = len(line) == 3 and line[1] and line[1] in line[0] and line[2].strip()
+        require(fine, f"--prompts: a prompt, its subject, an answer, with tabs, not {line}")
+    try:
+        editing.layer_of(reader, args.layer)
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"--layer {args.layer}: {error}") from None
     rows = [("prompt", "before", "after", "wanted", "p", "")]
     everything = [tokenizer(prompt)["input_ids"] for prompt, *_ in lines]
     for prompt, subject, answer in lines:
-        require(subject in prompt, f"--prompts: the subject {subject!r} is not in {prompt!r}")
         text = tokenizer(prompt)["input_ids"]
         end = prompt.index(subject) + len(subject)
         place = len(tokenizer(prompt[:end])["input_ids"]) - 1
@@ -417,9 +418,10 @@ def edit_pretrained(args):
         with editing.edited(reader, {args.layer: torch.outer(r[0], u[0])}):
             after = editing.logits_of(reader(last))[0, -1].argmax().item()
             ok = right(reader, made).all()
-        said = (tokenizer.decode([before]), tokenizer.decode([after]))
-        probability = cell(float(notes["probability"]))
-        rows.append((prompt, *said, answer, probability, "ok" if ok else "NO"))
+        said = [tokenizer.decode([token]) for token in (before, after)]
+        rows.append(
+            (prompt, *said, answer, cell(float(notes["probability"])), "ok" if ok else "NO")
+        )
     print(table(rows))
 
 
@@ -441,9 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {"description": __doc__.split("\n\n")[0], "formatter_class": formatter}
     parser = minedit.Parser("python -m studies.gpt2", allow_abbrev=False, **about)
     add = parser.add_argument
-    add(
-        "--out", type=Path, default=Path("runs/gpt2"), help="folder for model, tokenizer, gpt2.json"
-    )
+    add("--out", type=Path, default=Path("runs/gpt2"), help="folder for all of it")
     add("--facts", type=Path, default=Path("results/countries.tsv"), help="triples")
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=400, help="of training")
