@@ -766,7 +766,7 @@ def choose_shrinkage(
 ) -> Shrinkage:
     """The shrinkage of C (`editing.shrunk`) at which most follows of ROME's edits (prototype) of n
     ID facts other than those to be `edited`, where at most MOST_MOVED of the unrelated facts move;
-    of those within 0.005 of the best the smallest."""
+    of those within 0.005 of the best the smallest; none larger is tried where 0.99 follows."""
     fact, new, _ = kg.draw_edits(paths, 2 * n + len(edited), generator)
     r, has_one = editing.prototype_residual(
         at, requests_for(paths, fact, new), paths.facts[:, 2], known.facts
@@ -785,6 +785,8 @@ def choose_shrinkage(
         hops = [hop for hop in (record.hop1, record.hop2) if hop is not None]
         followed.append(record.direct * statistics.fmean(hops) if hops else 0.0)
         moved.append(record.unrelated_one_hop_moved or 0.0)
+        if followed[-1] >= 0.99:
+            break
     allowed = [i for i, share in enumerate(moved) if share <= MOST_MOVED] or [0]
     best = max(followed[i] for i in allowed)
     chosen = min(SHRINKS[i] for i in allowed if followed[i] >= best - 0.005)
