@@ -68,8 +68,8 @@ class Layer(NamedTuple):
             return False
         wanted = double(self.matrix) @ double(x)
         left = (double(found) - double(bias) - wanted).norm()
-        slack = 8 * torch.finfo(x.dtype).eps ** 0.75
-        return bool(left <= slack * (wanted.norm() + double(bias).norm()))
+        eps = torch.finfo(x.dtype).eps
+        return bool(left <= 8 * eps**0.75 * wanted.norm() + 2 * eps * double(bias).norm())
 
 
 def linear(model: nn.Module, name: str) -> Layer:
@@ -263,7 +263,8 @@ def kronecker_factors(
             wide = dtype or torch.promote_types(a.dtype, torch.float32)
             n[name] += len(a)
             for a, g in zip(a.to(wide).split(block), g.to(wide).split(block)):
-                A, G = a.T @ a, g.T @ g
+                with torch.autocast(a.device.type, enabled=False):
+                    A, G = a.T @ a, g.T @ g
                 if name in sums:
                     A, G = sums[name][0].add_(A), sums[name][1].add_(G)
                 sums[name] = (A, G)
@@ -300,10 +301,12 @@ def corrected_masses(
                 if call.name == name:
                     wide = dtype or torch.promote_types(call.a.dtype, torch.float32)
                     a, g = by_example(call, len(batch.counts))
-                    in_a.append(a.to(wide) @ A.vectors.to(a.device, wide))  # v_j^T a_s
-                    in_g.append(g.to(wide) @ G.vectors.to(g.device, wide))  # u_i^T g_s
+                    with torch.autocast(a.device.type, enabled=False):
+                        in_a.append(a.to(wide) @ A.vectors.to(a.device, wide))  # v_j^T a_s
+                        in_g.append(g.to(wide) @ G.vectors.to(g.device, wide))  # u_i^T g_s
             if in_a:
-                mass = squared_sums(torch.cat(in_a, 1), torch.cat(in_g, 1))
+                with torch.autocast(in_a[0].device.type, enabled=False):
+                    mass = squared_sums(torch.cat(in_a, 1), torch.cat(in_g, 1))
                 sums[name] = sums[name] + mass if name in sums else mass
     for name, mass in sums.items():
         check_finite(name, mass)
@@ -438,19 +441,19 @@ def ablate(
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the
     old ones."""
-    old = {name: linear(model, name).matrix.detach().clone() for name in weights}
+    layers = {name: linear(model, name) for name in weights}
+    old = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     for name, W in weights.items():
-        if W.shape != old[name].shape or not W.isfinite().all():
-            wanted = f"finite and {list(old[name].shape)}"
+        shape = layers[name].matrix.shape
+        if W.shape != shape or not W.to(layers[name].weight.dtype).isfinite().all():
+            wanted = f"finite and {list(shape)}"
             raise ValueError(f"the weight of {name!r} must be {wanted}, got {list(W.shape)}")
     try:
-        write(model, weights)
+        for name, W in weights.items():
+            layers[name].matrix.data.copy_(W)
+        torch.clear_autocast_cache()  # of casts of the weights before
         yield model
     finally:
-        write(model, old)
-
-
-def write(model: nn.Module, weights: dict[str, Tensor]):
-    for name, W in weights.items():
-        linear(model, name).matrix.data.copy_(W)
-    torch.clear_autocast_cache()  # of casts of the weights before
+        for name, weight in old.items():
+            layers[name].weight.data.copy_(weight)
+        torch.clear_autocast_cache()

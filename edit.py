@@ -484,7 +484,7 @@ class Layer(NamedTuple):
     @torch.no_grad()
     def returns(self, x: Tensor) -> bool:
         """Whether the module maps x [d_in] by `matrix`, up to rounding."""
-        x = x.to(self.weight) / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny).to(self.weight)
+        x = (double(x) / double(x).abs().max() if x.any() else x).to(self.weight)
         both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
         try:
             with torch.autocast(x.device.type, enabled=False):
@@ -498,8 +498,8 @@ class Layer(NamedTuple):
             return False
         wanted = double(self.matrix) @ double(x)
         left = double(found) - double(bias) - wanted
-        size = wanted.norm() + double(bias).norm()
-        return bool(left.norm() <= 8 * torch.finfo(x.dtype).eps ** 0.75 * size)
+        eps = torch.finfo(x.dtype).eps
+        return bool(left.norm() <= 8 * eps**0.75 * wanted.norm() + 2 * eps * double(bias).norm())
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:
@@ -590,7 +590,7 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor
             torch.clear_autocast_cache()  # of casts of the old weight
             if not layer.returns(dW[dW.norm(dim=1).argmax()]):
                 raise ValueError(f"{name} does not return what was written to its weight")
-    except Exception:
+    except BaseException:
         restore(model, old)
         raise
     return old
@@ -777,6 +777,12 @@ def prompts(
 ) -> Prompts:
     """Prompts and answers, lists of tokens, with padding on a side. `subject`: the place of each
     prompt's last subject token, where ROME reads the key [2]; None: the prompt's last token."""
+    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        place = 0 if subject is None else subject[i]
+        if not text or not answer or not 0 <= place < len(text):
+            raise ValueError(f"prompt {i}: it needs tokens, an answer and a subject within it")
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right', got {side!r}")
     width = max(len(text) + len(answer) - 1 for text, answer in zip(texts, answers, strict=True))
     tokens = torch.full((len(texts), width), pad)
     targets = torch.full((len(texts), width), -100)

@@ -207,7 +207,8 @@ def from_triples(
     notes = list(read.notes)
     questions = {question: sorted(found) for question, found in read.tails.items()}
     if reciprocal:
-        questions |= reciprocals(questions)
+        for question, heads in reciprocals(questions).items():
+            questions[question] = sorted({*questions.get(question, []), *heads})
     if tails == "numbered":
         kept = numbered(questions, most_tails, order, notes)
     else:
@@ -577,7 +578,7 @@ def unrelated_facts(
     paths: Paths, fact: Tensor, one_hop: Tensor, n: int, generator: torch.Generator
 ) -> Probes:
     """For each edit at most n other facts; the answer is the model's own before, one_hop [F]."""
-    every = torch.arange(len(paths.facts), device=fact.device)
+    every = paths.real.nonzero().flatten()
     drawn = _random_rows(every, len(fact), n, generator)  # [n_edits, n]
     keep = drawn != fact[:, None]
     return Probes(keep.nonzero()[:, 0], paths.queries[drawn[keep]], one_hop[drawn[keep]])

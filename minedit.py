@@ -318,7 +318,7 @@ class Known(NamedTuple):
 def what_is_known(model: Model, paths: kg.Paths) -> Known:
     one_hop, two_hop = predict(model, paths)
     facts = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
-    asked = paths.masks["train"] | paths.masks["id"]
+    asked = (paths.masks["train"] | paths.masks["id"]) & paths.real[paths.first]
     if "exceptions" in paths.masks:
         asked &= ~paths.masks["exceptions"]
     return Known(one_hop, two_hop, facts, two_hop == paths.two_hop, asked)
