@@ -36,6 +36,7 @@ of three hops and more.
 
 import gzip
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -118,9 +119,8 @@ def read_triples(*files) -> Triples:
     ValueError with file and line number for a malformed line, OSError."""
     tails, notes, n, n_comments = {}, [], 0, 0
     for path in map(Path, files):
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
+        with open(path, "rb") as file:
+            for number, raw in enumerate(lines_of(file, path), 1):
                 line = decoded(raw, f"{path}:{number}")
                 if not line.strip():
                     continue
@@ -148,6 +148,16 @@ def read_triples(*files) -> Triples:
     if alike:
         notes.append(f"names that differ in case, blanks or quotes alone: {', '.join(alike[:3])}")
     return Triples(tails, n, notes)
+
+
+def lines_of(file, path: Path) -> list[bytes]:
+    """Of an open file; ValueError where it should be compressed and is damaged."""
+    if path.suffix != ".gz":
+        return file
+    try:
+        return gzip.GzipFile(fileobj=file).readlines()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged, or not compressed by gzip ({error})") from None
 
 
 def decoded(raw: bytes, where: str) -> str:

@@ -831,6 +831,7 @@ def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> lis
     run.results["a_priori"] = chosen.site._asdict() | {"effects": chosen.effects, "n": chosen.n}
     requests = requests_for(paths, fact, new)
     at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
+    run.results.pop("shrinkage", None)
     at = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
     records = []
     for kind in CORE_EDITS:

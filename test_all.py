@@ -182,6 +182,10 @@ def test_reciprocal_facts_are_added_where_they_have_one_tail(several):
         (t, "r^-1", h) for h, r, t in SEVERAL if r == "r"
     }
     assert ("b", "s^-1", "c") in found and ("b", "r", "a") in found
+    with open(several, "a") as file:
+        file.write("f\tr^-1\tq\n")
+    found = named(kg.from_triples(several, reciprocal=True, tails="numbered", order="sorted"))
+    assert {("f", "r^-1#1", "a"), ("f", "r^-1#2", "q")} <= found
 
 
 def test_clones_have_the_relations_of_their_entity_and_are_trained_alone(tmp_path):
@@ -207,6 +211,8 @@ def test_clones_have_the_relations_of_their_entity_and_are_trained_alone(tmp_pat
         assert not paths.masks[name][of_clone].any()
     fact, _, _ = kg.draw_edits(paths, 1000, generator())
     assert paths.real[fact].all()
+    others = kg.unrelated_facts(paths, fact, paths.facts[:, 2], 50, generator())
+    assert (others.tokens[:, 0] < n).all()
 
 
 def test_what_files_of_triples_may_look_like(tmp_path):
@@ -222,6 +228,12 @@ def test_what_files_of_triples_may_look_like(tmp_path):
     assert named(graph) == wanted, "names are composed, the header is no fact"
     notes = " ".join(graph.notes)
     assert "a header" in notes and "1 lines that begin with #" in notes and "'Paris' / " in notes
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path):
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b"a\tr\tb\n" * 99)[:-12])
+    with pytest.raises(ValueError, match="a.tsv.gz: damaged"):
+        kg.from_triples(tmp_path / "a.tsv.gz")
 
 
 def test_more_paths_than_wanted_are_sampled_alike_for_every_fact():
@@ -2172,6 +2184,41 @@ def test_factors_and_ablation_of_a_transposed_layer_are_those_of_a_linear_one():
         found.append((A, G, kept, logits))
     for mine, its in zip(*found):
         close(mine, its, 1e-10)
+
+
+@pytest.mark.parametrize("W", [torch.zeros(16, 16), torch.eye(16)])
+def test_a_square_layer_comes_back_as_it_was_after_an_ablation(W):
+    model = Gpt(layer=Transposed, width=16)
+    old = model.down[1].weight.detach().clone()
+    with curvature.ablated(model, {STORE: W}):
+        assert torch.equal(model.down[1].weight, W.T)
+    assert torch.equal(model.down[1].weight, old)
+
+
+@pytest.mark.parametrize("find", [editing.layer_of, curvature.linear])
+def test_a_large_bias_does_not_hide_which_way_round_a_layer_is(find):
+    model = nn.Sequential(Transposed(32, 32)).bfloat16()
+    model[0].weight.data.mul_(0.1)
+    assert torch.equal(find(model, "0").matrix, model[0].weight.T)
+
+
+def test_factors_do_not_depend_on_autocast():
+    model, x = Gpt(), torch.randint(12, (32, 6), generator=generator())
+    batches = [(x[:, :-1], x[:, 1:])] * 40
+    arguments = (model.eval(), batches, F.cross_entropy, [STORE], "gold")
+    A, G = curvature.kronecker_factors(*arguments)[STORE]
+    with torch.autocast("cpu", torch.bfloat16):
+        A2, G2 = curvature.kronecker_factors(*arguments)[STORE]
+    close(A2, A, 0.02)
+    assert A2.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [([[]], [[1]]), ([[1]], [[]])])
+def test_prompts_without_tokens_or_answers_are_refused(bad):
+    with pytest.raises(ValueError, match="prompt 0"):
+        editing.prompts(*bad, pad=0)
+    with pytest.raises(ValueError, match="prompt 0"):
+        editing.prompts([[1, 2]], [[3]], pad=0, subject=[2])
 
 
 def test_sampled_labels_want_two_classes():
