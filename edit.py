@@ -512,6 +512,9 @@ def layer_of(model: nn.Module, name: str) -> Layer:
             f"{name} has no weight [d_out, d_in] among its parameters; a weight that is computed "
             "(weight_norm, pruning, ...) has to be made a parameter before it can be edited"
         )
+    for other, user in model.named_modules():
+        if user is not module and any(p is weight for p in user._parameters.values()):
+            raise ValueError(f"{name} shares its weight with {other}: an edit would change both")
     for matrix in (weight, weight.mT):
         layer = Layer(module, weight, matrix)
         generator = torch.Generator().manual_seed(0)

@@ -2071,6 +2071,13 @@ def test_what_cannot_be_edited_is_refused_with_the_reason(kind):
         call()
 
 
+def test_a_weight_that_another_module_shares_is_refused():
+    model = Gpt(width=16)
+    model.down[0].weight = model.down[1].weight
+    with pytest.raises(ValueError, match="shares its weight with down.0"):
+        edit_to(model)
+
+
 def test_inference_mode_is_named():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.inference_mode"):
         edit_to(Gpt())
