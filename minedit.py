@@ -397,8 +397,8 @@ class Run:
         if retrain:
             return
         kept = {key: found[key] for key in self.identity}
-        if resume and self.longer_than(kept):
-            kept["recipe"] = kept["recipe"] | {"steps": self.recipe.steps}
+        if resume:
+            kept = self.lengthened(kept)
         differs = differences(kept, self.identity)
         require(not differs, f"{out}: another run, which differs in {', '.join(differs)}; {remedy}")
         checkpoint, results = self.folder / "ckpt.pt", self.folder / "results.json"
@@ -411,19 +411,20 @@ class Run:
         if self.finished and results.exists():
             self.results = read_json(results, "remove it and run the stages again")
 
-    def longer_than(self, identity: dict) -> bool:
-        """Whether this is the same training with more steps; with `memorize` steps are no mere end."""
+    def lengthened(self, identity: dict) -> dict:
+        """That of a shorter training with the steps of this one, which can go on from it; with
+        `memorize`, where the steps say more than when to end, as it is."""
         there = identity["recipe"]["steps"]
-        return isinstance(there, int) and there < self.recipe.steps and self.recipe.memorize == 0
+        longer = isinstance(there, int) and there < self.recipe.steps
+        if not longer or self.recipe.memorize:
+            return identity
+        return identity | {"recipe": identity["recipe"] | {"steps": self.recipe.steps}}
 
     def load_checkpoint(self, path: Path):
         """Go on from a checkpoint; UserError unless it is whole and of this run."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            identity = state["identity"]
-            if self.longer_than(identity):
-                identity["recipe"]["steps"] = self.recipe.steps
-            if differences(identity, self.identity):
+            if differences(self.lengthened(state["identity"]), self.identity):
                 raise ValueError("it belongs to a run with other settings")
             if state["history"][-1]["step"] != state["step"]:
                 raise ValueError("its history ends at another step")

@@ -166,9 +166,8 @@ class Editor:
             make_prompts(words, facts, phrasing, [fact.tail for fact in facts])
             for phrasing in PHRASINGS
         ]
-        first, second, _ = (
-            self.made
-        )  # keys are means over two; the third is left for the paraphrase
+        # keys are means over two phrasings; the third is left for the paraphrase
+        first, second, _ = self.made
         options = {"phrasings": [(second.tokens, second.position)], "pad": PAD}
         self.at = editing.site(
             self.model, self.layers[1], 0, first.tokens, position=first.position, **options
@@ -396,7 +395,10 @@ def edit_pretrained(args):
     except (AttributeError, ValueError) as error:
         raise UserError(f"--layer {args.layer}: {error}") from None
     rows = [("prompt", "before", "after", "wanted", "p", "")]
-    everything = [tokenizer(prompt)["input_ids"] for prompt, *_ in lines]
+    shared = 0  # C over all prompts
+    for prompt, *_ in lines:
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+        shared = shared + editing.site(reader, args.layer, 0, tokens).C
     for prompt, subject, answer in lines:
         text = tokenizer(prompt)["input_ids"]
         end = prompt.index(subject) + len(subject)
@@ -407,8 +409,7 @@ def edit_pretrained(args):
         whole = tokenizer(prompt + gap + answer)["input_ids"]
         made = editing.prompts([text], [whole[len(text) :]], tokenizer.pad_token_id or 0, [place])
         usual = editing.site(reader, args.layer, 0, made.tokens, position=made.position)
-        for other in everything:  # C over all prompts
-            usual.C += editing.site(reader, args.layer, 0, torch.tensor([other])).C
+        usual.C += shared
         at = editing.shrunk(usual, args.shrink)
         request = requests_of(made, torch.tensor([0]))
         notes, u = {}, editing.direction("rome", at, request)
