@@ -73,18 +73,23 @@ class Layer(NamedTuple):
 
 
 def linear(model: nn.Module, name: str) -> Layer:
-    """The layer of that name; ValueError for an unknown name or a weight that is computed, so that
-    what is written there would be lost, TypeError for what is no linear layer."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if name not in modules:
-        names = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
-        raise ValueError(f"{name!r} is no layer of the model; such are {names[:8]}")
-    weight = modules[name]._parameters.get("weight")
-    if weight is None and isinstance(getattr(modules[name], "weight", None), Tensor):
+    """The layer of that name; ValueError for an unknown name, a weight that is computed, so that
+    what is written there would be lost, or one that another module uses too, TypeError for what is
+    no linear layer."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise ValueError(f"{name!r} is no layer of the model; such are {names[:8]}") from None
+    weight = module._parameters.get("weight")
+    if weight is None and isinstance(getattr(module, "weight", None), Tensor):
         raise ValueError(f"the weight of {name!r} is computed (weight_norm, pruning, ...)")
+    for other, user in model.named_modules():
+        if user is not module and any(p is weight for p in user.parameters(recurse=False)):
+            raise ValueError(f"{name!r} shares its weight with {other!r}")
     if weight is not None and weight.dim() == 2:
         for matrix in (weight, weight.mT):
-            layer = Layer(modules[name], weight, matrix)
+            layer = Layer(module, weight, matrix)
             if layer.maps():
                 return layer
     raise TypeError(f"{name!r} is no linear layer: it has no weight that maps what it is handed")

@@ -617,14 +617,20 @@ def edited(model: nn.Module, updates: dict[str, Tensor]):
 def intervene(module: nn.Module, change, calls=None):
     """Inside, the module returns change(input, output), or its own output where that is None, at
     all its calls or at the `calls` given, counted from 0 at the start of the `with` block, which
-    then is for one forward pass."""
+    then is for one forward pass. Of a module that returns a tuple (a block of GPT-2) the output is
+    the first of it."""
     n_calls = 0
 
     def hook(_, arguments, keywords, output):
         nonlocal n_calls
         n_calls += 1
-        if calls is None or n_calls - 1 in calls:
-            return change((*arguments, *keywords.values())[0], output)
+        if calls is not None and n_calls - 1 not in calls:
+            return None
+        first, *others = output if isinstance(output, tuple) else (output,)
+        changed = change((*arguments, *keywords.values())[0], first)
+        if changed is None or not isinstance(output, tuple):
+            return changed
+        return (changed, *others)
 
     with module.register_forward_hook(hook, with_kwargs=True):
         yield
@@ -636,7 +642,8 @@ def rank_one(layer: nn.Module, u: Tensor, r: Tensor, calls=None):
     """
 
     def change(k, value):  # (W + r u^T) k = W k + r (u k)
-        return value + (torch.einsum("bti,bi->bt", k, u)[..., None] * r[:, None]).to(value)
+        along = torch.einsum("bti,bi->bt", k.to(u), u)
+        return value + (along[..., None] * r[:, None]).to(value)
 
     return intervene(layer, change, calls)
 
@@ -774,7 +781,8 @@ def prompts(
     side: str = "right",
 ) -> Prompts:
     """Prompts and answers, lists of tokens, with padding on a side. `subject`: the place of each
-    prompt's last subject token, where ROME reads the key [2]; None: the prompt's last token."""
+    prompt's last subject token, where ROME reads the key [2]; None: the prompt's last token. With
+    padding on the left the model must be told the positions too, or it counts the padding."""
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         place = 0 if subject is None else subject[i]
         if not text or not answer or not 0 <= place < len(text):
@@ -854,17 +862,18 @@ def site(
 
 def direction(method: str, at: Site, requests: Requests, lam: float = 1.0) -> Tensor:
     """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one
-    request, see `rome_direction`). For a key of zeros u is 0, an edit that fails."""
+    request, see `rome_direction`), in the dtype of the keys, float32 at least. For a key of zeros
+    u is 0, an edit that fails."""
     keys = at.keys[requests.fact]
     alive = (keys != 0).any(-1)
-    u = torch.zeros_like(keys)
+    u = torch.zeros_like(keys, dtype=torch.promote_types(keys.dtype, torch.float32))
     if not alive.any():
         return u
     if method == "row":
-        u[alive] = row_direction(keys[alive]).to(keys)
+        u[alive] = row_direction(keys[alive]).to(u)
     else:
         weight = lam if method == "memit" else 0.0
-        u[alive] = rome_direction(whiten(at.C), keys[alive], weight).to(keys)
+        u[alive] = rome_direction(whiten(at.C), keys[alive], weight).to(u)
     return u
 
 

@@ -63,6 +63,7 @@ class KnowledgeGraph:
 
     n_entities = property(lambda self: len(self.entities))
     n_relations = property(lambda self: len(self.relations))
+    n_answers = property(lambda self: self.n_real or len(self.entities))  # no clone is a tail
 
 
 def from_table(facts) -> KnowledgeGraph:
@@ -119,6 +120,7 @@ def read_triples(*files) -> Triples:
     ValueError with file and line number for a malformed line, OSError."""
     tails, notes, n, n_comments = {}, [], 0, 0
     for path in map(Path, files):
+        begun = False  # whether a triple or a header has been read
         with open(path, "rb") as file:
             for number, raw in enumerate(lines_of(file, path), 1):
                 line = decoded(raw, f"{path}:{number}")
@@ -133,7 +135,9 @@ def read_triples(*files) -> Triples:
                         f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
                         f"{len(parts)} field(s): {line.strip()[:60]!r}"
                     )
-                if number == 1 and (parts[0].lower(), parts[2].lower()) in HEADERS:
+                is_header = not begun and (parts[0].lower(), parts[2].lower()) in HEADERS
+                begun = True
+                if is_header:
                     notes.append(f"{path}: its first line is a header: skipped")
                     continue
                 head, relation, tail = parts
@@ -312,6 +316,11 @@ def with_clones(graph: KnowledgeGraph, n: int, seed: int = 0) -> KnowledgeGraph:
             table[mine, r] = tails[drawn]
         tables.append(table)
         names += [f"{graph.entities[h]}~{i}" for h in heads.tolist()]
+    taken = set(graph.entities).intersection(names[graph.n_entities :])
+    if taken:
+        raise ValueError(
+            f"clones are named a~1, a~2, ..., but there is a {min(taken)!r}: rename it"
+        )
     notes = graph.notes + [f"{n * len(head)} facts of {n * len(heads)} synthetic clones added"]
     return KnowledgeGraph(torch.cat(tables), names, graph.relations, notes, graph.n_entities)
 
@@ -580,8 +589,8 @@ def _usable(
 
 def _random_rows(rows: Tensor, n_edits: int, n: int, generator: torch.Generator) -> Tensor:
     """For each of n_edits, n of the rows, at random and without repetition: [n_edits, n]."""
-    place = torch.rand(n_edits, len(rows), generator=generator).argsort(1)[:, :n]
-    return rows[place.to(rows.device)]
+    place = [torch.randperm(len(rows), generator=generator)[:n] for _ in range(n_edits)]
+    return rows[torch.stack(place).to(rows.device)]
 
 
 def unrelated_facts(

@@ -352,6 +352,7 @@ class Run:
     history: list = field(default_factory=list)  # an entry for each evaluation
     training: Training | None = None  # from the checkpoint
     results: dict = field(default_factory=dict)
+    found: int | None = None  # when the checkpoint was written that was here at the start
 
     def __post_init__(self):
         self.paths = self.task.paths.to(self.device)
@@ -378,6 +379,11 @@ class Run:
         order = torch.randperm(len(tokens), generator=self.stream())[:20_000]
         return tokens[order.to(self.device)]
 
+    def written(self) -> int | None:
+        """When the checkpoint was written, which tells whether another process has been here."""
+        checkpoint = self.folder / "ckpt.pt"
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+
     def fresh(self) -> Training:
         return Training(self.config, self.recipe, self.seed, self.device)
 
@@ -390,10 +396,12 @@ class Run:
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError:
             raise UserError(f"{out}: cannot be written; choose another folder") from None
+        self.found = self.written()
         if all(file.suffix == ".part" for file in self.folder.iterdir()):
             return  # empty, but for what an interrupted write has left
         found = read_json(self.folder / "config.json", f"{out} is no run folder; choose another")
-        require(self.identity.keys() <= found.keys(), f"{out} is no run folder; choose another")
+        fits = [type(found.get(key)) is type(value) for key, value in self.identity.items()]
+        require(all(fits), f"{out} is no run folder; choose another")
         if retrain:
             return
         kept = {key: found[key] for key in self.identity}
@@ -486,6 +494,8 @@ class Run:
                 message = f"--out {self.folder}: another process is training there"
                 raise UserError(message) from None
             try:
+                now = "another process has trained there in the meantime; start again"
+                require(self.written() == self.found, f"--out {self.folder}: {now}")
                 yield
             finally:
                 file.unlink(missing_ok=True)
@@ -1357,12 +1367,11 @@ def core_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv, presets: dict[str, dict]) -> argparse.Namespace:
     """Arguments, with the defaults of the first of `presets` {flag: defaults} that is asked for."""
     args = parser.parse_args(argv)
-    for flag, defaults in presets.items():
-        if getattr(args, flag):
-            parser.set_defaults(**defaults)
-            break
-    if args.triples:
-        parser.set_defaults(entities=None, relations=None, batch=None)
+    chosen = [defaults for flag, defaults in presets.items() if getattr(args, flag)]
+    defaults = chosen[0] if chosen else {}
+    if args.triples:  # sizes are the graph's; the batch too, unless a preset has its own
+        defaults = {"batch": None} | defaults | {"entities": None, "relations": None}
+    parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
 
@@ -1409,7 +1418,7 @@ def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> Task:
         data |= {name: getattr(args, name) for name in READING}
     paths = kg.split(graph, args.ood_fraction, args.train_fraction, seed, args.most_paths)
     if args.label_noise:
-        paths = kg.with_exceptions(paths, args.label_noise, graph.n_entities, seed)
+        paths = kg.with_exceptions(paths, args.label_noise, graph.n_answers, seed)
     return Task(graph, paths, data, graph.n_relations)
 
 

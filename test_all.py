@@ -213,10 +213,18 @@ def test_clones_have_the_relations_of_their_entity_and_are_trained_alone(tmp_pat
     assert paths.real[fact].all()
     others = kg.unrelated_facts(paths, fact, paths.facts[:, 2], 50, generator())
     assert (others.tokens[:, 0] < n).all()
+    noisy = kg.with_exceptions(paths, 0.5, cloned.n_answers, seed=0)
+    assert noisy.two_hop.max() < n, "no clone is an answer, a wrong one neither"
+    with open(file, "a") as more:
+        more.write(f"{plain.entities[0]}~1\tr0\t{plain.entities[1]}\n")
+    with pytest.raises(ValueError, match="~1': rename it"):
+        kg.from_triples(file, clones=1)
 
 
 def test_what_files_of_triples_may_look_like(tmp_path):
-    (tmp_path / "one.tsv").write_text("head\trelation\ttail\n#n1\tr\tx\nParis\tin\tFrance\n")
+    (tmp_path / "one.tsv").write_text(
+        "# from a list\nhead\trelation\ttail\n#n1\tr\tx\nParis\tin\tFrance\n"
+    )
     with gzip.open(tmp_path / "two.txt.gz", "wb") as file:
         file.write("France\tin\tE\u0301tat\npari\u200bs\tin\t\u00c9tat\n".encode())
     graph = kg.from_triples(tmp_path / "one.tsv", tmp_path / "two.txt.gz")
@@ -2076,6 +2084,8 @@ def test_a_weight_that_another_module_shares_is_refused():
     model.down[0].weight = model.down[1].weight
     with pytest.raises(ValueError, match="shares its weight with down.0"):
         edit_to(model)
+    with pytest.raises(ValueError, match="shares its weight with 'down.0'"):
+        curvature.linear(model, "down.1")
 
 
 def test_inference_mode_is_named():
@@ -2780,6 +2790,29 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     run = toy_run(tmp_path)
     run.train(meanwhile)
     assert tried[1].returncode == 2 and "another process" in tried[1].stderr
+
+
+def test_a_folder_in_which_another_process_has_trained_since_is_left_as_it_is(tmp_path):
+    early, late = toy_run(tmp_path), toy_run(tmp_path)
+    late.open_folder(resume=False, retrain=False)
+    early.open_folder(resume=False, retrain=False)
+    early.train()
+    before = (early.folder / "ckpt.pt").read_bytes()
+    with pytest.raises(minedit.UserError, match="in the meantime"):
+        late.train()
+    assert (early.folder / "ckpt.pt").read_bytes() == before
+
+
+def test_modules_that_return_tuples_are_recorded_and_changed(world):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return 2 * x, "beside"
+
+    module, x = Pair(), torch.ones(1, 2, 3)
+    with editing.intervene(module, lambda _, output: output + 1):
+        first, second = module(x)
+    assert torch.equal(first, 2 * x + 1) and second == "beside"
+    assert torch.equal(editing.record(module, module, x)[1][0], 2 * x)
 
 
 def test_results_without_a_checkpoint_are_kept(copied, capsys):

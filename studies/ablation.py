@@ -141,7 +141,7 @@ def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> minedit.Task:
     if args.arithmetic:
         graph = arithmetic_graph(task.graph, args.arithmetic, seed)
         paths = kg.split(graph, args.ood_fraction, args.train_fraction, seed)
-        paths = kg.with_exceptions(paths, args.label_noise, graph.n_entities, seed)
+        paths = kg.with_exceptions(paths, args.label_noise, graph.n_answers, seed)
         task = task._replace(graph=graph, paths=paths)
     return task._replace(data=task.data | options)
 
