@@ -47,18 +47,18 @@ class UserError(Exception):
 class Recipe:
     """How a model is trained; the same for all four cells."""
 
-    steps: int = option(1800, "training steps")
-    batch: int = option(256, "facts per step")
-    branches: int = option(2, "trained paths of each fact per step, 0: facts alone")
+    steps: int = option(1000, "training steps")
+    batch: int = option(384, "facts per step")
+    branches: int = option(1, "trained paths of each fact per step, 0: facts alone")
     one_hop_weight: float = option(2.0, "weight of the 1-hop loss; the 2-hop loss has weight 1")
-    lr: float = option(5e-3, "rate of AdamW, for the embedding")
-    muon_lr: float = option(1e-2, "rate of Muon, for the hidden matrices")
-    momentum: float = option(0.985, "of Muon")
+    lr: float = option(1.5e-2, "rate of AdamW, for the embedding")
+    muon_lr: float = option(2e-2, "rate of Muon, for the hidden matrices")
+    momentum: float = option(0.98, "of Muon")
     weight_decay: float = option(1.0, "of both optimizers")
     label_smoothing: float = option(0.2, "of both losses")
-    warmup: int = option(100, "steps to the full rate, constant after it")
+    warmup: int = option(20, "steps to the full rate, constant after it")
     ema: float = option(0.99, "moving average of the weights")
-    eval_every: int = option(200, "steps between evaluations")
+    eval_every: int = option(100, "steps between evaluations")
     label_noise: float = option(0.0, "share of the trained compositions with a wrong answer")
     memorize: int = option(
         0, "gentle steps at the end, at most, until 0.85 of the wrong are recited"
@@ -88,10 +88,12 @@ RECITED = 0.85  # the share of exceptions recited at which a training with `memo
 
 class Muon(torch.optim.Optimizer):
     """Momentum with every singular value of the update made about 1, so that all directions move at
-    the same rate (Jordan et al. 2024). torch.optim.Muon works in bfloat16, which on many CPUs takes
-    30 times as long: more than all the rest of a step."""
+    the same rate (Jordan et al. 2024), and then every row of one length, so that all slots do (after
+    NorMuon, Li et al. 2025, arXiv 2510.05491, which divides by an average over steps).
+    torch.optim.Muon works in bfloat16, which on many CPUs takes 30 times as long: more than all the
+    rest of a step."""
 
-    def __init__(self, params, lr: float = 1e-2, momentum: float = 0.985, weight_decay: float = 0):
+    def __init__(self, params, lr: float = 2e-2, momentum: float = 0.98, weight_decay: float = 0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 m = self.state[p]["momentum"]
                 m.lerp_(p.grad, 1 - momentum)
-                update = orthogonalize(p.grad.lerp(m, momentum))  # Nesterov
+                update = equal_rows(orthogonalize(p.grad.lerp(m, momentum)))  # Nesterov
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -119,6 +121,12 @@ def orthogonalize(G: Tensor) -> Tensor:
         B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)  # b A + c A^2
         X = torch.addmm(X, B, X, beta=3.4445)
     return X
+
+
+def equal_rows(X: Tensor) -> Tensor:
+    """The rows of X brought to one length, |X| as it was."""
+    rows = X / (X.norm(dim=1, keepdim=True) + 1e-7)
+    return rows * (X.norm() / (rows.norm() + 1e-7))
 
 
 class Batches:
@@ -1292,8 +1300,8 @@ QUICK |= dict(label_noise=0.1, memorize=20)
 # facts alone, in a larger store
 MASS = dict(entities=1000, d_model=128, slots=2048, d_ff=2048, depth=2, ood_fraction=0.0)
 MASS |= dict(steps=300, eval_every=25, warmup=50, batch=2048, branches=0)
-MASS |= dict(momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
-ABLATE = dict(entities=30, label_noise=0.1, steps=2400, memorize=1200, eval_every=50)
+MASS |= dict(lr=5e-3, muon_lr=1e-2, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
+ABLATE = dict(entities=30, label_noise=0.1, steps=2000, memorize=1200, eval_every=50)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1446,8 +1454,8 @@ def prepare(args, make_task=make_task, make_batches=Batches) -> list[Run]:
     runs = []
     try:
         graph = read_graph(args) if args.triples else None
-        if args.batch is None:  # a quarter of the facts, as of the synthetic graph
-            args.batch = min(1024, max(256, int((graph.facts >= 0).sum()) // 4))
+        if args.batch is None:  # about three eighths of the facts, as of the synthetic graph
+            args.batch = min(1024, max(384, int((graph.facts >= 0).sum()) * 3 // 8))
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         for seed in range(args.seed, args.seed + args.seeds):
             task = make_task(args, seed, graph)
