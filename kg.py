@@ -494,6 +494,19 @@ def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> P
     return replace(paths, two_hop=two_hop, masks=masks)
 
 
+def sampled(paths: Paths, most: int, seed: int) -> Paths:
+    """About `most` of the paths, those of first facts chosen at random, or all where they are no
+    more; `facts` stays whole."""
+    if len(paths.first) <= most:
+        return paths
+    generator = torch.Generator().manual_seed(2**58 + seed)
+    noise = torch.rand(len(paths.facts), generator=generator)
+    rows = (noise < most / len(paths.first))[paths.first.cpu()].to(paths.first.device)
+    names = ("tokens", "one_hop", "two_hop", "first", "second")
+    kept = {name: getattr(paths, name)[rows] for name in names}
+    return replace(paths, **kept, masks={name: mask[rows] for name, mask in paths.masks.items()})
+
+
 # --- The probes of an edit ------------------------------------------------------------------------
 # n edits are given by `fact` [n], rows of paths.facts, and `new` [n], the tails that they get.
 

@@ -261,21 +261,22 @@ LABELS |= dict(ood_first="first", ood_second="second")
 
 
 @torch.no_grad()
-def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, Tensor]:
-    """The model's answers to every fact [n_facts] and every path [n_paths]; the paths of a fact are
-    read `width` at a time, as branches of one prefix."""
+def predict(model: Model, paths: kg.Paths, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """The model's answers to every first fact, in order, and every path [n_paths]; the paths of a
+    fact are read `width` at a time, as branches of one prefix, `chunk` tokens at once."""
     device = paths.first.device
     index = torch.arange(len(paths.first), device=device)
-    start = (
-        paths.first.diff(prepend=paths.first[:1] - 1).nonzero().flatten()
-    )  # first path of a fact
-    place = index - start[paths.first]
+    begins = paths.first.diff(prepend=paths.first[:1] - 1) != 0
+    start = begins.nonzero().flatten()  # first path of a fact
+    place = index - start[begins.cumsum(0) - 1]
     width = min(int(place.max()) + 1, 32)
     bundle = (place % width == 0).cumsum(0) - 1  # of each path
     rows = torch.full((int(bundle[-1]) + 1, width), -1, device=device)  # paths; -1: filler
     rows[bundle, place % width] = index
     tokens = torch.cat([paths.tokens[rows[:, 0], :2], paths.tokens[rows, 2]], 1)
     positions = torch.tensor([0, 1] + [2] * width, device=device)
+    if chunk is None:  # tokens whose logits fit 64 MiB
+        chunk = min(6000, 2**24 // model.config.n_entities)
     parts = tokens.split(max(1, chunk // (2 + width)))
     answers = torch.cat([model(part, positions).argmax(-1) for part in parts])
     return answers[bundle[start], 1], answers[bundle, 2 + place % width]
@@ -284,7 +285,8 @@ def predict(model: Model, paths: kg.Paths, chunk: int = 6000) -> tuple[Tensor, T
 @torch.no_grad()
 def last_answers(model: Model, tokens: Tensor) -> Tensor:
     """The model's answers [n] at the last of the tokens [n, token]."""
-    return torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(4096)])
+    chunk = max(1, min(4096, 2**24 // (model.config.n_entities * tokens.shape[1])))
+    return torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(chunk)])
 
 
 def share_of(hit: Tensor) -> float | None:
@@ -299,7 +301,8 @@ def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, f
         one_hop = last_answers(model, paths.queries)
         return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | dict.fromkeys(masks)
     one_hop, two_hop = predict(model, paths)
-    found = {"one_hop": share_of(one_hop == paths.facts[:, 2])}
+    asked = paths.first.unique_consecutive()  # facts
+    found = {"one_hop": share_of(one_hop == paths.facts[asked, 2])}
     for name, mask in masks.items():
         found[name] = share_of((two_hop == paths.two_hop)[mask])
     return found
@@ -330,6 +333,9 @@ def what_is_known(model: Model, paths: kg.Paths) -> Known:
     if "exceptions" in paths.masks:
         asked &= ~paths.masks["exceptions"]
     return Known(one_hop, two_hop, facts, two_hop == paths.two_hop, asked)
+
+
+MOST_WATCHED = 100_000  # paths, about, that an evaluation asks; the stages ask all
 
 
 # --- A run and its folder -------------------------------------------------------------------------
@@ -364,6 +370,7 @@ class Run:
 
     def __post_init__(self):
         self.paths = self.task.paths.to(self.device)
+        self.watched = kg.sampled(self.paths, MOST_WATCHED, self.seed)  # paths of evaluations
         self.n_paths = {name: int(mask.sum()) for name, mask in self.paths.masks.items()}
         settings = {"model": asdict(self.config), "recipe": asdict(self.recipe)}
         self.identity = {"arch": self.arch, "seed": self.seed, "data": self.task.data} | settings
@@ -477,7 +484,9 @@ class Run:
             record = {"step": self.step, "loss": total.item() / n_steps}
             total.zero_()
             self.check_finite(training, record)
-            record |= accuracy(training.average, self.paths, self.recipe.branches > 0)
+            compose = self.recipe.branches > 0
+            watched = self.watched if compose else self.paths
+            record |= accuracy(training.average, watched, compose)
             record["seconds"] = round(time.perf_counter() - began, 2)
             self.history.append(record)
             print(progress(record, self.recipe.steps), flush=True)
@@ -1482,6 +1491,8 @@ def announce(run: Run):
         f"{count_parameters(run.config):,} parameters, {flops_per_path(run.config):,} FLOPs per "
         f"path; {len(run.paths.facts)} facts, paths: {listed(run.n_paths)}"
     )
+    if len(run.watched.first) < len(run.paths.first):
+        print(f"evaluations ask {len(run.watched.first)} of the paths, chosen at random")
     if run.finished:
         print(f"loaded: trained for {run.step} steps before (--retrain trains again)")
 

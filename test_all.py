@@ -2356,6 +2356,17 @@ def test_predict_is_the_model_path_by_path(out_degree):
     assert torch.equal(two_hop, answers[:, 2]) and torch.equal(one_hop[paths.first], answers[:, 1])
     right = (answers[:, 2] == paths.two_hop)[paths.masks["id"]]
     assert minedit.accuracy(model, paths)["id"] == int(right.sum()) / len(right)
+    some = kg.sampled(paths, len(paths.first) // 2, seed=0)
+    rows = torch.isin(paths.first, some.first.unique())  # all paths of some facts
+    assert 0 < len(some.first) < len(paths.first) and torch.equal(some.tokens, paths.tokens[rows])
+    assert torch.equal(some.masks["ood"], paths.masks["ood"][rows])
+    found = minedit.predict(model, some)
+    assert torch.equal(found[1], two_hop[rows])
+    assert torch.equal(found[0], one_hop[some.first.unique()])
+    right = answers[:, 1][rows] == paths.one_hop[rows]
+    first = some.first.diff(prepend=torch.tensor([-1])) != 0  # one path of each fact
+    assert minedit.accuracy(model, some)["one_hop"] == right[first].double().mean()
+    assert kg.sampled(paths, len(paths.first), seed=0) is paths
 
 
 def toy_run(folder, *arguments):
