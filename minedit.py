@@ -1463,8 +1463,8 @@ def prepare(args, make_task=make_task, make_batches=Batches) -> list[Run]:
     runs = []
     try:
         graph = read_graph(args) if args.triples else None
-        if args.batch is None:  # about three eighths of the facts, as of the synthetic graph
-            args.batch = min(1024, max(384, int((graph.facts >= 0).sum()) * 3 // 8))
+        if args.batch is None:  # a quarter of the facts
+            args.batch = min(1024, max(384, int((graph.facts >= 0).sum()) // 4))
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         for seed in range(args.seed, args.seed + args.seeds):
             task = make_task(args, seed, graph)
