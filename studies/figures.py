@@ -214,7 +214,47 @@ def tracing_map(group: Group):
     return states, heads, torch.stack(maps).mean(0)
 
 
-FIGURES = (grokking, propagation, when, locate, mass, paths, retention)
+def mean_of(entries: list[dict], key: str) -> float:
+    """Over the entries that have it; NaN, which is not drawn, where none has."""
+    values = [entry[key] for entry in entries if entry[key] is not None]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def tradeoff(groups: list[Group]):
+    """What follows an edit against what moves that should not, along the shrinkage of C: a panel
+    for each hop, a line for each cell and key; means over runs."""
+    from matplotlib.figure import Figure
+
+    lines = defaultdict(lambda: defaultdict(list))  # {(cell, key): {s: [entry of a run]}}
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "tradeoff") or []:
+                lines[group.name, entry["key"]][entry["shrink"]].append(entry)
+    if not lines:
+        return None
+    figure = Figure((8.0, 3.6), layout="constrained")
+    for place, hop in enumerate(("hop1", "hop2")):
+        ax = figure.add_subplot(1, 2, place + 1)
+        for i, ((cell, key), by_shrink) in enumerate(lines.items()):
+            moved, follows = [], []
+            for entries in by_shrink.values():
+                moved.append(mean_of(entries, "unrelated_one_hop_moved"))
+                follows.append(mean_of(entries, hop))
+            style = {"color": COLOURS[i // 2 % 8], "marker": MARKS[i // 2 % 8], "ms": 4, "lw": 1}
+            dash = "-" if key == "own" else ":"
+            ax.plot(moved, follows, ls=dash, label=f"{cell}, {key}", **style)
+            for shrink, x, y in zip(by_shrink, moved, follows):
+                if key == "own" and shrink in (0.0, 0.1, 1.0, 10.0):
+                    ax.annotate(f"{shrink:g}", (x, y), fontsize=7, alpha=0.8)
+        ax.set(title=f"{HOPS[hop]} (s beside the marks)", xlabel="share of other facts moved")
+        ax.set_ylim(-0.04, 1.04)
+    figure.axes[0].set_ylabel("share of answers")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff)
 
 
 def draw(groups: list[Group], out: Path):

@@ -207,6 +207,19 @@ cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C
     return mean_table(groups, entries, words, shares, legend)
 
 
+# --- Tables: shrinkage of C ---------------------------------------------------------------------
+
+
+def tradeoff_table(groups: list[Group]) -> str | None:
+    shares = dict(direct="direct", hop1="hop 1", hop2="hop 2")
+    shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
+    legend = """\
+ROME, prototype, C shrunk by s. key: the fact's own, or its mean with those of compositions that
+end in the fact (contexts), which are not asked; facts, comps.: others whose answer moved"""
+    words = {"key": "key", "shrink": "s"}
+    return mean_table(groups, lambda r: lookup(r, "tradeoff") or [], words, shares, legend)
+
+
 # --- Tables: ablation -----------------------------------------------------------------------------
 
 REMAINING = {"removed": "removed", "recited": "recited", "true": "true", "one_hop": "1-hop"}
@@ -334,7 +347,14 @@ at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.
 
 
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
-TABLES += [scores_table, mass_table, ablation_table, retention_table, relearning_table]
+TABLES += [
+    tradeoff_table,
+    scores_table,
+    mass_table,
+    ablation_table,
+    retention_table,
+    relearning_table,
+]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
 TABLES += [seeds_table, paired_table]
 

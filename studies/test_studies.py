@@ -27,7 +27,7 @@ from curvature import ablate, ablated, eigen, keep_mask
 from edit import record
 from models import ARCHS, Config
 from studies import ablation, bench, circuits, claims, controls, gpt2, gpu, images, mass_edit
-from studies import propagation, report, runs, training, transfer
+from studies import propagation, report, runs, shrinkage, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
@@ -35,7 +35,7 @@ from test_all import results_of, tiny_model, tiny_paths, weights_of
 HERE = Path(__file__).parent.parent
 STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
-STUDIES["gpt2"] = gpt2
+STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,57 @@ def test_holding_a_state_as_it_was(world):
     assert torch.equal(held(1, 2, 0 * everything), edited), "nothing is held"
     assert torch.equal(held(2, 2, everything), before), "the last state decides"
     assert torch.equal(held(2, 1, everything), edited), "a state that nothing reads"
+
+
+# --- shrinkage ------------------------------------------------------------------------------------
+
+
+def test_the_shrinkage_study_and_its_table_and_figure(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert run_study(shrinkage, *TINY, "--out", tmp_path / "s") == 0
+    entries = results_of(tmp_path / "s")["tradeoff"]
+    assert [(e["key"], e["shrink"]) for e in entries] == [
+        (key, s) for s in shrinkage.SHRINKS for key in ("own", "contexts")
+    ]
+    assert len({(e["probes_hop1"] >= 0, e["n"]) for e in entries}) == 1
+    capsys.readouterr()
+    assert run_study(report, tmp_path / "s", "--plot") == 0
+    assert "contexts  10.0" in capsys.readouterr().out
+    assert (tmp_path / "s" / "tradeoff.svg").exists()
+
+
+def test_a_composition_that_lends_its_key_is_no_probe(world):
+    paths = world.paths
+    everything = torch.ones(len(paths.facts), dtype=torch.bool)
+    right = torch.ones(len(paths.tokens), dtype=torch.bool)
+    known = minedit.Known(paths.facts[:, 2], paths.two_hop, everything, right, right)
+    fact, new, _ = kg.draw_edits(paths, 4, generator(0))
+    probes = minedit.edit_probes(paths, known, fact, new, 5, generator(1))
+    lent, left = shrinkage.set_apart(probes, generator(2))
+    pairs = [set(zip(x.edit.tolist(), x.path.tolist())) for x in (lent, left.hop2, probes.hop2)]
+    assert pairs[0] and not pairs[0] & pairs[1] and pairs[0] | pairs[1] == pairs[2]
+    for edit in range(4):
+        n = sum(e == edit for e, _ in pairs[2])
+        assert sum(e == edit for e, _ in pairs[0]) == min(n // 2, shrinkage.MOST_CONTEXTS)
+
+
+def test_the_mean_key_against_a_slow_reference(world):
+    model, at, requests = world.model, world.at, world.requests
+    tokens = world.paths.tokens[[4, 9, 30]]
+    lent = kg.Probes(torch.tensor([0, 0, 2]), tokens, torch.zeros(3).long(), torch.arange(3))
+    there = shrinkage.mean_keys(model, at, requests, lent)
+    for edit, fact in enumerate(requests.fact.tolist()):
+        keys = [at.keys[fact]]
+        for i, row in zip(lent.edit.tolist(), tokens):
+            if i == edit:
+                read = record(model, at.layer, row[None])[0][:, 0, 2]
+                keys.append(max(read, key=lambda k: F.cosine_similarity(k, at.keys[fact], dim=0)))
+        close(there.keys[fact], torch.stack(keys).mean(0), 1e-12)
+        close(there.values[fact], at.layer.weight @ there.keys[fact], 1e-12)
+    others = [f for f in range(len(at.keys)) if f not in requests.fact.tolist()]
+    assert torch.equal(there.keys[others], at.keys[others])
+    none = kg.Probes(*(column[:0] for column in lent))
+    close(shrinkage.mean_keys(model, at, requests, none).keys, at.keys, 1e-12)
 
 
 # --- mass edits -----------------------------------------------------------------------------------
