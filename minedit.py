@@ -16,11 +16,13 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -542,6 +544,7 @@ class Run:
         if "config" in self.results:
             return self.results["config"]
         environment = {
+            "version": version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -1229,6 +1232,17 @@ def when(step: int | None) -> str:
 
 
 # --- Files and machine ----------------------------------------------------------------------------
+
+
+@cache
+def version() -> str | None:
+    """The commit of the checkout that this file is in, "-dirty" where something in it was changed
+    since; None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_atomically(path: Path, content):

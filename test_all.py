@@ -2544,8 +2544,21 @@ def test_a_run_writes_what_it_promises(finished):
     assert [json.loads(line)["step"] for line in log] == [10, 20]
     config = json.loads((finished / "config.json").read_text())
     assert config["environment"]["device"] == "cpu" and config["recipe"]["steps"] == 20
+    assert config["environment"]["version"] == minedit.version()
     files = {"ckpt.pt", "config.json", "log.jsonl", "results.json"}
     assert {file.name for file in finished.iterdir()} == files
+
+
+def test_the_version_is_the_commit_where_there_is_one(monkeypatch):
+    git = ["git", "-C", str(Path(minedit.__file__).parent), "rev-parse", "HEAD"]
+    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
+    minedit.version.cache_clear()
+    version = minedit.version()
+    assert version is None if not found else found.startswith(version.removesuffix("-dirty"))
+    minedit.version.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert minedit.version() is None
+    minedit.version.cache_clear()
 
 
 def test_a_run_is_repeatable_and_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
