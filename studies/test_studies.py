@@ -26,6 +26,7 @@ import models
 from curvature import ablate, ablated, eigen, keep_mask
 from edit import record
 from models import ARCHS, Config
+from studies import all as everything
 from studies import ablation, bench, circuits, claims, controls, gpt2, gpu, images, mass_edit
 from studies import propagation, report, runs, shrinkage, training, transfer
 from studies.training import further
@@ -35,7 +36,7 @@ from test_all import results_of, tiny_model, tiny_paths, weights_of
 HERE = Path(__file__).parent.parent
 STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
-STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage}
+STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "all": everything}
 
 
 @pytest.fixture(scope="module")
@@ -1252,3 +1253,86 @@ def test_the_gpt2_study_runs_and_edits_the_model_that_it_saved(tmp_path, capsys)
 def test_bad_input_of_the_gpt2_study_is_one_line(capsys, options, words):
     assert gpt2.main(options.split()) == 2
     assert words in capsys.readouterr().err
+
+
+# --- all ------------------------------------------------------------------------------------------
+
+
+def tiny_plan(monkeypatch, *options):
+    """A plan of one run of toy size and of the 2x2 of a seed, in the place of the long one."""
+    tiny = " ".join(TINY)
+    one = everything.each("real", {"lmc": tiny}, 1, ["minedit.py --edit", *options], "edits", 1)
+    monkeypatch.setattr(everything, "plan", lambda umls: one)
+    return one
+
+
+def test_every_command_of_the_plan_parses(monkeypatch):
+    monkeypatch.setattr(minedit, "guarded", lambda *_: 0)
+    jobs = everything.plan(Path("umls.tsv"))
+    assert len({job.name for job in jobs}) == len(jobs) > 200
+    folders = [folder for job in jobs for folder in job.folders]
+    assert len(set(folders)) == len(folders)
+    for job in jobs:
+        for command in job.commands:
+            module, *arguments = shlex.split(command.removeprefix("-m "))
+            study = minedit if module == "minedit.py" else STUDIES[module.removeprefix("studies.")]
+            assert study.main([*arguments, "--out", job.out]) == 0
+
+
+@pytest.mark.slow
+def test_a_job_is_run_once_and_its_small_files_are_kept(tmp_path, monkeypatch, capsys):
+    tiny_plan(monkeypatch)
+    monkeypatch.setattr(minedit, "version", lambda: "abc")
+    where = ["--work", tmp_path / "work", "--results", tmp_path / "results"]
+    assert run_study(everything, *where) == 0
+    kept = tmp_path / "results" / "real" / "lmc-seed0"
+    assert {f.name for f in kept.iterdir()} == {"config.json", "log.jsonl", "results.json"}
+    found, made = results_of(kept), results_of(tmp_path / "work" / "real" / "lmc-seed0")
+    assert found == everything.rounded(made) and found["edits"]
+    config = json.loads((kept / "config.json").read_text())
+    config["environment"]["version"] = "abc"  # a checkout without git has none
+    (kept / "config.json").write_text(json.dumps(config))
+    before = (kept / "results.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run_study(everything, *where) == 0 and run_study(everything, *where, "--list") == 0
+    said = capsys.readouterr().out
+    assert "1 of 1 jobs are done" in said and "commits of what is done: abc" in said
+    assert (kept / "results.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_named_and_nothing_of_it_is_kept(tmp_path, monkeypatch, capsys):
+    tiny_plan(monkeypatch, "-m studies.nothing")
+    where = ["--work", tmp_path / "work", "--results", tmp_path / "results"]
+    assert run_study(everything, *where) == 1
+    said = capsys.readouterr()
+    assert "real-lmc-seed0.txt" in said.err and said.err.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_parts_hold_every_job_once():
+    jobs = list(range(11))
+    parts = [everything.part_of(jobs, f"{i}/4") for i in (1, 2, 3, 4)]
+    assert sorted(sum(parts, [])) == jobs
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--part", "0/3"], ["--part 0/3", "1 <= i <= n"]),
+        (["--part", "2"], ["--part 2"]),
+        (["--jobs", "0"], ["--jobs 0"]),
+        (["nothing"], ["nothing", "main"]),
+        (["--umls", "nowhere.tsv"], ["nowhere.tsv"]),
+    ],
+)
+def test_bad_input_of_all_is_one_line(capsys, options, words):
+    error = refused(capsys, everything, "--list", *options)
+    for word in words:
+        assert word in error
+
+
+def test_numbers_are_rounded_to_five_digits():
+    value = {"a": [0.123456789, 12345678, None], "b": {"c": 1234567.89}, "d": "0.123456789"}
+    rounded = {"a": [0.12346, 12345678, None], "b": {"c": 1234600.0}, "d": "0.123456789"}
+    assert everything.rounded(value) == rounded
