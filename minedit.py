@@ -1325,6 +1325,8 @@ MASS = dict(entities=1000, d_model=128, slots=2048, d_ff=2048, depth=2, ood_frac
 MASS |= dict(steps=300, eval_every=25, warmup=50, batch=2048, branches=0)
 MASS |= dict(lr=5e-3, muon_lr=1e-2, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
 ABLATE = dict(entities=30, label_noise=0.1, steps=2000, memorize=1200, eval_every=50)
+# a user's graph: room for two or three times the facts of the synthetic one; the batch from its facts
+TRIPLES = dict(d_model=128, slots=2048, d_ff=2048, batch=None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1400,8 +1402,8 @@ def parse(parser: argparse.ArgumentParser, argv, presets: dict[str, dict]) -> ar
     args = parser.parse_args(argv)
     chosen = [defaults for flag, defaults in presets.items() if getattr(args, flag)]
     defaults = chosen[0] if chosen else {}
-    if args.triples:  # sizes are the graph's; the batch too, unless a preset has its own
-        defaults = {"batch": None} | defaults | {"entities": None, "relations": None}
+    if args.triples:
+        defaults = TRIPLES | defaults | {"entities": None, "relations": None}
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 

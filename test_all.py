@@ -3048,3 +3048,23 @@ def test_a_sparse_graph_of_triples_runs_to_a_report(tmp_path, capsys):
     results, out = results_of(tmp_path / "f"), capsys.readouterr().out
     assert results["n_paths"]["ood"] == 0 and results["accuracy"]["ood"] is None
     assert "cannot be edited" in out and "no other known fact" in out
+
+
+@pytest.mark.parametrize(("n_facts", "batch"), [(40, 384), (2000, 500), (9000, 1024)])
+def test_sizes_for_a_graph_of_triples_follow_its_facts_unless_they_are_given(
+    tmp_path, monkeypatch, n_facts, batch
+):
+    file = tmp_path / "graph.tsv"
+    file.write_text("".join(f"e{i}\tr\te{i + 1}\n" for i in range(n_facts)))
+    made = []
+    monkeypatch.setattr(minedit, "announce", made.append)
+    monkeypatch.setattr(minedit.Run, "train", lambda *_, **__: None)
+    monkeypatch.setattr(minedit.Run, "summarize", lambda _: None)
+    assert run_main("--triples", file, "--out", tmp_path / "a") == 0
+    assert run_main("--triples", file, "--slots", 64, "--batch", 7, "--out", tmp_path / "b") == 0
+    assert run_main("--out", tmp_path / "c") == 0
+    first, second, synthetic = made
+    assert (first.config.d_model, first.config.slots, first.config.d_ff) == (128, 2048, 2048)
+    assert first.recipe.batch == batch
+    assert (second.config.d_model, second.config.slots, second.recipe.batch) == (128, 64, 7)
+    assert (synthetic.config.d_model, synthetic.config.slots) == (64, 1024)
