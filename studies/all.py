@@ -107,11 +107,14 @@ def plan(umls: Path | None) -> list[Job]:
         runs = every_cell(options, f"-{regime}")
         jobs += each("regimes", runs, 3, [circuits], "circuits", 4)
     real = ["minedit.py --edit", "-m studies.shrinkage"]
-    countries = "--triples results/countries.tsv --clones 3 --reciprocal"
-    jobs += each("countries", {"lmc": countries}, 3, real, "edits tradeoff", 6)
+    countries = "--triples results/countries.tsv"
+    runs = {"lmc": f"{countries} --clones 3 --reciprocal", "lmc-plain": countries}
+    jobs += each("countries", runs, 3, real, "edits tradeoff", 8)
     if umls is not None:
-        runs = every_cell(f"--triples {shlex.quote(str(umls))} --tails numbered")
-        jobs += each("umls", runs, 3, real, "edits tradeoff", 6)
+        options = f"--triples {shlex.quote(str(umls))} --tails numbered"
+        runs = every_cell(options)
+        runs["lmc-sorted"] = f"--arch lmc {options} --tail-order sorted"
+        jobs += each("umls", runs, 3, real, "edits tradeoff", 9)
     return jobs
 
 
