@@ -1039,7 +1039,7 @@ score: harmonic mean, in percent; left: mean |r - dW k| / |r|, and what is predi
 
 # --- Stage: exceptions out by curvature -----------------------------------------------------------
 
-KEEPS = (0.99, 0.98, 0.97, 0.95)  # shares of the curvature mass that are kept
+KEEPS = (0.9999, 0.9998, 0.9995, 0.999, 0.998, 0.99, 0.97)  # of the curvature mass
 
 
 @dataclass
@@ -1105,7 +1105,8 @@ def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
                 weights[name] = curvature.ablate(W, *factors[name], keep, own)
             records.append(ablation_record(model, paths, weights, method, keep))
     print(f"\n{run.n_paths['exceptions']} exceptions among {run.n_paths['train']} trained paths\n")
-    print(record_table(records, ABLATION_COLUMNS, ABLATION_LEGEND))
+    shown = [replace(record, keep=f"{record.keep:g}") for record in records]  # all its digits
+    print(record_table(shown, ABLATION_COLUMNS, ABLATION_LEGEND))
     return records
 
 
