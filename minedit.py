@@ -931,7 +931,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     fact, new = named_edits(run.task.graph, paths, wanted)
     known = what_is_known(model, paths)
     every = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
-    asked = (every, known.right, paths.second >= 0)
+    asked = (every, known.right, (paths.second >= 0) & paths.real[paths.first])  # not of clones
     chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
     at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
     at = with_shrinkage(run, model, known, fact, at, at_pass, shrink)

@@ -3006,6 +3006,25 @@ def test_edit_fact_by_name_shows_all_that_follows(copied, capsys):
     assert "first hop: " in out and "second hop: " in out
 
 
+def test_edit_fact_shows_no_composition_of_a_clone(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "graph.tsv"
+    lines = [f"e{i}\t{r}\te{(i + k) % 9}\n" for i in range(9) for k, r in ((1, "r"), (2, "s"))]
+    file.write_text("".join(lines))
+    known = minedit.what_is_known
+
+    def all_right(model, paths):
+        found = known(model, paths)
+        return found._replace(right=paths.two_hop >= 0, one_hop=paths.facts[:, 2])
+
+    monkeypatch.setattr(minedit, "what_is_known", all_right)
+    options = [*TINY[4:], "--triples", file, "--clones", 2, "--edit-fact", "e3", "r", "e8"]
+    assert run_main(*options, "--out", tmp_path / "c") == 0
+    out = capsys.readouterr().out
+    assert "facts of 18 synthetic clones" in out
+    shown = [line for line in out.splitlines() if line.startswith("second hop ")]
+    assert len(shown) >= 2 and "~" not in "".join(shown)
+
+
 def test_mass_edits_count_every_request_and_leave_what_is_predicted(tmp_path):
     sizes = "--entities 20 --relations 4 --branches 0 --slots 64 --steps 300 --batch 64"
     options = [*TINY[4:], *sizes.split(), "--mass-edit", "--lam", "3", "--retrain"]
