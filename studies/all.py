@@ -70,9 +70,10 @@ def four_cells(seeds: int) -> list[Job]:
     jobs = []
     for seed in range(seeds):
         folders = tuple(f"main/{arch}-seed{seed}" for arch in CELLS)
-        command = f"-m studies.propagation --arch all --seed {seed}"
-        wants = ("propagation", "locate", "when")
-        jobs.append(Job("main", f"main-seed{seed}", "main", folders, (command,), wants, 14))
+        options = f"--arch all --seed {seed}"
+        commands = (f"-m studies.propagation {options}", f"-m studies.many {options}")
+        wants = ("propagation", "locate", "when", "many")
+        jobs.append(Job("main", f"main-seed{seed}", "main", folders, commands, wants, 20))
     return jobs
 
 

@@ -254,7 +254,23 @@ def tradeoff(groups: list[Group]):
     return figure
 
 
-FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff)
+def many(groups: list[Group]):
+    """What follows of edits made in one update, against their number; a panel for each cell."""
+    panels = Panels()
+    labels = HOPS | {"both": "both hops edited"}
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "many") or []:
+                if (entry["method"], entry["target"]) == ("memit", "prototype"):
+                    for key, label in labels.items():
+                        panels.add(group.name, label, entry["n"], entry[key])
+                    moved = entry["unrelated_one_hop_moved"]
+                    panels.add(group.name, "other facts moved", entry["n"], moved)
+    xlabel = "facts edited at once (MEMIT, prototype)"
+    return draw_lines(panels, xlabel, joined=True) if panels.values else None
+
+
+FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff, many)
 
 
 def draw(groups: list[Group], out: Path):

@@ -207,7 +207,7 @@ cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C
     return mean_table(groups, entries, words, shares, legend)
 
 
-# --- Tables: shrinkage of C ---------------------------------------------------------------------
+# --- Tables: shrinkage of C, edits made together --------------------------------------------------
 
 
 def tradeoff_table(groups: list[Group]) -> str | None:
@@ -218,6 +218,17 @@ ROME, prototype, C shrunk by s. key: the fact's own, or its mean with those of c
 end in the fact (contexts), which are not asked; facts, comps.: others whose answer moved"""
     words = {"key": "key", "shrink": "s"}
     return mean_table(groups, lambda r: lookup(r, "tradeoff") or [], words, shares, legend)
+
+
+def many_table(groups: list[Group]) -> str | None:
+    words = dict(method="method", target="target", n="n")
+    shares = dict(lam="lam", direct="direct", hop1="hop 1", hop2="hop 2", both="both")
+    shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
+    legend = """\
+n facts in one update. hop 1, hop 2, both: compositions that begin, that end with an edited fact, or
+both, now right; facts, comps.: others whose answer moved"""
+    lowest = ("hop1", "hop2")
+    return mean_table(groups, lambda r: lookup(r, "many") or [], words, shares, legend, lowest)
 
 
 # --- Tables: ablation -----------------------------------------------------------------------------

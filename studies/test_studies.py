@@ -28,7 +28,7 @@ from edit import record
 from models import ARCHS, Config
 from studies import all as everything
 from studies import ablation, bench, circuits, claims, controls, gpt2, gpu, images, mass_edit
-from studies import propagation, report, runs, shrinkage, training, transfer
+from studies import many, propagation, report, runs, shrinkage, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
@@ -36,7 +36,7 @@ from test_all import results_of, tiny_model, tiny_paths, weights_of
 HERE = Path(__file__).parent.parent
 STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
-STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "all": everything}
+STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "many": many, "all": everything}
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +221,82 @@ def test_the_mean_key_against_a_slow_reference(world):
     assert torch.equal(there.keys[others], at.keys[others])
     none = kg.Probes(*(column[:0] for column in lent))
     close(shrinkage.mean_keys(model, at, requests, none).keys, at.keys, 1e-12)
+
+
+# --- many -----------------------------------------------------------------------------------------
+
+
+def a_run(tmp_path, *options):
+    parser = minedit.core_parser()
+    arguments = [str(x) for x in (*TINY, *options, "--out", tmp_path / "run")]
+    return minedit.prepare(minedit.parse(parser, arguments, {}))[0]
+
+
+def test_edits_one_by_one_are_counted_as_the_core_counts_them(tmp_path):
+    run = a_run(tmp_path, "--steps", 150, "--eval-every", 150, "--train-fraction", 0.7)
+    model = run.train()
+    editor = many.Editor(run, model, 10)
+    requests, known, paths = editor.requests, editor.known, run.paths
+    entry = editor.entry("rome", "prototype", many.groups_of(1, 0, 10), None)
+    ten = requests[:10]
+    probes = minedit.edit_probes(paths, known, ten.fact, ten.new, 5, generator())
+    edits = minedit.make_edits(model, paths, known.facts, ten, editor.at, 0)
+    record = minedit.score(model, edits, probes)
+    assert record.direct == entry.direct > 0 and record.probes_hop1 + record.probes_hop2 > 20
+    assert (record.hop1, record.hop2) == (entry.hop1, entry.hop2)
+    assert record.probes_hop1 == entry.probes["hop1"]
+    assert record.probes_hop2 == entry.probes["hop2"]
+
+
+def test_what_follows_of_edits_made_together_against_a_slow_reference(world):
+    paths = world.paths
+    facts = {(h, r): t for h, r, t in paths.facts.tolist()}
+    everything = torch.ones(len(paths.facts), dtype=torch.bool)
+    right = torch.ones(len(paths.tokens), dtype=torch.bool)
+    tails = paths.facts[:, 2]
+    known = minedit.Known(tails, paths.two_hop, everything, right, right)
+    fact, new, _ = kg.draw_edits(paths, 12, generator(0))
+    after = dict(facts)
+    for i, tail in zip(fact.tolist(), new.tolist()):
+        h, r, _ = paths.facts[i].tolist()
+        after[h, r] = tail
+    edited = {tuple(paths.facts[i, :2].tolist()) for i in fact.tolist()}
+    wanted = {"hop1": 0, "hop2": 0, "both": 0}
+    answers = []
+    n_entities = paths.tokens[0, 1].item() - paths.facts[0, 1].item()
+    for (h, r1, r2), old, second, first in zip(
+        paths.tokens.tolist(), paths.two_hop.tolist(), paths.second.tolist(), paths.first.tolist()
+    ):
+        one, two = (h, r1 - n_entities), (after[h, r1 - n_entities], r2 - n_entities)
+        answers.append(after.get(two, -1))
+        if second >= 0 and two in after and after[two] != old and second != first:
+            kind = {(1, 0): "hop1", (0, 1): "hop2", (1, 1): "both"}
+            kind = kind.get((one in edited, two in edited))
+            if kind:
+                wanted[kind] += 1
+    tally = many.Tally()
+    one_hop = tails.index_copy(0, fact, new)
+    many.count(tally, paths, known, fact, new, (one_hop, torch.tensor(answers)))
+    assert {name: tally.size(name) for name in wanted} == wanted and min(wanted.values()) > 0
+    assert all(tally.share(name) == 1 for name in ("direct", *wanted))
+    assert tally.share("facts") == tally.share("compositions") == 0
+    failed = one_hop.index_copy(0, fact[:1], tails[fact[:1]])  # the first edit has no effect
+    tally = many.Tally()
+    many.count(tally, paths, known, fact, new, (failed, torch.tensor(answers)))
+    assert tally.share("direct") == 11 / 12
+    assert sum(tally.size(name) for name in wanted) < sum(wanted.values())
+
+
+def test_the_many_study_reports_and_leaves_the_model(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert run_study(many, *TINY, "--out", tmp_path / "m") == 0
+    entries = results_of(tmp_path / "m")["many"]
+    kinds = [(e["method"], e["target"]) for e in entries if e["n"] == 1]
+    assert kinds == many.KINDS and max(e["n"] for e in entries) > 10
+    capsys.readouterr()
+    assert run_study(report, tmp_path / "m", "--plot") == 0
+    assert "n facts in one update" in capsys.readouterr().out
+    assert (tmp_path / "m" / "many.svg").exists()
 
 
 # --- mass edits -----------------------------------------------------------------------------------

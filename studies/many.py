@@ -1,0 +1,238 @@
+"""Do edits that are made together propagate? Between Niu 2026 [1] and Meng et al. 2022 [2].
+
+The papers edit one fact and ask what follows, or thousands and ask for these facts alone. Here 1 to
+300 facts are edited in one update, at the site of --edit, in the models that compose; then all
+compositions are asked, of which some begin with an edited fact (hop 1), some end with one (hop 2),
+and some do both:
+
+    memit     with a prototype or a sought value; lam is chosen for each number of edits, on as many
+              other facts, by minedit.choose_shrinkage's rule
+    emmet     every value exactly, where there is a solution
+    rome      one fact after another
+
+    python -m studies.many --arch all --seeds 3 --out runs/main    # 2 minutes a run beside training
+
+Small numbers of edits are tried in several groups of different facts. A composition counts if it
+was answered right before, if its answer changes, if the facts on its way are known or edited, and
+those of them that are edited have their new answers. Writes "many" into results.json.
+
+[1] Niu 2026, arXiv 2606.20737.   [2] Meng et al. 2022, MEMIT, arXiv 2210.07229.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+import edit as editing
+import kg
+import minedit
+from minedit import MOST_MOVED, Run, share_of
+from models import Model
+
+COUNTS = (1, 3, 10, 30, 100, 300)  # facts in one update
+MOST_GROUPS = 16  # of as many facts each
+LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+KINDS = [("memit", "prototype"), ("memit", "gradient"), ("emmet", "prototype")]
+KINDS += [("rome", "prototype")]
+
+
+class Tally:
+    """Answers counted over several groups of edits: right ones, and those that moved."""
+
+    def __init__(self):
+        self.counted = {}
+
+    def add(self, name: str, hits: Tensor):
+        self.counted.setdefault(name, []).append(hits)
+
+    def share(self, name: str) -> float | None:
+        return share_of(torch.cat(self.counted[name])) if name in self.counted else None
+
+    def size(self, name: str) -> int:
+        return sum(len(hits) for hits in self.counted.get(name, []))
+
+
+def count(
+    tally: Tally,
+    paths: kg.Paths,
+    known: minedit.Known,
+    fact: Tensor,
+    new: Tensor,
+    answers: tuple[Tensor, Tensor],
+):
+    """Add what the edited model answers, `answers` to all facts and to all paths, where the facts
+    `fact` [n] have the tails `new` [n]."""
+    one_hop, two_hop = answers
+    head, relation, tail = paths.facts.T
+    tail = tail.index_copy(0, fact, new)
+    is_edited = torch.zeros_like(known.facts).index_fill(0, fact, True)
+    row_of = torch.full((int(paths.facts.max()) + 1, int(relation.max()) + 1), -1)
+    row_of = row_of.to(head.device)
+    row_of[head, relation] = torch.arange(len(head), device=head.device)  # -1: no such fact
+
+    first = paths.first
+    second = row_of[tail[first], relation[paths.second]]  # after the edits
+    is_sound = (known.facts & ~is_edited) | (is_edited & (one_hop == tail))
+    counts = known.asked & known.right & (paths.second >= 0) & (second >= 0)
+    counts &= is_sound[first] & is_sound[second] & (tail[second] != paths.two_hop)
+    counts &= paths.second != first  # one fact twice
+    begins, ends = is_edited[first], is_edited[second]
+    right = two_hop == tail[second]
+    tally.add("direct", (one_hop == tail)[fact])
+    tally.add("hop1", right[counts & begins & ~ends])
+    tally.add("hop2", right[counts & ~begins & ends])
+    tally.add("both", right[counts & begins & ends])
+
+    apart = known.facts & ~is_edited
+    tally.add("facts", (one_hop != known.one_hop)[apart])
+    through = is_edited[first] | is_edited[paths.second]
+    apart = known.asked & known.right & ~through
+    tally.add("compositions", (two_hop != known.two_hop)[apart])
+
+
+@dataclass
+class ManyEntry:
+    """Edits of n facts in one update, in `groups` updates of different facts."""
+
+    method: str
+    target: str
+    n: int
+    groups: int
+    lam: float | None
+    direct: float | None
+    hop1: float | None
+    hop2: float | None
+    both: float | None
+    unrelated_one_hop_moved: float | None
+    unrelated_two_hop_moved: float | None
+    probes: dict[str, int]
+
+
+class Editor:
+    """Edits of one model at one site, with targets made once for all requests."""
+
+    def __init__(self, run: Run, model: Model, n: int):
+        paths, generator = run.paths, run.stream()
+        self.model, self.paths = model, paths
+        self.known = minedit.what_is_known(model, paths)
+        fact, new, _ = kg.draw_edits(paths, 2 * n, generator)
+        self.requests = minedit.requests_for(paths, fact, new)
+        site = minedit.a_priori_site(model, paths, fact, self.known.facts, run.stream()).site
+        self.at = minedit.gather(run, model, site)
+        self.R = {}  # {target: [n_requests, d_out]}
+        for target in ("prototype", "gradient"):
+            made = (self.known.facts, self.requests, self.at, site.at_pass, "rome", target)
+            self.R[target] = minedit.make_edits(model, paths, *made).r
+
+    def update(self, method: str, target: str, rows: slice, lam: float | None) -> Tensor:
+        """dW of the requests `rows`; ValueError where there is no solution."""
+        W = self.at.layer.weight.detach()
+        K, R, C = self.at.keys[self.requests.fact[rows]], self.R[target][rows], self.at.C
+        if method == "memit":
+            return editing.memit_update(K, R, C, lam)
+        if method == "emmet":
+            return editing.emmet_update(K, R, C)
+        return editing.rome_sequence(W, C, K, K @ W.T + R)
+
+    def entry(
+        self, method: str, target: str, rows: list[slice], lam: float | None
+    ) -> ManyEntry | None:
+        """What the updates of several groups `rows` of requests do; None where one has no
+        solution."""
+        tally = Tally()
+        for group in rows:
+            try:
+                dW = self.update(method, target, group, lam)
+            except ValueError:
+                return None
+            mine = self.requests[group]
+            with editing.edited(self.model, {self.at.name: dW}):
+                answers = minedit.predict(self.model, self.paths)
+            count(tally, self.paths, self.known, mine.fact, mine.new, answers)
+        n = len(self.requests.fact[rows[0]])
+        shares = [tally.share(name) for name in ("direct", "hop1", "hop2", "both")]
+        moved = [tally.share(name) for name in ("facts", "compositions")]
+        probes = {name: tally.size(name) for name in ("direct", "hop1", "hop2", "both")}
+        return ManyEntry(method, target, n, len(rows), lam, *shares, *moved, probes)
+
+    def chosen_lam(self, target: str, rows: list[slice]) -> float:
+        """That of LAMBDAS with which most follows of edits of these requests, where at most
+        MOST_MOVED of the other facts move; with which fewest move where none is so."""
+        tried = [self.entry("memit", target, rows, lam) for lam in LAMBDAS]
+        moved = {entry.lam: entry.unrelated_one_hop_moved or 0.0 for entry in tried}
+        allowed = [entry for entry in tried if moved[entry.lam] <= MOST_MOVED]
+        if not allowed:
+            return min(moved, key=moved.get)
+        return max(allowed, key=followed).lam
+
+
+def followed(entry: ManyEntry) -> float:
+    hops = [hop for hop in (entry.hop1, entry.hop2) if hop is not None]
+    return entry.direct * statistics.fmean(hops) if hops else 0.0
+
+
+def groups_of(n: int, first: int, end: int) -> list[slice]:
+    """Groups of n requests among first, ..., end - 1: as many as there are, MOST_GROUPS at most."""
+    n_groups = min((end - first) // n, MOST_GROUPS)
+    return [slice(first + i * n, first + (i + 1) * n) for i in range(n_groups)]
+
+
+def many_stage(run: Run, model: Model) -> list[ManyEntry]:
+    """The first half of the requests is scored, by the other half lam is chosen."""
+    editor = Editor(run, model, COUNTS[-1])
+    n_requests = len(editor.requests)
+    half = n_requests // 2
+    minedit.require(half > 0, "fewer than two facts can be edited")
+    entries = []
+    for n in sorted({min(n, half) for n in COUNTS}):
+        scored, others = groups_of(n, 0, half), groups_of(n, half, n_requests)
+        for method, target in KINDS:
+            lam = editor.chosen_lam(target, others) if method == "memit" else None
+            entry = editor.entry(method, target, scored, lam)
+            if entry is not None:
+                entries.append(entry)
+    return entries
+
+
+COLUMNS = dict(method="method", target="target", n="at once", lam="lam", direct="edited fact")
+COLUMNS |= dict(hop1="hop 1", hop2="hop 2", both="both", unrelated_one_hop_moved="moved: facts")
+COLUMNS |= dict(unrelated_two_hop_moved="compositions")
+LEGEND = """\
+hop 1, hop 2, both: compositions that begin, that end with an edited fact, or both, now right
+moved: answers about other facts, and to compositions without edited facts, that changed"""
+
+
+def study(run: Run, model: Model):
+    print(f"\n{run.arch}, seed {run.seed}: facts edited in one update:\n")
+    began = time.perf_counter()
+    entries = many_stage(run, model)
+    print(minedit.record_table(entries, COLUMNS, LEGEND))
+    run.add_results("many", [asdict(entry) for entry in entries], began)
+
+
+def trained(args) -> Iterator[tuple[Run, Model]]:
+    for run in minedit.prepare(args):
+        minedit.announce(run)
+        model = run.train(compiled=args.compile)
+        run.summarize()
+        yield run, model
+
+
+def command(args):
+    minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
+    for run, model in trained(args):
+        study(run, model)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = minedit.training_parser("python -m studies.many", __doc__.split("\n\n")[0])
+    return minedit.guarded(command, minedit.parse(parser, argv, {"quick": minedit.QUICK}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
