@@ -358,14 +358,8 @@ at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.
 
 
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
-TABLES += [
-    tradeoff_table,
-    scores_table,
-    mass_table,
-    ablation_table,
-    retention_table,
-    relearning_table,
-]
+TABLES += [tradeoff_table, many_table, scores_table, mass_table, ablation_table]
+TABLES += [retention_table, relearning_table]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
 TABLES += [seeds_table, paired_table]
 
