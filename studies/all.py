@@ -70,10 +70,9 @@ def four_cells(seeds: int) -> list[Job]:
     jobs = []
     for seed in range(seeds):
         folders = tuple(f"main/{arch}-seed{seed}" for arch in CELLS)
-        options = f"--arch all --seed {seed}"
-        commands = (f"-m studies.propagation {options}", f"-m studies.many {options}")
-        wants = ("propagation", "locate", "when", "many")
-        jobs.append(Job("main", f"main-seed{seed}", "main", folders, commands, wants, 20))
+        command = f"-m studies.propagation --arch all --seed {seed}"
+        wants = ("propagation", "locate", "when")
+        jobs.append(Job("main", f"main-seed{seed}", "main", folders, (command,), wants, 14))
     return jobs
 
 
@@ -100,6 +99,7 @@ def plan(umls: Path | None) -> list[Job]:
     """All jobs, in the order in which they are run."""
     circuits = "-m studies.circuits --eval-every 50"
     jobs = four_cells(5)
+    jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 4)
     jobs += each("circuits", every_cell(), 5, [f"{circuits} --transfer"], "circuits transfer", 7)
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
     jobs += each("mass", every_cell(), 5, ["-m studies.mass_edit"], "mass", 20)

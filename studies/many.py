@@ -10,7 +10,7 @@ and some do both:
     emmet     every value exactly, where there is a solution
     rome      one fact after another
 
-    python -m studies.many --arch all --seeds 3 --out runs/main    # 2 minutes a run beside training
+    python -m studies.many --arch all --seeds 3 --out runs/many    # 2 minutes a run beside training
 
 Small numbers of edits are tried in several groups of different facts. A composition counts if it
 was answered right before, if its answer changes, if the facts on its way are known or edited, and
