@@ -56,7 +56,6 @@ class Recipe:
     lr: float = option(1.5e-2, "rate of AdamW, for the embedding")
     muon_lr: float = option(2e-2, "rate of Muon, for the hidden matrices")
     momentum: float = option(0.98, "of Muon")
-    equal_rows: int = option(1, "1: Muon's update has rows of one length, 0: as they come")
     weight_decay: float = option(1.0, "of both optimizers")
     label_smoothing: float = option(0.2, "of both losses")
     warmup: int = option(20, "steps to the full rate, constant after it")
@@ -72,7 +71,6 @@ class Recipe:
             low = 1 if name in ("steps", "batch", "eval_every") else 0
             is_share = name in ("momentum", "label_smoothing", "ema", "label_noise")
             high = 1 if is_share else 100 if name.endswith("lr") else 1e9
-            high = 2 if name == "equal_rows" else high
             if not low <= value < high:
                 raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
@@ -97,17 +95,8 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon works in bfloat16, which on many CPUs takes 30 times as long: more than all the
     rest of a step."""
 
-    def __init__(
-        self,
-        params,
-        lr: float = 2e-2,
-        momentum: float = 0.98,
-        weight_decay: float = 0,
-        rows: bool = True,
-    ):
-        """`rows`: whether they are brought to one length."""
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rows": rows}
-        super().__init__(params, defaults)
+    def __init__(self, params, lr: float = 2e-2, momentum: float = 0.98, weight_decay: float = 0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
@@ -118,9 +107,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 m = self.state[p]["momentum"]
                 m.lerp_(p.grad, 1 - momentum)
-                update = orthogonalize(p.grad.lerp(m, momentum))  # Nesterov
-                if group["rows"]:
-                    update = equal_rows(update)
+                update = equal_rows(orthogonalize(p.grad.lerp(m, momentum)))  # Nesterov
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -218,7 +205,7 @@ class Training:
         embedding = self.model.embedding.weight
         hidden = [p for p in self.model.parameters() if p is not embedding]
         self.adam = torch.optim.AdamW([embedding], betas=(0.9, 0.98))
-        self.muon = Muon(hidden, momentum=recipe.momentum, rows=bool(recipe.equal_rows))
+        self.muon = Muon(hidden, momentum=recipe.momentum)
         self.generator = torch.Generator(device).manual_seed(4 * seed + 3)
 
     def step(self, batches: Batches, recipe: Recipe, step: int, forward=None) -> Tensor:
@@ -1338,10 +1325,7 @@ QUICK |= dict(label_noise=0.1, memorize=20)
 MASS = dict(entities=1000, d_model=128, slots=2048, d_ff=2048, depth=2, ood_fraction=0.0)
 MASS |= dict(steps=300, eval_every=25, warmup=50, batch=2048, branches=0)
 MASS |= dict(lr=5e-3, muon_lr=1e-2, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
-# with equal rows exceptions spread over all directions, and do not come out (results/RECIPE.md)
-ABLATE = dict(entities=30, label_noise=0.1, steps=2400, memorize=1200, eval_every=50)
-ABLATE |= dict(lr=5e-3, muon_lr=1e-2, momentum=0.985, equal_rows=0, warmup=100)
-ABLATE |= dict(batch=256, branches=2)
+ABLATE = dict(entities=30, label_noise=0.1, steps=2000, memorize=1200, eval_every=50)
 # a user's graph: room for two or three times the facts of the synthetic one; the batch from its facts
 TRIPLES = dict(d_model=128, slots=2048, d_ff=2048, batch=None)
 

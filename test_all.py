@@ -2332,23 +2332,13 @@ def test_muon_makes_singular_values_equal(shape):
 def test_muon_is_that_of_torch_but_for_bfloat16(shape):
     start = torch.randn(shape, generator=generator())
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    one = minedit.Muon([ours], lr=0.02, momentum=0.9, weight_decay=0.5, rows=False)
+    one = minedit.Muon([ours], lr=0.02, momentum=0.9, weight_decay=0.5)
     other = torch.optim.Muon([theirs], 0.02, 0.5, momentum=0.9)
     for g in torch.randn(5, *shape, generator=generator(1)):
         ours.grad, theirs.grad = g.clone(), g.clone()
         one.step()
         other.step()
     assert (ours - theirs).norm() < 0.03 * (theirs - start).norm()
-
-
-@pytest.mark.parametrize("rows", [True, False])
-def test_rows_of_muon_move_alike_where_they_are_asked_to(rows):
-    weight = torch.zeros(12, 5, requires_grad=True)
-    weight.grad = torch.randn(12, 5, generator=generator())
-    weight.grad[3] *= 1e-3
-    minedit.Muon([weight], lr=0.1, momentum=0.9, rows=rows).step()
-    lengths = weight.detach().norm(dim=1)
-    assert (lengths.max() < 1.001 * lengths.min()) == rows
 
 
 def test_batches_hold_trained_answers_only_and_all_of_them():

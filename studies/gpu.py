@@ -120,9 +120,7 @@ class GraphedTraining:
         with torch.no_grad():
             for p, m in zip(self.hidden, self.momenta):
                 m.lerp_(p.grad, 1 - recipe.momentum)
-                update = minedit.orthogonalize(p.grad.lerp(m, recipe.momentum))
-                if recipe.equal_rows:
-                    update = minedit.equal_rows(update)
+                update = minedit.equal_rows(minedit.orthogonalize(p.grad.lerp(m, recipe.momentum)))
                 p.mul_(1 - self.scalars[1] * recipe.weight_decay)
                 p.sub_(update * self.scalars[1] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
             for mean, p in zip(self.training.average.parameters(), model.parameters()):
