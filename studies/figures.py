@@ -232,23 +232,23 @@ def tradeoff(groups: list[Group]):
                 lines[group.name, entry["key"]][entry["shrink"]].append(entry)
     if not lines:
         return None
-    figure = Figure((8.0, 3.6), layout="constrained")
-    for place, hop in enumerate(("hop1", "hop2")):
-        ax = figure.add_subplot(1, 2, place + 1)
+    figure = Figure((8.0, 3.8), layout="constrained")
+    first, second = figure.subplots(1, 2, sharey=True)
+    for hop, ax in (("hop1", first), ("hop2", second)):
         for i, ((cell, key), by_shrink) in enumerate(lines.items()):
             moved, follows = [], []
             for entries in by_shrink.values():
-                moved.append(mean_of(entries, "unrelated_one_hop_moved"))
-                follows.append(mean_of(entries, hop))
+                moved.append(100 * mean_of(entries, "unrelated_one_hop_moved"))
+                follows.append(mean_of(entries, "direct") * mean_of(entries, hop))
             style = {"color": COLOURS[i // 2 % 8], "marker": MARKS[i // 2 % 8], "ms": 4, "lw": 1}
             dash = "-" if key == "own" else ":"
-            ax.plot(moved, follows, ls=dash, label=f"{cell}, {key}", **style)
+            ax.plot(moved, follows, ls=dash, label=f"{cell}, {key} key", **style)
             for shrink, x, y in zip(by_shrink, moved, follows):
                 if key == "own" and shrink in (0.0, 0.1, 1.0, 10.0):
-                    ax.annotate(f"{shrink:g}", (x, y), fontsize=7, alpha=0.8)
-        ax.set(title=f"{HOPS[hop]} (s beside the marks)", xlabel="share of other facts moved")
-        ax.set_ylim(-0.04, 1.04)
-    figure.axes[0].set_ylabel("share of answers")
+                    label = {"fontsize": 7, "xytext": (2, -9), "textcoords": "offset points"}
+                    ax.annotate(f"{shrink:g}", (x, y), **label)
+        ax.set(title=f"{HOPS[hop]}, by s", xlabel="other facts moved, percent")
+    first.set_ylabel("edits and what follows: share right")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure

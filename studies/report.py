@@ -248,6 +248,20 @@ paths); as many components (parts), as large a change (norm) as kfac or ekfac; o
     return mean_table(groups, entries, same("method", "matched"), REMAINING, legend, ("true",))
 
 
+def exceptions_table(groups: list[Group]) -> str | None:
+    """Of `minedit.py --ablate`."""
+    words = {"method": "method", "keep": "keep"}
+    shares = {name: head for name, head in REMAINING.items() if name != "open_book"}
+    legend = """\
+attention layers alone, one share of the mass for all; recited, true: exceptions answered as
+trained, and right; train: other trained paths"""
+
+    def entries(run: dict) -> list[dict]:
+        return lookup(run, "exceptions") or []
+
+    return mean_table(groups, entries, words, shares, legend, ("true", "id"))
+
+
 def retention_table(groups: list[Group]) -> str | None:
     legend = """\
 rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model"""
@@ -359,7 +373,7 @@ at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.
 
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
 TABLES += [tradeoff_table, many_table, scores_table, mass_table, ablation_table]
-TABLES += [retention_table, relearning_table]
+TABLES += [exceptions_table, retention_table, relearning_table]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
 TABLES += [seeds_table, paired_table]
 

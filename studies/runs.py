@@ -72,7 +72,7 @@ def read_run(file: Path) -> dict:
         if "ablation" in result:  # of the study; "ablate" is the core's, or an older study's
             result["ablate"] = result["ablation"]
         if not isinstance(result.get("ablate"), dict):
-            result.pop("ablate", None)
+            result["exceptions"] = result.pop("ablate", None)
         result["edit"] = main_edit(result)
         for name, level in (("train", 0.99), ("id", 0.99), ("ood", 0.9)):
             result[f"step_{name}"] = minedit.first_step(result["history"], **{name: level})
