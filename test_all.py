@@ -81,7 +81,7 @@ def test_worked_examples(module):
 
 
 def readme_lines(start):
-    lines = (HERE / "README.md").read_text().splitlines()
+    lines = (HERE / "README.md").read_text().replace("\\\n", " ").splitlines()
     return [line.strip().split("#")[0] for line in lines if line.strip().startswith(start)]
 
 
