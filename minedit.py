@@ -541,8 +541,11 @@ class Run:
     def write_config(self) -> dict:
         """Write config.json and return it: what determines the training, compared when a folder is
         met again, and what is only recorded. A finished run keeps the one that it has."""
-        if "config" in self.results:
-            return self.results["config"]
+        file = self.folder / "config.json"
+        if self.finished and file.exists():
+            found = read_json(file, "use --retrain or another --out")
+            if not differences({key: found.get(key) for key in self.identity}, self.identity):
+                return found
         environment = {
             "version": version(),
             "torch": torch.__version__,
@@ -553,7 +556,7 @@ class Run:
             "threads": torch.get_num_threads(),
         }
         config = self.identity | {"environment": environment}
-        write_atomically(self.folder / "config.json", config)
+        write_atomically(file, config)
         return config
 
     def summarize(self):
@@ -832,13 +835,13 @@ def with_shrinkage(
     at: editing.Site,
     at_pass: int,
     shrink: float | str,
-) -> editing.Site:
-    """The site with its C shrunk, as given, or "auto", as chosen on facts other than `edited`."""
-    if shrink == "auto":
-        found = choose_shrinkage(model, run.paths, known, edited, at, at_pass, run.stream())
-        run.results["shrinkage"] = found._asdict() | {"tried": SHRINKS}
-        shrink = found.chosen
-    return editing.shrunk(at, shrink)
+) -> tuple[editing.Site, Shrinkage | None]:
+    """The site with its C shrunk, as given, or "auto", as chosen on facts other than `edited`; and
+    that choice."""
+    if shrink != "auto":
+        return editing.shrunk(at, shrink), None
+    found = choose_shrinkage(model, run.paths, known, edited, at, at_pass, run.stream())
+    return editing.shrunk(at, found.chosen), found
 
 
 CORE_EDITS = [("rome", "prototype"), ("rome", "gradient"), ("memit", "prototype")]
@@ -862,8 +865,10 @@ def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> lis
     run.results["a_priori"] = chosen.site._asdict() | {"effects": chosen.effects, "n": chosen.n}
     requests = requests_for(paths, fact, new)
     at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
+    at, found = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
     run.results.pop("shrinkage", None)
-    at = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
+    if found is not None:
+        run.results["shrinkage"] = found._asdict() | {"tried": SHRINKS}
     records = []
     for kind in CORE_EDITS:
         edits = make_edits(model, paths, known.facts, requests, at, at_pass, *kind)
@@ -921,7 +926,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     asked = (every, known.right, (paths.second >= 0) & paths.real[paths.first])  # not of clones
     chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
     at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
-    at = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
+    at, _ = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
     requests = requests_for(paths, fact, new)
     edits = make_edits(model, paths, every, requests, at, at_pass)
     print(f"\nROME at {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}; prototype target")
@@ -933,7 +938,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
         "second hop": kg.hop2_probes(paths, fact, new, *asked)[0],
     }
     names = run.task.graph.entities + run.task.graph.relations
-    rows = [("edited", "question", "before", "after", "should be", "")]
+    rows = [("the edit in", "question", "before", "after", "should be", "")]
     for kind, probes in kinds.items():
         before = last_answers(model, probes.tokens)
         after = ask(model, edits, probes)
@@ -1002,7 +1007,10 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
         u = editing.direction("rome", at, requests)  # a target is sought with its own edit in place
         r = editing.gradient_residual(model, at, requests, u, batch=batch, **MASS_TARGET)
         notes = {}
-        dW = editing.memit_update(at.keys[requests.fact], r, at.C, lam, diagnostics=notes)
+        K = at.keys[requests.fact]
+        alive = (K != 0).any(1)  # the edit of a key of zeros fails
+        K, r = K[alive], r[alive]
+        dW = editing.memit_update(K, r, at.C, lam, diagnostics=notes)
         seconds = round(time.perf_counter() - began, 3)
         with editing.edited(model, {at.name: dW}):
             now = last_answers(model, paths.queries)
@@ -1101,7 +1109,7 @@ def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
 ABLATION_COLUMNS = dict(method="method", keep="keep", removed="changed", recited="recited")
 ABLATION_COLUMNS |= dict(true="true", one_hop="facts", train="train", id="ID", ood="OOD")
 ABLATION_LEGEND = """\
-keep: share of the curvature mass of the attention layers; changed: |W - W'| / |W| of them; recited,
+keep: share of the curvature mass of each attention layer; changed: |W - W'| / |W| of them; recited,
 true: exceptions answered as trained, and right after all; train: the other trained compositions"""
 
 
@@ -1183,6 +1191,7 @@ def grouped(results: list[dict]) -> list[list[dict]]:
     groups = {}
     for result in results:
         config = {part: result["config"][part] for part in ("arch", "data", "model", "recipe")}
+        config["data"] = config["data"] | {"triples": None}  # their content counts, not the place
         groups.setdefault(json.dumps(config, sort_keys=True), {})[result["seed"]] = result
     order = list(ARCHS)
     found = [[group[seed] for seed in sorted(group)] for group in groups.values()]
@@ -1238,13 +1247,16 @@ def when(step: int | None) -> str:
 
 @cache
 def version() -> str | None:
-    """The commit of the checkout that this file is in, "-dirty" where something in it was changed
-    since; None where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of the checkout that this file is in, "-dirty" where a Python file of it was
+    changed or added since; None where there is none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    options = {"capture_output": True, "text": True, "check": True}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], **options).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if status else commit
 
 
 def write_atomically(path: Path, content):
@@ -1327,7 +1339,8 @@ MASS = dict(entities=1000, d_model=128, slots=2048, d_ff=2048, depth=2, ood_frac
 MASS |= dict(steps=300, eval_every=25, warmup=50, batch=2048, branches=0)
 MASS |= dict(lr=5e-3, muon_lr=1e-2, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
 ABLATE = dict(entities=30, d_model=128, label_noise=0.1, steps=2000, memorize=1200, eval_every=50)
-# a user's graph: room for two or three times the facts of the synthetic one; the batch from its facts
+# a user's graph: room for two or three times the facts of the synthetic one; batch None: a quarter
+# of its facts, see prepare
 TRIPLES = dict(d_model=128, slots=2048, d_ff=2048, batch=None)
 
 

@@ -8,8 +8,8 @@ Each of `depth` passes over the residual stream x is x <- x + attention(norm(x))
 x <- x + store(norm(x)). Without `loop` each pass has a block of its own; without `memory` the store
 is the block's own feed-forward, with it one store is shared by the whole model: query, keys and
 values, as in [2]. (A looped feed-forward is shared too: what it lacks is the query matrix.) The
-store is a sparse address of positive numbers, then an `nn.Linear` whose columns hold what is stored
-there: `feed_forward.down` and `memory.values`, the edit sites of edit.py.
+store is an address (sparse and positive, unless an option says otherwise), then an `nn.Linear` whose
+columns hold what is stored there: `feed_forward.down` and `memory.values`, the edit sites of edit.py.
 
 Glossary: x [batch, token, d_model]; slots - rows of the memory, N in [1]. Left out: dropout, biases
 and caches. Only the abstracts of [1] could be read: sizes, addressing and norms are our choice.
@@ -186,8 +186,8 @@ class ReadWinners(torch.autograd.Function):
 def read_store(
     x: Tensor, keys: nn.Linear, values: nn.Linear, top_k: int, addressing: str, training: bool
 ) -> Tensor:
-    """values(address(keys(x))): [..., d_in] -> [..., d_out]. In training, where a store is wide and
-    nobody looks at the address on its way to `values`, by ReadWinners."""
+    """values(address(keys(x))): [..., d_in] -> [..., d_out]. In training a wide store, of 64 slots
+    and more for each winner, is read by ReadWinners; hooks of `values` are not called then."""
     is_wide = addressing == "groups" and top_k and keys.out_features >= 64 * top_k
     if training and is_wide and x.device.type != "mps":  # which has no sparse products
         read = ReadWinners.apply(x.flatten(0, -2), keys.weight, values.weight, top_k)

@@ -2574,6 +2574,31 @@ def test_a_run_writes_what_it_promises(finished):
     assert {file.name for file in finished.iterdir()} == files
 
 
+def test_a_finished_run_keeps_the_environment_that_it_was_made_in(copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["environment"]["torch"] = "1.0"
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "results.json").unlink()
+    assert run_main(*TINY, "--out", copied) == 0
+    assert json.loads((copied / "config.json").read_text()) == config
+    assert results_of(copied)["config"] == config
+
+
+def test_a_named_edit_leaves_nothing_in_the_results(tmp_path):
+    run = toy_run(tmp_path, *TINY)
+    model = run.train()
+    minedit.edit_fact_stage(run, model, [["e3", "r1", "e2"]], "auto")
+    assert "shrinkage" not in run.results
+
+
+def test_runs_on_the_same_triples_at_two_places_are_of_one_group():
+    def run(seed, place):
+        parts = {"arch": "lmc", "data": {"triples": [place], "hash": 1}, "model": {}, "recipe": {}}
+        return {"arch": "lmc", "seed": seed, "config": parts}
+
+    assert [len(g) for g in minedit.grouped([run(0, "a"), run(1, "b")])] == [2]
+
+
 def test_the_version_is_the_commit_where_there_is_one(monkeypatch):
     git = ["git", "-C", str(Path(minedit.__file__).parent), "rev-parse", "HEAD"]
     found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout

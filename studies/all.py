@@ -1,4 +1,4 @@
-"""Every run behind every table of results/, by one command.
+"""Every run behind the tables of results/, by one command.
 
     python -m studies.all --list                    # what is left, and how long it takes
     python -m studies.all --jobs 2                  # run it, two processes of one thread each
@@ -9,7 +9,8 @@ A job is what one process computes, one run or the four cells of a seed. Runs ar
 (runs/all), where a killed one goes on from its last evaluation; of a finished one the three small
 files are copied, with rounded numbers, into --results, where `--list` and `python -m studies.report`
 look for it. So parts that ran on several machines are put together by copying their results/.
-UMLS is not in this repository: its runs want --umls FILE.
+UMLS is not in this repository: its runs want --umls FILE. What is no run of a seed, the figures of
+speed and of GPT-2, has commands of its own: studies.bench, studies.gpu, studies.gpt2.
 """
 
 import json
@@ -98,7 +99,8 @@ def every_cell(options: str = "", name: str = "") -> dict[str, str]:
 def plan(umls: Path | None) -> list[Job]:
     """All jobs, in the order in which they are run."""
     circuits = "-m studies.circuits --eval-every 50"
-    jobs = four_cells(5)
+    jobs = each("edits", every_cell(), 5, ["minedit.py --edit"], "edits", 2)
+    jobs += four_cells(5)
     jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 4)
     jobs += each("circuits", every_cell(), 5, [f"{circuits} --transfer"], "circuits transfer", 7)
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
@@ -125,11 +127,13 @@ def plan(umls: Path | None) -> list[Job]:
 
 
 def version_of(folder: str, results: Path) -> str | None:
-    """The commit by which a run was made; None where there is none or it does not say."""
+    """The commit by which a run was made ("None" outside a checkout); None where there is no run or
+    an early one, which does not say."""
     file = results / folder / "config.json"
     if not file.exists():
         return None
-    return minedit.read_json(file, "remove it").get("environment", {}).get("version")
+    environment = minedit.read_json(file, "remove it").get("environment", {})
+    return str(environment["version"]) if "version" in environment else None
 
 
 def is_done(job: Job, results: Path) -> bool:
@@ -186,7 +190,7 @@ class Work:
         began = time.perf_counter()
         out = self.work / job.out
         out.mkdir(parents=True, exist_ok=True)
-        log = (self.work / "logs" / job.name.replace("/", "-")).with_suffix(".txt")
+        log = self.work / "logs" / f"{job.name.replace('/', '-')}.txt"
         log.parent.mkdir(exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log, "a") as output:

@@ -1,12 +1,12 @@
 """Do edits that are made together propagate? Between Niu 2026 [1] and Meng et al. 2022 [2].
 
 The papers edit one fact and ask what follows, or thousands and ask for these facts alone. Here 1 to
-300 facts are edited in one update, at the site of --edit, in the models that compose; then all
-compositions are asked, of which some begin with an edited fact (hop 1), some end with one (hop 2),
-and some do both:
+300 facts are edited in one update, at the site of --edit (C as it is), in the models that compose;
+then all compositions are asked, of which some begin with an edited fact (hop 1), some end with one
+(hop 2), and some do both:
 
     memit     with a prototype or a sought value; lam is chosen for each number of edits, on as many
-              other facts, by minedit.choose_shrinkage's rule
+              other facts: that by which most follows, where at most 1.5 % of the others move
     emmet     every value exactly, where there is a solution
     rome      one fact after another
 
@@ -14,7 +14,8 @@ and some do both:
 
 Small numbers of edits are tried in several groups of different facts. A composition counts if it
 was answered right before, if its answer changes, if the facts on its way are known or edited, and
-those of them that are edited have their new answers. Writes "many" into results.json.
+those of them that are edited have their new answers. Moved are known facts, and compositions right
+before, that have no edited fact on their way. Writes "many" into results.json.
 
 [1] Niu 2026, arXiv 2606.20737.   [2] Meng et al. 2022, MEMIT, arXiv 2210.07229.
 """
@@ -76,11 +77,11 @@ def count(
     row_of[head, relation] = torch.arange(len(head), device=head.device)  # -1: no such fact
 
     first = paths.first
-    second = row_of[tail[first], relation[paths.second]]  # after the edits
+    second = row_of[tail[first], relation[paths.second]]  # after the edits, paths.second before
     is_sound = (known.facts & ~is_edited) | (is_edited & (one_hop == tail))
     counts = known.asked & known.right & (paths.second >= 0) & (second >= 0)
     counts &= is_sound[first] & is_sound[second] & (tail[second] != paths.two_hop)
-    counts &= paths.second != first  # one fact twice
+    counts &= (paths.second != first) & (second != first)  # not one fact twice
     begins, ends = is_edited[first], is_edited[second]
     right = two_hop == tail[second]
     tally.add("direct", (one_hop == tail)[fact])
@@ -88,11 +89,10 @@ def count(
     tally.add("hop2", right[counts & ~begins & ends])
     tally.add("both", right[counts & begins & ends])
 
-    apart = known.facts & ~is_edited
-    tally.add("facts", (one_hop != known.one_hop)[apart])
-    through = is_edited[first] | is_edited[paths.second]
-    apart = known.asked & known.right & ~through
-    tally.add("compositions", (two_hop != known.two_hop)[apart])
+    other_facts = known.facts & ~is_edited
+    tally.add("facts", (one_hop != known.one_hop)[other_facts])
+    other_paths = known.asked & known.right & ~begins & ~is_edited[paths.second]
+    tally.add("compositions", (two_hop != known.two_hop)[other_paths])
 
 
 @dataclass
@@ -133,6 +133,10 @@ class Editor:
         """dW of the requests `rows`; ValueError where there is no solution."""
         W = self.at.layer.weight.detach()
         K, R, C = self.at.keys[self.requests.fact[rows]], self.R[target][rows], self.at.C
+        alive = (K != 0).any(1)  # the edit of a key of zeros fails
+        if not alive.any():
+            return torch.zeros_like(W)
+        K, R = K[alive], R[alive]
         if method == "memit":
             return editing.memit_update(K, R, C, lam)
         if method == "emmet":
@@ -140,12 +144,11 @@ class Editor:
         return editing.rome_sequence(W, C, K, K @ W.T + R)
 
     def entry(
-        self, method: str, target: str, rows: list[slice], lam: float | None
+        self, method: str, target: str, groups: list[slice], lam: float | None
     ) -> ManyEntry | None:
-        """What the updates of several groups `rows` of requests do; None where one has no
-        solution."""
+        """What the updates of several groups of requests do; None where one has no solution."""
         tally = Tally()
-        for group in rows:
+        for group in groups:
             try:
                 dW = self.update(method, target, group, lam)
             except ValueError:
@@ -154,16 +157,19 @@ class Editor:
             with editing.edited(self.model, {self.at.name: dW}):
                 answers = minedit.predict(self.model, self.paths)
             count(tally, self.paths, self.known, mine.fact, mine.new, answers)
-        n = len(self.requests.fact[rows[0]])
+        n = len(self.requests.fact[groups[0]])
         shares = [tally.share(name) for name in ("direct", "hop1", "hop2", "both")]
         moved = [tally.share(name) for name in ("facts", "compositions")]
         probes = {name: tally.size(name) for name in ("direct", "hop1", "hop2", "both")}
-        return ManyEntry(method, target, n, len(rows), lam, *shares, *moved, probes)
+        return ManyEntry(method, target, n, len(groups), lam, *shares, *moved, probes)
 
-    def chosen_lam(self, target: str, rows: list[slice]) -> float:
+    def chosen_lam(self, target: str, groups: list[slice]) -> float:
         """That of LAMBDAS with which most follows of edits of these requests, where at most
         MOST_MOVED of the other facts move; with which fewest move where none is so."""
-        tried = [self.entry("memit", target, rows, lam) for lam in LAMBDAS]
+        tried = [self.entry("memit", target, groups, lam) for lam in LAMBDAS]
+        tried = [entry for entry in tried if entry is not None]
+        if not tried:
+            return LAMBDAS[-1]
         moved = {entry.lam: entry.unrelated_one_hop_moved or 0.0 for entry in tried}
         allowed = [entry for entry in tried if moved[entry.lam] <= MOST_MOVED]
         if not allowed:

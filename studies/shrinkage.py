@@ -7,12 +7,14 @@ prototype at the site of --edit:
 
     own        the key with which the fact's own question reads the store
     contexts   the mean of it and of the keys with which known compositions that end in the fact
-               read it, 8 at most; these are not among the probes, of either key [1, 2]
+               read it, half of them and 8 at most; these are not among the probes, of either key
+               [1, 2]
 
     python -m studies.shrinkage --triples FILE.tsv --tails numbered --seeds 3 --out runs/mine
 
 Writes "tradeoff" into results.json; a minute a run beside the training. The curve is of the facts
-that --edit scores: it shows what --shrink auto, which chooses on others, could have reached.
+that --edit scores, with fewer compositions: it shows what --shrink auto, which chooses on other
+facts, could have reached.
 
 [1] Meng et al. 2022, ROME, arXiv 2202.05262, section 3.1: a key over random prefixes.
 [2] Gupta et al. 2024, arXiv 2403.07175: key and residual of one and the same key, as here.
@@ -64,7 +66,8 @@ def mean_keys(
 ) -> editing.Site:
     """The site with, for every edited fact, the mean of its own key and of those with which the
     compositions `lent` read it: at their last token, at the call of the layer whose key is most
-    like the fact's own; and with the value of this very mean key."""
+    like the fact's own; and with the value of this very mean key (of which prototypes are made, too).
+    """
     total = at.keys[requests.fact].clone()
     count = torch.ones(len(total), 1, dtype=total.dtype, device=total.device)
     for edit, tokens in zip(lent.edit.split(512), lent.tokens.split(512)):

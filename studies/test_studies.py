@@ -269,7 +269,7 @@ def test_what_follows_of_edits_made_together_against_a_slow_reference(world):
     ):
         one, two = (h, r1 - n_entities), (after[h, r1 - n_entities], r2 - n_entities)
         answers.append(after.get(two, -1))
-        if second >= 0 and two in after and after[two] != old and second != first:
+        if second >= 0 and two in after and after[two] != old and second != first and two != one:
             kind = {(1, 0): "hop1", (0, 1): "hop2", (1, 1): "both"}
             kind = kind.get((one in edited, two in edited))
             if kind:
@@ -285,6 +285,19 @@ def test_what_follows_of_edits_made_together_against_a_slow_reference(world):
     many.count(tally, paths, known, fact, new, (failed, torch.tensor(answers)))
     assert tally.share("direct") == 11 / 12
     assert sum(tally.size(name) for name in wanted) < sum(wanted.values())
+
+
+def test_requests_with_a_key_of_zeros_are_counted_as_failed(tmp_path):
+    run = a_run(tmp_path)
+    model = run.train()
+    editor = many.Editor(run, model, 8)
+    editor.at.keys[editor.requests.fact[2]] = 0
+    for method, target in many.KINDS:
+        entry = editor.entry(method, target, many.groups_of(4, 0, 8), 1.0)
+        assert entry.probes["direct"] == 8 and entry.direct <= 7 / 8
+    editor.at.keys[:] = 0
+    assert not editor.update("memit", "prototype", slice(0, 4), 1.0).any()
+    assert editor.chosen_lam("prototype", [slice(4, 8)]) in many.LAMBDAS
 
 
 def test_the_many_study_reports_and_leaves_the_model(tmp_path, capsys):
