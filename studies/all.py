@@ -104,8 +104,8 @@ def plan(umls: Path | None) -> list[Job]:
     jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 4)
     jobs += each("circuits", every_cell(), 5, [f"{circuits} --transfer"], "circuits transfer", 7)
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
-    few = every_cell("--label-noise 0.02")
-    jobs += each("exceptions", few, 3, ["minedit.py --ablate"], "ablate", 3)
+    exceptions = every_cell() | every_cell("--label-noise 0.02", "-few")
+    jobs += each("exceptions", exceptions, 3, ["minedit.py --ablate"], "ablate", 3)
     jobs += each("mass", every_cell(), 5, ["-m studies.mass_edit"], "mass", 20)
     jobs += each("variants", SIZES, 3, ["-m studies.propagation"], "propagation", 4)
     for regime, options in REGIMES.items():
