@@ -247,10 +247,10 @@ def tradeoff(groups: list[Group]):
                 if key == "own" and shrink in (0.0, 0.1, 1.0, 10.0):
                     label = {"fontsize": 7, "xytext": (2, -9), "textcoords": "offset points"}
                     ax.annotate(f"{shrink:g}", (x, y), **label)
-        ax.set(title=f"{HOPS[hop]}, by s", xlabel="other facts moved, percent")
-    first.set_ylabel("edits and what follows: share right")
+        ax.set(title=f"{HOPS[hop]}; at the marks: s", xlabel="other facts moved, percent")
+    first.set_ylabel("edited fact x hop: share right")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
