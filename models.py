@@ -183,13 +183,17 @@ class ReadWinners(torch.autograd.Function):
         return dx, dK, dV.T, None
 
 
+def is_wide(width: int, top_k: int, addressing: str) -> bool:
+    """Whether ReadWinners pays: 64 slots and more for each winner."""
+    return addressing == "groups" and top_k > 0 and width >= 64 * top_k
+
+
 def read_store(
-    x: Tensor, keys: nn.Linear, values: nn.Linear, top_k: int, addressing: str, training: bool
+    x: Tensor, keys: nn.Linear, values: nn.Linear, top_k: int, addressing: str, by_winners: bool
 ) -> Tensor:
-    """values(address(keys(x))): [..., d_in] -> [..., d_out]. In training a wide store, of 64 slots
-    and more for each winner, is read by ReadWinners; hooks of `values` are not called then."""
-    is_wide = addressing == "groups" and top_k and keys.out_features >= 64 * top_k
-    if training and is_wide and x.device.type != "mps":  # which has no sparse products
+    """values(address(keys(x))): [..., d_in] -> [..., d_out]; or by ReadWinners, as wide stores are
+    read in training: hooks of `values` are not called then."""
+    if by_winners and x.device.type != "mps":  # which has no sparse products
         read = ReadWinners.apply(x.flatten(0, -2), keys.weight, values.weight, top_k)
         return read.unflatten(0, x.shape[:-1])
     return values(address(keys(x), top_k, addressing))
@@ -201,12 +205,13 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.top_k, self.addressing = config.ff_top_k, config.addressing
+        self.is_wide = is_wide(config.d_ff, self.top_k, self.addressing)
         self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
         self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        how = (self.top_k, self.addressing, self.training)
+        how = (self.top_k, self.addressing, self.is_wide and self.training)
         return read_store(self.norm(x), self.up, self.down, *how)
 
 
@@ -216,13 +221,14 @@ class SharedMemory(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.top_k, self.addressing = config.top_k, config.addressing
+        self.is_wide = is_wide(config.slots, self.top_k, self.addressing)
         self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
         self.query = nn.Linear(config.d_model, config.d_model, bias=False)
         self.keys = nn.Linear(config.d_model, config.slots, bias=False)
         self.values = nn.Linear(config.slots, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        how = (self.top_k, self.addressing, self.training)
+        how = (self.top_k, self.addressing, self.is_wide and self.training)
         return read_store(self.query(self.norm(x)), self.keys, self.values, *how)
 
 
