@@ -621,31 +621,6 @@ def test_addresses_and_their_gradient_against_slow_references(top_k, addressing)
     assert torch.autograd.gradcheck(models.address, (scores, top_k, addressing), eps=1e-7)
 
 
-@pytest.mark.parametrize("arch", ["loop", "lmc", "dense+mem"])
-def test_a_wide_store_is_read_by_its_winners_as_by_the_whole_address(arch, monkeypatch):
-    """In training: the same answers and gradients. Looked at (evaluation), the address is whole."""
-    sizes = {"slots": 256, "top_k": 4, "d_ff": 256, "ff_top_k": 4}
-    model = tiny_model(arch, **sizes).requires_grad_().train()
-    calls = []
-    apply = models.ReadWinners.apply
-    monkeypatch.setattr(models.ReadWinners, "apply", lambda *a: calls.append(a) or apply(*a))
-
-    def gradients(model):
-        logits = model(TOKENS)
-        loss = F.cross_entropy(logits.flatten(0, 1), torch.arange(logits[..., 0].numel()) % 10)
-        return logits, torch.autograd.grad(loss, list(model.parameters()))
-
-    logits, found = gradients(model)
-    assert len(calls) == 3
-    wanted_logits, wanted = gradients(model.eval())
-    assert len(calls) == 3, "not in evaluation"
-    close(logits, wanted_logits, 1e-12)
-    for one, other in zip(found, wanted, strict=True):
-        close(one, other, 1e-12)
-    gradients(tiny_model(arch).requires_grad_().train())
-    assert len(calls) == 3, "not in a narrow store"
-
-
 @pytest.mark.parametrize("arch, more", CELLS)
 def test_weights_come_from_the_generator_alone_at_their_scale(arch, more):
     config = dataclasses.replace(tiny_model(arch, **more).config, d_model=64, n_entities=50)
