@@ -266,7 +266,7 @@ def many(groups: list[Group]):
                         panels.add(group.name, label, entry["n"], entry[key])
                     moved = entry["unrelated_one_hop_moved"]
                     panels.add(group.name, "other facts moved", entry["n"], moved)
-    xlabel = "facts edited at once (MEMIT, prototype)"
+    xlabel = "facts edited at once"
     return draw_lines(panels, xlabel, joined=True) if panels.values else None
 
 

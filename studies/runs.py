@@ -103,9 +103,8 @@ def read_groups(folders: list[Path]) -> list[Group]:
         result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
         group = found[settings_of(result)]
         known = group.get(result["seed"], {})
-        if not result["history"]:
-            result["history"] = known.get("history", [])
-        group[result["seed"]] = known | result
+        here = {key: value for key, value in result.items() if value or key not in known}
+        group[result["seed"]] = known | here
     groups = []
     for by_seed in found.values():
         runs = [by_seed[seed] for seed in sorted(by_seed)]

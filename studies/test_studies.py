@@ -1344,6 +1344,21 @@ def test_bad_input_of_the_gpt2_study_is_one_line(capsys, options, words):
     assert words in capsys.readouterr().err
 
 
+def test_what_a_run_has_in_one_folder_stays_when_another_lacks_it(tmp_path):
+    source = HERE / "results" / "edits" / "lmc-seed0"
+    for name in ("a", "b"):
+        shutil.copytree(source, tmp_path / name / "lmc-seed0")
+    file = tmp_path / "b" / "lmc-seed0" / "results.json"
+    later = json.loads(file.read_text())
+    del later["edits"]
+    file.write_text(json.dumps(later | {"many": [{"n": 1}]}))
+    (tmp_path / "b" / "lmc-seed0" / "log.jsonl").unlink()
+    (group,) = runs.read_groups([tmp_path])
+    (run,) = group.runs
+    assert run["edits"] and run["edit"]["hop2"] > 0.9 and run["history"]
+    assert run["many"] == [{"n": 1}]
+
+
 # --- all ------------------------------------------------------------------------------------------
 
 
