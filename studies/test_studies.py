@@ -237,7 +237,8 @@ def test_edits_one_by_one_are_counted_as_the_core_counts_them(tmp_path):
     model = run.train()
     editor = many.Editor(run, model, 10)
     requests, known, paths = editor.requests, editor.known, run.paths
-    entry = editor.entry("rome", "prototype", many.groups_of(1, 0, 10), None)
+    one_by_one = [slice(i, i + 1) for i in range(10)]
+    entry = editor.entry("rome", "prototype", one_by_one, None)
     ten = requests[:10]
     probes = minedit.edit_probes(paths, known, ten.fact, ten.new, 5, generator())
     edits = minedit.make_edits(model, paths, known.facts, ten, editor.at, 0)
