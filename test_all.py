@@ -621,6 +621,34 @@ def test_addresses_and_their_gradient_against_slow_references(top_k, addressing)
     assert torch.autograd.gradcheck(models.address, (scores, top_k, addressing), eps=1e-7)
 
 
+@pytest.mark.parametrize("arch", ["loop", "lmc", "dense+mem"])
+def test_a_wide_store_is_read_by_its_winners_as_by_the_whole_address(arch, monkeypatch):
+    """The same answers and gradients, unless somebody looks: then the address is whole."""
+    sizes = {"slots": 256, "top_k": 4, "d_ff": 256, "ff_top_k": 4}
+    model = tiny_model(arch, **sizes).requires_grad_()
+    calls = []
+    apply = models.ReadWinners.apply
+    monkeypatch.setattr(models.ReadWinners, "apply", lambda *a: calls.append(a) or apply(*a))
+
+    def gradients(model):
+        logits = model(TOKENS)
+        loss = F.cross_entropy(logits.flatten(0, 1), torch.arange(logits[..., 0].numel()) % 10)
+        return logits, torch.autograd.grad(loss, list(model.parameters()))
+
+    logits, found = gradients(model)
+    assert len(calls) == 3
+    with contextlib.ExitStack() as hooks:
+        for name in {store.module for store in models.stores(model.config)}:
+            hooks.enter_context(editing.intervene(model.get_submodule(name), lambda k, v: None))
+        wanted_logits, wanted = gradients(model)
+    assert len(calls) == 3, "not when somebody looks"
+    close(logits, wanted_logits, 1e-12)
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other, 1e-12)
+    gradients(tiny_model(arch).requires_grad_())
+    assert len(calls) == 3, "not in a narrow store"
+
+
 @pytest.mark.parametrize("arch, more", CELLS)
 def test_weights_come_from_the_generator_alone_at_their_scale(arch, more):
     config = dataclasses.replace(tiny_model(arch, **more).config, d_model=64, n_entities=50)
@@ -681,6 +709,39 @@ def test_second_moment_is_the_mean_of_outer_products(problem):
     close(second_moment(K), sum(torch.outer(k, k) for k in K) / len(K), 1e-13)
     close(second_moment(K.view(10, 20, 9)), second_moment(K), 1e-13)
     assert second_moment(K.float()).dtype == torch.float64
+
+
+def test_the_gram_matrix_of_sparse_keys_is_that_of_dense_ones():
+    K = normal(3000, 160, seed=3)
+    K[K.abs().argsort(1).argsort(1) < 155] = 0  # five a row, less in some rows
+    K[7], K[8, :-2] = 0, 0
+    total = normal(160, 160, seed=4)
+    close(editing.add_gram(total.clone(), K), total + K.T @ K, 1e-13)
+    close(
+        editing.add_gram(total.clone(), K.float()),
+        total + K.float().double().T @ K.float().double(),
+    )
+    close(editing.add_gram(total.clone(), 0 * K), total, 1e-15)
+
+
+def test_memit_of_a_wide_layer_with_sparse_keys_and_a_singular_moment():
+    """The direct form against the whitened ones; with a ridge where few keys make C."""
+    K, R, notes = normal(300, 160, seed=3), normal(300, 5, seed=4), {}
+    K[K.abs().argsort(1).argsort(1) < 155] = 0
+    C = second_moment(K)
+    options = {"lam": 2.0, "W": normal(5, 160), "diagnostics": notes}
+    dW = memit_update(K[:40], R[:40], C, form="direct", **options)
+    found = notes.copy()
+    close(dW, memit_update(K[:40], R[:40], C, form="dual", **options))
+    for name in ("residual_left", "residual_predicted"):
+        close(found[name], notes[name])
+    assert found["relative_norm"] == pytest.approx(notes["relative_norm"]) and found["ridge"] == 0
+    few = second_moment(K[100:120])
+    dW = memit_update(K[:40], R[:40], few, form="direct", **options)
+    assert notes["ridge"] == pytest.approx(1e-8 * float(few.diagonal().mean()))
+    close(dW, memit_update(K[:40], R[:40], few, form="dual", **options), 1e-5)
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        memit_update(K[:2], R[:2], C - 0.9 * C.diagonal().diag(), form="direct", lam=1e3)
 
 
 def test_rome_writes_the_value_and_changes_ordinary_values_least(problem):
@@ -775,7 +836,7 @@ def test_updates_come_in_the_dtype_of_the_weights(problem):
 # --- edit.py: many facts in one update ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["primal", "dual", None])
+@pytest.mark.parametrize("form", ["primal", "dual", "direct", None])
 @pytest.mark.parametrize("n, lam", [(4, 0.3), (4, 50.0), (30, 0.3), (30, 50.0)])
 def test_memit_is_regularised_least_squares(problem, n, lam, form):
     C, (K, R) = problem.C, requests_of(n)
@@ -831,7 +892,7 @@ def test_batches_one_after_another_are_one_batch(problem):
     assert (forgets - whole).norm() > 0.01 * whole.norm(), "without carrying it is another"
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "direct"])
 def test_keys_that_coincide_share_the_mean_of_their_residuals(problem, form):
     C, (K, R), lam = problem.C, requests_of(5), 0.7
     k = K[0]
