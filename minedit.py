@@ -1382,7 +1382,7 @@ QUICK |= dict(ff_top_k=8, top_k=8, steps=150, eval_every=50, batch=64, warmup=20
 QUICK |= dict(label_noise=0.1, memorize=20)
 # facts alone, in a store that has room for 10 000 edits
 MASS = dict(entities=1000, d_model=128, slots=16384, d_ff=16384, depth=2, ood_fraction=0.0)
-MASS |= dict(steps=160, eval_every=40, warmup=20, batch=2000, branches=0, ema=0.98)
+MASS |= dict(steps=200, eval_every=40, warmup=20, batch=2000, branches=0, ema=0.98)
 MASS |= dict(lr=5e-3, muon_lr=1e-2, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
 ABLATE = dict(entities=30, d_model=128, label_noise=0.1, steps=2000, memorize=1200, eval_every=50)
 # a user's graph: room for two or three times the facts of the synthetic one; batch None: a quarter

@@ -106,7 +106,13 @@ def plan(umls: Path | None) -> list[Job]:
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
     exceptions = every_cell() | every_cell("--label-noise 0.02", "-few")
     jobs += each("exceptions", exceptions, 3, ["minedit.py --ablate"], "ablate", 3)
-    jobs += each("mass", every_cell(), 5, ["-m studies.mass_edit"], "mass", 20)
+    narrow = every_cell("--slots 2048 --d-ff 2048")
+    jobs += each("mass", narrow, 5, ["-m studies.mass_edit"], "mass", 20)
+    for slots, minutes in ((2048, 2), (4096, 3), (8192, 6), (16384, 14)):
+        runs = {}
+        for arch in ("lmc", "dense"):
+            runs[f"{arch}-{slots}"] = f"--arch {arch} --slots {slots} --d-ff {slots}"
+        jobs += each("capacity", runs, 3, ["-m studies.capacity"], "capacity", minutes)
     jobs += each("variants", SIZES, 3, ["-m studies.propagation"], "propagation", 4)
     for regime, options in REGIMES.items():
         runs = every_cell(options, f"-{regime}")

@@ -270,7 +270,17 @@ def many(groups: list[Group]):
     return draw_lines(panels, xlabel, joined=True) if panels.values else None
 
 
-FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff, many)
+def capacity(groups: list[Group]):
+    """Score of n edits in one update against the slots of the store; a panel for each cell."""
+    panels = Panels()
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "capacity.edits") or []:
+                panels.add(group.arch, f"{entry['n']} facts", entry["slots"], entry["score"] / 100)
+    return draw_lines(panels, "slots of the store", joined=True) if panels.values else None
+
+
+FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff, many, capacity)
 
 
 def draw(groups: list[Group], out: Path):

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import edit as editing
 import minedit
-from minedit import MASS_TARGET, Run, share_of
+from minedit import Run, share_of
 from models import Model, stores
 
 LAMBDAS = (1, 3, 10, 30, 100, 300, 1000, 3000)  # of MEMIT
@@ -47,7 +47,7 @@ TARGETS = ("prototype", "gradient", "official")
 # --- The task: every relation has two names -------------------------------------------------------
 
 
-class TwoNames(minedit.Batches):
+class TwoNames(minedit.FactBatches):
     """Batches in which half of the relations are asked for by their other token, R later."""
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ def closed_form(
     """dW of all requests, keys K [n, d_in] and residuals r [n, d_out]."""
     W = at.layer.weight.detach()
     if method == "memit":
-        return editing.memit_update(K, r, at.C, strength, W=W, diagnostics=notes)
+        return minedit.memit(at, K, r, strength, W=W, diagnostics=notes)
     if method == "emmet":
         return editing.emmet_update(K, r, at.C, W=W, diagnostics=notes)
     if method.startswith("alphaedit"):
@@ -199,11 +199,14 @@ class MassStudy:
         """r [n, d_out], and how many have no prototype."""
         if target == "official":
             return official_residual(self.model, self.at, requests, self.batch), 0
+        if target == "gradient":
+            return minedit.mass_residual(self.model, self.at, requests, self.batch), 0
         others = self.known.index_fill(0, requests.fact, False)  # these are the prototypes
-        u = editing.direction("rome", self.at, requests)
-        options = {"batch": self.batch} | MASS_TARGET
-        paths = self.run.paths
-        return minedit.residual(self.model, paths, self.at, requests, u, target, others, **options)
+        r, has_one = editing.prototype_residual(self.at, requests, self.tails, others)
+        if has_one.all():
+            return r, 0
+        sought = minedit.mass_residual(self.model, self.at, requests, self.batch)
+        return torch.where(has_one[:, None], r, sought), int((~has_one).sum())
 
     def each(
         self,

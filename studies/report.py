@@ -207,6 +207,22 @@ cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C
     return mean_table(groups, entries, words, shares, legend)
 
 
+def capacity_table(groups: list[Group]) -> str | None:
+    shares = dict(lam="lam", efficacy="eff", paraphrase="para", specificity="spec", score="score")
+    shares |= dict(residual_left="left", residual_predicted="pred", relative_norm="norm")
+    shares |= dict(gather_seconds="C s", target_seconds="target s", solve_seconds="solve s")
+    legend = """\
+MEMIT of n facts in one update. eff: new answers; para: by the relation's other name; spec: other
+facts that keep their answers; score: harmonic mean, percent; left: mean |r - dW k| / |r|, pred:
+predicted; norm: |dW| / |W|; seconds for keys and C, targets, the solution"""
+
+    def entries(run: dict) -> list[dict]:
+        return lookup(run, "capacity.edits") or []
+
+    words = {"slots": "slots", "n": "n"}
+    return mean_table(groups, entries, words, shares, legend, ("score", "paraphrase"))
+
+
 # --- Tables: shrinkage of C, edits made together --------------------------------------------------
 
 
@@ -372,7 +388,7 @@ at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.
 
 
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
-TABLES += [tradeoff_table, many_table, scores_table, mass_table, ablation_table]
+TABLES += [tradeoff_table, many_table, capacity_table, scores_table, mass_table, ablation_table]
 TABLES += [exceptions_table, retention_table, relearning_table]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
 TABLES += [seeds_table, paired_table]

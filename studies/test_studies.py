@@ -27,7 +27,18 @@ from curvature import ablate, ablated, eigen, keep_mask
 from edit import record
 from models import ARCHS, Config
 from studies import all as everything
-from studies import ablation, bench, circuits, claims, controls, gpt2, gpu, images, mass_edit
+from studies import (
+    ablation,
+    bench,
+    capacity,
+    circuits,
+    claims,
+    controls,
+    gpt2,
+    gpu,
+    images,
+    mass_edit,
+)
 from studies import many, propagation, report, runs, shrinkage, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
@@ -37,6 +48,7 @@ HERE = Path(__file__).parent.parent
 STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
 STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "many": many, "all": everything}
+STUDIES["capacity"] = capacity
 
 
 @pytest.fixture(scope="module")
@@ -317,15 +329,18 @@ def test_the_many_study_reports_and_leaves_the_model(tmp_path, capsys):
 
 
 def test_relations_are_asked_by_two_names():
-    paths, recipe = tiny_paths(None), minedit.Recipe(batch=20, branches=3)
-    tokens, positions, answers = mass_edit.TwoNames(paths, recipe, generator()).draw()
+    paths, recipe = tiny_paths(None), minedit.Recipe(batch=20, branches=0)
+    batches = mass_edit.TwoNames(paths, recipe, generator())
+    drawn = [batches.draw() for _ in range(20)]
+    tokens, answers = (torch.cat([draw[i] for draw in drawn]) for i in (0, 2))
     relations = tokens[:, 1:]
     assert tokens[:, 0].max() < 10 and relations.min() >= 10 and 14 <= relations.max() < 18
     assert 0.3 < (relations >= 14).float().mean() < 0.7
-    plain, _, same = minedit.Batches(paths, recipe, generator()).draw()
-    assert torch.equal(plain[:, 1:], (relations - 10) % 4 + 10) and torch.equal(same, answers)
-    model = tiny_model(n_relations=8)
-    assert model(tokens, positions).shape == (20, 5, 10)
+    tails = dict(zip(map(tuple, paths.queries.tolist()), paths.facts[:, 2].tolist()))
+    for (head, *asked), right in zip(tokens.tolist(), answers.tolist()):
+        for relation, tail in zip(asked, right):
+            assert tail == -100 or tail == tails[head, (relation - 10) % 4 + 10]
+    assert (answers >= 0).any()
 
 
 @pytest.mark.parametrize("arch", ["lmc", "dense"])
@@ -351,6 +366,34 @@ def test_mass_edits_count_every_request(tmp_path, arch):
             assert e["residual_left"] == pytest.approx(e["residual_predicted"], abs=1e-4)
     blocks = [e["blocks"] for e in mass["layers"]]
     assert blocks == (["0-0", "0-1", "1-1"] if arch == "dense" else [])
+
+
+@pytest.mark.parametrize("arch", ["lmc", "dense"])
+def test_capacity_grows_with_the_store(tmp_path, arch, capsys, monkeypatch):
+    """Wide stores by the direct form; what is left is what is predicted; no request is dropped."""
+    monkeypatch.setattr(minedit, "WIDE", 100)
+    options = (
+        "--entities 30 --relations 5 --steps 80 --batch 150 --counts 20 75 --branches 0".split()
+    )
+    options += ["--arch", arch, *TINY[4:]]
+    scores = {}
+    for slots in (64, 512):
+        sizes = f"--slots {slots} --d-ff {slots} --top-k 8 --ff-top-k 8".split()
+        monkeypatch.setattr(capacity, "LAMBDAS", (1, 3))
+        assert run_study(capacity, *options, *sizes, "--out", tmp_path / "c" / str(slots)) == 0
+        found = results_of(tmp_path / "c" / str(slots))["capacity"]
+        assert [e["n"] for e in found["edits"]] == [20, 75] and len(found["sweep"]) == 4
+        for e in found["edits"]:
+            n_new = e["efficacy"] * e["n"]
+            assert e["slots"] == slots and n_new == pytest.approx(round(n_new), abs=1e-6)
+            assert e["residual_left"] == pytest.approx(e["residual_predicted"], abs=1e-4)
+            assert e["lam"] in (1, 3)
+        scores[slots] = found["edits"][1]["score"]
+    assert scores[64] < scores[512]
+    capsys.readouterr()
+    assert run_study(report, tmp_path / "c", "--plot") == 0
+    assert "MEMIT of n facts in one update" in capsys.readouterr().out
+    assert (tmp_path / "c" / "capacity.svg").exists()
 
 
 def test_strengths_are_chosen_on_facts_that_are_not_scored(tmp_path):
