@@ -259,7 +259,7 @@ def direct_update(
     [d_in, d_in] beside C. It loses the digits of A's condition; what is left is checked. Of the
     diagnostics all but "condition", which would cost more than the update, and cosines."""
     L, ridge = factored(K, C, lam)
-    dense, K = K, double(K.to_sparse() if 32 * K.count_nonzero() <= K.numel() else K)
+    K = double(K.to_sparse() if 32 * K.count_nonzero() <= K.numel() else K)
     right = K.T @ double(R)  # [d_in, d_out]
     Y = torch.cholesky_solve(right, L)  # dW^T = (lam C + K^T K)^-1 K^T R
     left = right - lam * (C @ Y + ridge * Y) - K.T @ (K @ Y)
@@ -269,7 +269,7 @@ def direct_update(
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
         predicted = double(R) - K @ torch.cholesky_solve(right, L)  # Woodbury, as in `diagnose`
-        diagnostics |= outcome(dW, dense, R, W)
+        diagnostics |= outcome(dW, K, R, W)
         diagnostics |= {"residual_predicted": predicted.norm(dim=-1), "ridge": ridge}
     return dW
 
@@ -483,7 +483,8 @@ def why_singular(X: Tensor, lam: float) -> str:
 
 def outcome(dW: Tensor, K: Tensor, R: Tensor, W: Tensor | None = None) -> dict:
     """Of the update as it is returned: "residual_left" [n], |r - dW k| of each request, and, with W
-    at hand, "relative_norm", |dW| / |W|; dW is then what W + dW, rounded as W is, adds to W."""
+    at hand, "relative_norm", |dW| / |W|; dW is then what W + dW, rounded as W is, adds to W. K may be
+    a sparse tensor."""
     written, found = double(dW), {}
     if W is not None:
         found["relative_norm"] = float(written.norm() / double(W).norm())

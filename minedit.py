@@ -1049,14 +1049,14 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
     began = time.perf_counter()
     sought = mass_residual(model, at, plan.requests, batch)  # each for itself: once for all n
     each = (time.perf_counter() - began) / largest
+    can_be_edited = (at.keys != 0).any(1)  # the edit of a key of zeros fails
     records = []
     for n in sorted({min(n, largest) for n in (1, 10, 100, 1000, 10_000)}):
         began = time.perf_counter()
         requests, notes = plan.requests[:n], {}
-        K = at.keys[requests.fact]
-        alive = (K != 0).any(1)  # the edit of a key of zeros fails
+        alive = can_be_edited[requests.fact]
         r = sought[:n][alive]
-        dW = memit(at, K[alive], r, lam, diagnostics=notes)
+        dW = memit(at, at.keys[requests.fact[alive]], r, lam, diagnostics=notes)
         seconds = round(gathered + n * each + time.perf_counter() - began, 3)
         with editing.edited(model, {at.name: dW}):
             now = last_answers(model, paths.queries)
