@@ -984,7 +984,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
 # --- Stage: many facts in one update --------------------------------------------------------------
 
 # the target search of mass edits, short and aimed at the answer (results/FINDINGS.md)
-MASS_TARGET = {"steps": 10, "lr": 0.2, "decay": 0.5, "clamp": 0.75}
+MASS_TARGET = {"steps": 10, "lr": 0.25, "decay": 0.5, "clamp": 1.0}
 WIDE = 4096  # above it MEMIT solves its equation as it stands (edit.direct_update)
 
 
@@ -1450,7 +1450,7 @@ def core_parser() -> argparse.ArgumentParser:
     add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"),
         help="stage: edit this fact")  # fmt: skip
     add("--mass-edit", action="store_true", help="stage: MEMIT, 1 to 10 000 facts in one update")
-    add("--lam", type=float, default=300.0, help="of MEMIT in --mass-edit")
+    add("--lam", type=float, default=1000.0, help="of MEMIT in --mass-edit")
     add("--ablate", action="store_true", help="stage: exceptions out by K-FAC and EK-FAC")
     add(
         "--report", type=Path, metavar="DIR", help="print one table of all runs below DIR, and stop"
