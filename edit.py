@@ -96,30 +96,44 @@ def add_gram(total: Tensor, K: Tensor) -> Tensor:
 
 
 class Whitening(NamedTuple):
-    """C = B^-T B^-1. With keys in whitened coordinates, X = K B, ordinary ones have the second
-    moment I and K C^-1 K^T = X X^T: the wide spectrum of C is in B alone."""
+    """C = L L^T. With keys in whitened coordinates, X = K L^-T, ordinary ones have the second moment
+    I and K C^-1 K^T = X X^T: the wide spectrum of C is in L alone. No inverse is formed."""
 
     C: Tensor  # [d_in, d_in], as given or with the ridge
-    B: Tensor  # [d_in, d_in], B B^T = C^-1
+    L: Tensor  # [d_in, d_in], lower triangular
     ridge: float
 
+    def keys(self, K: Tensor) -> Tensor:
+        """X = K L^-T [n, d_in] of the keys K [n, d_in]."""
+        return torch.linalg.solve_triangular(self.L, double(K).T, upper=False).T
 
-def whiten(C: Tensor) -> Whitening:
-    """B = L^-T where C = L L^T (Cholesky). Where C is numerically singular (dead or dependent
-    inputs), only there, a ridge of 1e-8 trace(C) / d_in is added to its diagonal. Raises ValueError
-    where C has a negative eigenvalue."""
+    def back(self, Y: Tensor) -> Tensor:
+        """L^-T Y [d_in, m]."""
+        return torch.linalg.solve_triangular(self.L.T, Y, upper=True)
+
+
+def whiten(C: Tensor | Whitening) -> Whitening:
+    """By Cholesky, once for all updates that are handed the result for C. Where C is numerically
+    singular (dead or dependent inputs), only there, a ridge of 1e-8 trace(C) / d_in is added to its
+    diagonal. Raises ValueError where C has a negative eigenvalue."""
+    if isinstance(C, Whitening):
+        return C
     C = double(C)
-    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     L, failed = torch.linalg.cholesky_ex(C)
     pivots = L.diagonal().square()
     ridge = 0.0
     if failed or not pivots.min() > len(C) * torch.finfo(C.dtype).eps * pivots.max():
         ridge = 1e-8 * float(C.diagonal().mean())
-        C = C + ridge * identity
+        C = C.clone()
+        C.diagonal().add_(ridge)
         L, failed = torch.linalg.cholesky_ex(C)
         if failed:
             raise ValueError("C has a negative eigenvalue, so that it is no second moment")
-    return Whitening(C, torch.linalg.solve_triangular(L.T, identity, upper=True), ridge)
+    return Whitening(C, L, ridge)
+
+
+def moment_of(C: Tensor | Whitening) -> Tensor:
+    return C.C if isinstance(C, Whitening) else double(C)
 
 
 def row_direction(K: Tensor) -> Tensor:
@@ -133,7 +147,7 @@ def rome_direction(white: Whitening, K: Tensor, lam: float = 0.0) -> Tensor:
     """u = C^-1 k / (k^T C^-1 k + lam) for the rows of K [n, d_in]: ROME, where u k = 1, and with a
     lam MEMIT of one request."""
     K = double(K)
-    U = K @ white.B @ white.B.T  # C^-1 k as rows
+    U = white.back(white.keys(K).T).T  # C^-1 k as rows
     return U / ((U * K).sum(-1, keepdim=True) + lam)
 
 
@@ -150,7 +164,7 @@ def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
 
 
 def rome_update(
-    W: Tensor, C: Tensor, k: Tensor, v: Tensor, diagnostics: dict | None = None
+    W: Tensor, C: Tensor | Whitening, k: Tensor, v: Tensor, diagnostics: dict | None = None
 ) -> Tensor:
     """dW = (v - W k) (C^-1 k)^T / (k^T C^-1 k), so that (W + dW) k = v: ROME [2], equation 2, with
     one key [3]. W [d_out, d_in], C [d_in, d_in], k [d_in], v [d_out] -> dW [d_out, d_in]: of all
@@ -168,7 +182,7 @@ def rome_update(
 
 
 def rome_sequence(
-    W: Tensor, C: Tensor, K: Tensor, V: Tensor, diagnostics: dict | None = None
+    W: Tensor, C: Tensor | Whitening, K: Tensor, V: Tensor, diagnostics: dict | None = None
 ) -> Tensor:
     """ROME for one request after another, each on the weight that the last one left: the sum of the
     updates. Only the last is sure to hold. As `rome_update`, with K [n, d_in] and V [n, d_out]."""
@@ -189,7 +203,12 @@ def rome_sequence(
 
 
 def emmet_update(
-    K: Tensor, R: Tensor, C: Tensor, *, W: Tensor | None = None, diagnostics: dict | None = None
+    K: Tensor,
+    R: Tensor,
+    C: Tensor | Whitening,
+    *,
+    W: Tensor | None = None,
+    diagnostics: dict | None = None,
 ) -> Tensor:
     """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n
     facts at once. K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError
@@ -202,20 +221,22 @@ def emmet_update(
             f"{n} requests exceed the rank of their keys, at most {d_in}; use memit_update"
         )
     white = whiten(C)
-    X = double(K) @ white.B  # X X^T = K C^-1 K^T
+    X = white.keys(K)  # X X^T = K C^-1 K^T
     Z = solve_gram(X, 0.0, double(R))  # X X^T Z = R
-    dW = (white.B @ (X.T @ Z)).T
+    dW = white.back(X.T @ Z).T
     check_values(dW, K, R, X)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        diagnostics |= diagnose(dW, K, R, X, white.B, 0.0, True, W) | {"ridge": white.ridge}
+        diagnostics |= diagnose(dW, K, R, X, white.back(X.T).T, 0.0, True, W) | {
+            "ridge": white.ridge
+        }
     return dW
 
 
 def memit_update(
     K: Tensor,
     R: Tensor,
-    C: Tensor,
+    C: Tensor | Whitening,
     lam: float,
     *,
     form: str | None = None,
@@ -231,23 +252,24 @@ def memit_update(
     d_in] of all earlier keys, added to lam C, and residuals on the edited W, batches add up to one
     batch. Raises ValueError for a bad request. `diagnostics` and W: see `diagnose`."""
     check_requests(K, R, C, W, lam, carried)
-    C = double(C)
     if carried is not None:
-        C = C + double(carried) / lam
+        C = moment_of(C) + double(carried) / lam
     if form == "direct":
-        return direct_update(K, R, C, lam, W, diagnostics)
+        return direct_update(K, R, moment_of(C), lam, W, diagnostics)
     white = whiten(C)
-    X = double(K) @ white.B  # whitened: lam C + K^T K = B^-T (lam I + X^T X) B^-1
+    X = white.keys(K)  # whitened: lam C + K^T K = L (lam I + X^T X) L^T
     dual = is_dual(X, form)
-    if dual:  # dW^T = B X^T (X X^T + lam I)^-1 R, a system of the size of the number of requests
+    if dual:  # dW^T = L^-T X^T (X X^T + lam I)^-1 R, a system of the size of the number of requests
         Y = refined_dual(X.T @ solve_gram(X, lam, double(R)), X, double(R), lam)
-    else:  # dW^T = B (X^T X + lam I)^-1 X^T R, a system of the size of a key
+    else:  # dW^T = L^-T (X^T X + lam I)^-1 X^T R, a system of the size of a key
         Y = solve_gram(X.T, lam, X.T @ double(R))
-    dW = (white.B @ Y).T
+    dW = white.back(Y).T
     check_normal_equations(dW, K, R, white.C, lam)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        diagnostics |= diagnose(dW, K, R, X, white.B, lam, dual, W) | {"ridge": white.ridge}
+        diagnostics |= diagnose(dW, K, R, X, white.back(X.T).T, lam, dual, W) | {
+            "ridge": white.ridge
+        }
     return dW
 
 
@@ -326,7 +348,7 @@ def alphaedit_update(
     check_normal_equations(dW, X @ U.T, R, torch.eye(len(C), dtype=U.dtype, device=U.device), lam)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        diagnostics |= diagnose(dW, K, R, X, U, lam, dual, W)
+        diagnostics |= diagnose(dW, K, R, X, X @ U.T, lam, dual, W)
         diagnostics |= {"ridge": 0.0, "null_space": U.shape[1]}
     return dW
 
@@ -375,7 +397,7 @@ PROMISE = 1e-7  # in float64, relative to the residuals; a rounded update: sqrt(
 def check_requests(
     K: Tensor,
     R: Tensor,
-    C: Tensor | None = None,
+    C: Tensor | Whitening | None = None,
     W: Tensor | None = None,
     lam: float = 1.0,
     carried: Tensor | None = None,
@@ -387,6 +409,7 @@ def check_requests(
             f"vectors for one alone, got {list(K.shape)} and {list(R.shape)}"
         )
     d_in, d_out = K.shape[1], R.shape[1]
+    C = None if C is None else moment_of(C)
     check_shape("C", C, d_in, d_in)
     check_shape("W", W, d_out, d_in)
     check_shape("carried", carried, d_in, d_in)
@@ -498,12 +521,13 @@ def diagnose(
     K: Tensor,
     R: Tensor,
     X: Tensor,
-    B: Tensor,
+    directions: Tensor,
     lam: float,
     dual: bool,
     W: Tensor | None,
 ) -> dict:
-    """What is known of the solution of (K P K^T + lam I), P = B B^T, X = K B, beside `outcome`:
+    """What is known of the solution of (K P K^T + lam I) = X X^T + lam I, beside `outcome`; the
+    directions [n, d_in] are P k:
     "condition"            condition number of the system solved
     "residual_predicted"   [n] norms of the rows of lam (K P K^T + lam I)^-1 R: what must be left
     "largest_cosine"       largest |cosine| between the directions P k of two requests"""
@@ -517,7 +541,7 @@ def diagnose(
     return outcome(dW, K, R, W) | {
         "condition": float(eigenvalues.max() / eigenvalues.min()),
         "residual_predicted": left.norm(dim=-1),
-        "largest_cosine": largest_cosine(X @ B.T)[0],
+        "largest_cosine": largest_cosine(directions)[0],
     }
 
 

@@ -892,6 +892,20 @@ def test_batches_one_after_another_are_one_batch(problem):
     assert (forgets - whole).norm() > 0.01 * whole.norm(), "without carrying it is another"
 
 
+def test_a_moment_is_whitened_once_for_several_updates(problem):
+    W, C, (K, R) = problem.W, problem.C, requests_of(6)
+    white = editing.whiten(C)
+    close(white.keys(K) @ white.keys(K).T, K @ torch.linalg.solve(C, K.T))
+    close(white.back(white.keys(K).T), torch.linalg.solve(C, K.T))
+    assert editing.whiten(white) is white
+    assert torch.equal(rome_update(W, white, K[0], R[0]), rome_update(W, C, K[0], R[0]))
+    assert torch.equal(editing.rome_sequence(W, white, K, R), editing.rome_sequence(W, C, K, R))
+    assert torch.equal(emmet_update(K, R, white), emmet_update(K, R, C))
+    for options in ({}, {"form": "primal"}, {"form": "direct"}, {"carried": K.T @ K}):
+        alike = memit_update(K, R, white, 2.0, **options)
+        assert torch.equal(alike, memit_update(K, R, C, 2.0, **options))
+
+
 @pytest.mark.parametrize("form", ["primal", "dual", "direct"])
 def test_keys_that_coincide_share_the_mean_of_their_residuals(problem, form):
     C, (K, R), lam = problem.C, requests_of(5), 0.7
@@ -1373,6 +1387,44 @@ def test_gradient_targets_are_sought_alike_in_small_batches_and_heed_a_penalty(w
     )
     v0 = at.values[requests.fact]
     assert ((v0 + stay).norm(dim=-1) < 0.5 * (v0 + free).norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("position", [None, 0])
+def test_a_gradient_target_is_sought_at_the_sites_call_alone(world, position):
+    """Without a direction: one step of descent against a slow reference; keys and C play no part."""
+    model, requests = world.model, copy.copy(world.requests)
+    if position is not None:
+        requests.position = torch.full((4,), position)
+    at = dataclasses.replace(world.at, C=None, keys=None, call=1)
+    before, notes = weights_of(model), {}
+    options = {"steps": 1, "lr": 0.05, "decay": 0.0, "diagnostics": notes}
+    r = editing.gradient_residual(model, at, requests, None, **options)
+    assert_same(model, before)
+
+    def asked(i, change):
+        """-log p of the answer wanted of request i with `change` added at the second call."""
+        n_calls = 0
+
+        def hook(module, inputs, output):
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls != 2:
+                return None
+            output = output.clone()
+            output[0, -1 if position is None else position] += change
+            return output
+
+        handle = model.memory.values.register_forward_hook(hook)
+        logits = model(requests.tokens[i : i + 1])[0, -1]
+        handle.remove()
+        return -logits.log_softmax(-1)[requests.new[i]]
+
+    for i in range(4):
+        size = at.values[requests.fact[i]].norm()
+        change = torch.zeros_like(r[i], requires_grad=True)
+        (slope,) = torch.autograd.grad(asked(i, change), change)
+        close(r[i], -0.05 * size * slope.sign(), 1e-4)  # the first step of Adam
+        close(notes["probability"][i].log(), -asked(i, r[i]).detach(), 1e-6)
 
 
 def test_a_key_of_zeros_is_an_edit_that_fails(world):
@@ -3074,6 +3126,41 @@ def test_edit_fact_shows_no_composition_of_a_clone(tmp_path, monkeypatch, capsys
     assert "facts of 18 synthetic clones" in out
     shown = [line for line in out.splitlines() if line.startswith("second hop ")]
     assert len(shown) >= 2 and "~" not in "".join(shown)
+
+
+def test_batches_of_facts_alone_ask_all_facts_of_a_head_after_one_prefix():
+    paths = tiny_paths(None)  # 10 heads of four facts
+    batches = minedit.FactBatches(paths, minedit.Recipe(batch=12, branches=0), generator())
+    tails = dict(zip(map(tuple, paths.queries.tolist()), paths.facts[:, 2].tolist()))
+    seen = Counter()
+    for _ in range(30):
+        tokens, positions, answers = batches.draw()
+        assert tokens.shape == (3, 5) and answers.shape == (3, 4) and len(positions) == 5
+        assert len(tokens[:, 0].unique()) == 3, "each head once"
+        for (head, *relations), right in zip(tokens.tolist(), answers.tolist()):
+            for relation, tail in zip(relations, right):
+                seen[head, relation] += tail == tails[head, relation]
+    assert set(seen) == set(tails) and min(seen.values()) > 0
+    model, batches = tiny_model(), minedit.FactBatches(paths, minedit.Recipe(batch=40), generator())
+    loss = batches.loss(model, minedit.Recipe(label_smoothing=0.1))
+    logits = model(paths.queries)[:, -1]  # each fact by itself
+    wanted = F.cross_entropy(logits, paths.facts[:, 2], label_smoothing=0.1)
+    close(loss, wanted, 1e-10)
+
+
+def test_heads_of_few_and_of_many_facts_are_in_batches_of_facts_alone():
+    table = torch.full((40, 70), -1)
+    table[0], table[1, 3], table[2, :33] = 2, 0, 1
+    paths = kg.split(kg.from_table(table), 0, 1, 0)
+    batches = minedit.FactBatches(paths, minedit.Recipe(batch=200, branches=0), generator())
+    tokens, positions, answers = batches.draw()
+    assert tokens.shape == (6, 33), "70, 1 and 33 facts by 32"
+    asked = answers >= 0
+    assert int(asked.sum()) == len(paths.facts) == 104
+    heads = tokens[:, :1].expand_as(answers)[asked]
+    assert torch.equal(answers[asked], torch.tensor([2, 0, 1])[heads])
+    pairs = torch.stack([heads, tokens[:, 1:][asked]], 1)
+    assert len(pairs.unique(dim=0)) == 104
 
 
 def test_mass_edits_count_every_request_and_leave_what_is_predicted(tmp_path):
