@@ -1025,10 +1025,10 @@ def mass_residual(model: Model, at: editing.Site, requests: editing.Requests, ba
     return editing.gradient_residual(model, whole, requests, None, batch=batch, **MASS_TARGET)
 
 
-def memit(at: editing.Site, K: Tensor, r: Tensor, lam: float, **options) -> Tensor:
+def memit(C: Tensor | editing.Whitening, K: Tensor, r: Tensor, lam: float, **options) -> Tensor:
     """`editing.memit_update` in the form that suits the width of the layer."""
     form = "direct" if K.shape[1] > WIDE else None
-    return editing.memit_update(K, r, at.C, lam, form=form, **options)
+    return editing.memit_update(K, r, C, lam, form=form, **options)
 
 
 def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[MassRecord]:
@@ -1056,7 +1056,7 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
         requests, notes = plan.requests[:n], {}
         alive = can_be_edited[requests.fact]
         r = sought[:n][alive]
-        dW = memit(at, at.keys[requests.fact[alive]], r, lam, diagnostics=notes)
+        dW = memit(at.C, at.keys[requests.fact[alive]], r, lam, diagnostics=notes)
         seconds = round(gathered + n * each + time.perf_counter() - began, 3)
         with editing.edited(model, {at.name: dW}):
             now = last_answers(model, paths.queries)

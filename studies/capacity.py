@@ -69,7 +69,7 @@ class CapacityStudy:
         r, notes = self.sought[name][:n], {}
         began = time.perf_counter()
         W = at.layer.weight.detach()
-        dW = minedit.memit(at, at.keys[requests.fact], r, lam, W=W, diagnostics=notes)
+        dW = minedit.memit(at.C, at.keys[requests.fact], r, lam, W=W, diagnostics=notes)
         seconds = time.perf_counter() - began
         found = MassEntry("memit", "gradient", lam, n)
         self.mass.score(found, requests, {at.name: dW}, spared)

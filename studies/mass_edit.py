@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -108,11 +109,8 @@ def official_residual(
         r = torch.zeros(len(i), at.values.shape[1], requires_grad=True, device=v0.device)
         optimizer = torch.optim.Adam([r], lr=0.5)
 
-        def added(_, value):
-            return torch.cat([value[:, :-1], value[:, -1:] + r[:, None]], 1)
-
         for _ in range(25):
-            with editing.intervene(at.layer, added, calls=[at.call]):
+            with editing.added(at.layer, r, [at.call]):
                 logits = model(requests.tokens[i])[:, -1]
             loss = F.cross_entropy(logits, requests.new[i], reduction="none")
             length = (r.square().sum(-1, keepdim=True) + 1e-12).sqrt()
@@ -131,19 +129,24 @@ def official_residual(
 
 
 def closed_form(
-    method: str, at: editing.Site, K: Tensor, r: Tensor, strength: float, notes: dict | None
+    method: str,
+    W: Tensor,
+    C: editing.Whitening,
+    K: Tensor,
+    r: Tensor,
+    strength: float,
+    notes: dict | None,
 ) -> Tensor:
     """dW of all requests, keys K [n, d_in] and residuals r [n, d_out]."""
-    W = at.layer.weight.detach()
     if method == "memit":
-        return minedit.memit(at, K, r, strength, W=W, diagnostics=notes)
+        return minedit.memit(C, K, r, strength, W=W, diagnostics=notes)
     if method == "emmet":
-        return editing.emmet_update(K, r, at.C, W=W, diagnostics=notes)
+        return editing.emmet_update(K, r, C, W=W, diagnostics=notes)
     if method.startswith("alphaedit"):
         is_official = method == "alphaedit-official"
         options = {"threshold": strength, "absolute": is_official, "W": W, "diagnostics": notes}
-        return editing.alphaedit_update(K, r, at.C, 10.0 if is_official else 1.0, **options)
-    return editing.rome_sequence(W, at.C, K, K @ W.T + r, notes)
+        return editing.alphaedit_update(K, r, C.C, 10.0 if is_official else 1.0, **options)
+    return editing.rome_sequence(W, C, K, K @ W.T + r, notes)
 
 
 @dataclass
@@ -194,6 +197,10 @@ class MassStudy:
         self.known = self.before == self.tails
         self.plan = minedit.mass_plan(run.paths, run.stream())
         self.choosing, self.scored = self.plan.spared[::2], self.plan.spared[1::2]
+
+    @cached_property
+    def white(self) -> editing.Whitening:
+        return editing.whiten(self.at.C)
 
     def targets(self, requests: editing.Requests, target: str) -> tuple[Tensor, int]:
         """r [n, d_out], and how many have no prototype."""
@@ -250,9 +257,10 @@ class MassStudy:
     ):
         """Fill in the entry of a closed form; `sought`: the seconds of its targets and C."""
         K, entry.at_pass = self.at.keys[requests.fact], self.site.at_pass
+        W = self.at.layer.weight.detach()
         began = time.perf_counter()
         try:
-            dW = closed_form(entry.method, self.at, K, r, entry.strength, None)
+            dW = closed_form(entry.method, W, self.white, K, r, entry.strength, None)
         except ValueError as error:  # more facts than rank, an empty null space, ...
             entry.infeasible = str(error)
             return
@@ -260,7 +268,7 @@ class MassStudy:
         self.score(entry, requests, {self.at.name: dW}, spared)
         if spared is self.scored:  # once more, for the diagnostics
             notes = {}
-            closed_form(entry.method, self.at, K, r, entry.strength, notes)
+            closed_form(entry.method, W, self.white, K, r, entry.strength, notes)
             size = r.double().norm(dim=-1).clamp(min=1e-12)
             for name, value in notes.items():
                 if name.startswith("residual"):
