@@ -192,12 +192,13 @@ def read_store(
     x: Tensor, keys: nn.Linear, values: nn.Linear, top_k: int, addressing: str
 ) -> Tensor:
     """values(address(keys(x))): [..., d_in] -> [..., d_out]; of a wide store by ReadWinners, unless
-    a layer of it is not the plain one, somebody listens to it (hooks), or the device has no sparse
-    products."""
-    layers = (keys, values)
-    plain = all(type(m) is nn.Linear for m in layers) and x.device.type != "mps"
+    a layer of it is not the plain one, somebody listens to it (hooks), under autocast, or where the
+    device has no sparse products."""
+    layers, device = (keys, values), x.device.type
+    plain = all(type(m) is nn.Linear for m in layers)
     heard = any(m._forward_hooks or m._forward_pre_hooks for m in layers)
-    if plain and not heard and is_wide(values.in_features, top_k, addressing):
+    usual = device == "mps" or torch.is_autocast_enabled(device)
+    if plain and not (heard or usual) and is_wide(values.in_features, top_k, addressing):
         read = ReadWinners.apply(x.flatten(0, -2), keys.weight, values.weight, top_k)
         return read.unflatten(0, x.shape[:-1])
     return values(address(keys(x), top_k, addressing))
