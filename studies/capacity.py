@@ -28,7 +28,7 @@ from models import Model
 from studies.mass_edit import MassEntry, MassStudy, TwoNames, make_task
 
 COUNTS = (1000, 3162, 10_000)
-LAMBDAS = (300, 1000, 3000)
+LAMBDAS = (300, 1000, 3000, 10_000)
 
 
 @dataclass
