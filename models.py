@@ -197,7 +197,7 @@ def read_store(
     layers, device = (keys, values), x.device.type
     plain = all(type(m) is nn.Linear for m in layers)
     heard = any(m._forward_hooks or m._forward_pre_hooks for m in layers)
-    usual = device == "mps" or torch.is_autocast_enabled(device)
+    usual = device in ("mps", "meta") or torch.is_autocast_enabled(device)
     if plain and not (heard or usual) and is_wide(values.in_features, top_k, addressing):
         read = ReadWinners.apply(x.flatten(0, -2), keys.weight, values.weight, top_k)
         return read.unflatten(0, x.shape[:-1])
