@@ -283,14 +283,14 @@ def direct_update(
     L, ridge = factored(K, C, lam)
     K = double(K.to_sparse() if 32 * K.count_nonzero() <= K.numel() else K)
     right = K.T @ double(R)  # [d_in, d_out]
-    Y = torch.cholesky_solve(right, L)  # dW^T = (lam C + K^T K)^-1 K^T R
+    Y = solve_factored(L, right)  # dW^T = (lam C + K^T K)^-1 K^T R
     left = right - lam * (C @ Y + ridge * Y) - K.T @ (K @ Y)
-    Y = Y + torch.cholesky_solve(left, L)
+    Y = Y + solve_factored(L, left)
     dW = Y.T
     check_normal_equations(dW, K, R, C, lam, ridge)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        predicted = double(R) - K @ torch.cholesky_solve(right, L)  # Woodbury, as in `diagnose`
+        predicted = double(R) - K @ solve_factored(L, right)  # Woodbury, as in `diagnose`
         diagnostics |= outcome(dW, K, R, W)
         diagnostics |= {"residual_predicted": predicted.norm(dim=-1), "ridge": ridge}
     return dW
@@ -300,7 +300,7 @@ def factored(K: Tensor, C: Tensor, lam: float) -> tuple[Tensor, float]:
     """The Cholesky factor of lam C + K^T K, and the ridge of C that it took, as in `whiten`."""
     ridge = 0.0
     for _ in range(2):
-        A = add_gram(lam * C, K)
+        A = add_gram(lam * C, K).mT  # in columns, as LAPACK has it: no copy is made
         A.diagonal().add_(lam * ridge)
         failed = torch.zeros((), dtype=torch.int32, device=A.device)
         torch.linalg.cholesky_ex(A, out=(A, failed))  # in place: A may fill half of the memory
@@ -309,6 +309,12 @@ def factored(K: Tensor, C: Tensor, lam: float) -> tuple[Tensor, float]:
             return A, ridge
         ridge = 1e-8 * float(C.diagonal().mean())
     raise ValueError("lam C + K^T K has a negative eigenvalue, so that C is no second moment")
+
+
+def solve_factored(L: Tensor, right: Tensor) -> Tensor:
+    """(L L^T)^-1 right, without the copy of L that torch.cholesky_solve makes."""
+    half = torch.linalg.solve_triangular(L, right, upper=False)
+    return torch.linalg.solve_triangular(L.mT, half, upper=True)
 
 
 def alphaedit_update(

@@ -391,8 +391,10 @@ def test_a_larger_store_leaves_less_of_as_many_edits(tmp_path, arch, capsys, mon
         left[slots] = found["edits"][1]["residual_left"]
     assert left[512] < 0.2 * left[64], "75 edits in 64 slots"
     capsys.readouterr()
-    assert run_study(report, tmp_path / "c", "--plot") == 0
+    assert run_study(report, tmp_path / "c") == 0
     assert "MEMIT of n facts in one update" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert run_study(report, tmp_path / "c", "--plot") == 0
     assert (tmp_path / "c" / "capacity.svg").exists()
 
 
