@@ -69,20 +69,23 @@ def double(x: Tensor) -> Tensor:
 def second_moment(K: Tensor) -> Tensor:
     """C = mean over the rows of k k^T, uncentred: [..., d_in] -> [d_in, d_in], float64 ([2], below
     equation 2). Raises ValueError where there is no key or one that is not finite."""
+    return add_gram(None, K) / K.shape[:-1].numel()
+
+
+def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
+    """total + K^T K, in place where there is a total, float64. Where at most 1 in 32 entries of a
+    key of K [..., d_in] is not 0 (the addresses of models.py) by the products of these alone: m^2 a
+    key for m of them, not d_in^2. Raises ValueError as `second_moment`."""
     if K.dim() < 2 or K.shape[:-1].numel() == 0 or not K.isfinite().all():
         raise ValueError(
             f"keys must be finite and [n, d_in] with n >= 1, got shape {list(K.shape)}"
         )
     K = K.flatten(0, -2)
-    total = torch.zeros(K.shape[1], K.shape[1], dtype=torch.float64, device=double(K[:1]).device)
-    return add_gram(total, K) / len(K)
-
-
-def add_gram(total: Tensor, K: Tensor) -> Tensor:
-    """total += K^T K, in place, float64. Where at most 1 in 32 entries of K [n, d_in] is not 0 (the
-    addresses of models.py) by the products of these alone: m^2 a key for m of them, not d_in^2."""
+    if total is None:
+        d_in, device = K.shape[1], double(K[:1]).device
+        total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
     most = int((K != 0).sum(1).max())  # m
-    if 32 * most > K.shape[1]:
+    if SPARSE * most > K.shape[1]:
         K = double(K)
         return total.addmm_(K.T, K)
     for part in K.split(1024):
@@ -93,6 +96,9 @@ def add_gram(total: Tensor, K: Tensor) -> Tensor:
         where = place[:, :, None] * len(total) + place[:, None]
         total.view(-1).index_add_(0, where.flatten(), products.flatten())
     return total
+
+
+SPARSE = 32  # keys are used as sparse ones where 1 in so many entries, at most, is not 0
 
 
 class Whitening(NamedTuple):
@@ -120,16 +126,26 @@ def whiten(C: Tensor | Whitening) -> Whitening:
         return C
     C = double(C)
     L, failed = torch.linalg.cholesky_ex(C)
-    pivots = L.diagonal().square()
     ridge = 0.0
-    if failed or not pivots.min() > len(C) * torch.finfo(C.dtype).eps * pivots.max():
-        ridge = 1e-8 * float(C.diagonal().mean())
+    if failed or is_singular(L):
+        ridge = ridge_of(C)
         C = C.clone()
         C.diagonal().add_(ridge)
         L, failed = torch.linalg.cholesky_ex(C)
         if failed:
             raise ValueError("C has a negative eigenvalue, so that it is no second moment")
     return Whitening(C, L, ridge)
+
+
+def is_singular(L: Tensor) -> bool:
+    """Whether L L^T is numerically singular, by the pivots of its factorisation."""
+    pivots = L.diagonal().square()
+    return not pivots.min() > len(L) * torch.finfo(L.dtype).eps * pivots.max()
+
+
+def ridge_of(C: Tensor) -> float:
+    """What is added to the diagonal of a C that is singular."""
+    return 1e-8 * float(C.diagonal().mean())
 
 
 def moment_of(C: Tensor | Whitening) -> Tensor:
@@ -227,9 +243,8 @@ def emmet_update(
     check_values(dW, K, R, X)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        diagnostics |= diagnose(dW, K, R, X, white.back(X.T).T, 0.0, True, W) | {
-            "ridge": white.ridge
-        }
+        directions = white.back(X.T).T  # C^-1 k as rows
+        diagnostics |= diagnose(dW, K, R, X, directions, 0.0, True, W) | {"ridge": white.ridge}
     return dW
 
 
@@ -267,9 +282,8 @@ def memit_update(
     check_normal_equations(dW, K, R, white.C, lam)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        diagnostics |= diagnose(dW, K, R, X, white.back(X.T).T, lam, dual, W) | {
-            "ridge": white.ridge
-        }
+        directions = white.back(X.T).T  # C^-1 k as rows
+        diagnostics |= diagnose(dW, K, R, X, directions, lam, dual, W) | {"ridge": white.ridge}
     return dW
 
 
@@ -281,7 +295,7 @@ def direct_update(
     [d_in, d_in] beside C. It loses the digits of A's condition; what is left is checked. Of the
     diagnostics all but "condition", which would cost more than the update, and cosines."""
     L, ridge = factored(K, C, lam)
-    K = double(K.to_sparse() if 32 * K.count_nonzero() <= K.numel() else K)
+    K = double(K.to_sparse() if SPARSE * K.count_nonzero() <= K.numel() else K)
     right = K.T @ double(R)  # [d_in, d_out]
     Y = solve_factored(L, right)  # dW^T = (lam C + K^T K)^-1 K^T R
     left = right - lam * (C @ Y + ridge * Y) - K.T @ (K @ Y)
@@ -290,7 +304,7 @@ def direct_update(
     check_normal_equations(dW, K, R, C, lam, ridge)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        predicted = double(R) - K @ solve_factored(L, right)  # Woodbury, as in `diagnose`
+        predicted = double(R) - K @ Y  # before rounding; by Woodbury's identity, as in `diagnose`
         diagnostics |= outcome(dW, K, R, W)
         diagnostics |= {"residual_predicted": predicted.norm(dim=-1), "ridge": ridge}
     return dW
@@ -304,10 +318,9 @@ def factored(K: Tensor, C: Tensor, lam: float) -> tuple[Tensor, float]:
         A.diagonal().add_(lam * ridge)
         failed = torch.zeros((), dtype=torch.int32, device=A.device)
         torch.linalg.cholesky_ex(A, out=(A, failed))  # in place: A may fill half of the memory
-        pivots = A.diagonal().square()
-        if not failed and pivots.min() > len(A) * torch.finfo(A.dtype).eps * pivots.max():
+        if not failed and not is_singular(A):
             return A, ridge
-        ridge = 1e-8 * float(C.diagonal().mean())
+        ridge = ridge_of(C)
     raise ValueError("lam C + K^T K has a negative eigenvalue, so that C is no second moment")
 
 
@@ -829,10 +842,7 @@ class Moment:
             keys = (
                 keys.flatten(0, -2) if self.pad is None else keys[:, part != self.pad].flatten(0, 1)
             )
-            if self.total is None:
-                self.total = second_moment(keys) * len(keys)
-            else:
-                add_gram(self.total, keys)
+            self.total = add_gram(self.total, keys)
             self.n += len(keys)
         return self
 

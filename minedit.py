@@ -180,6 +180,21 @@ class Batches:
         return found
 
 
+def bundles(prefix: Tensor, widest: int = 32) -> Tensor:
+    """Rows of what begins alike, to be read as branches of one prefix: the indices of prefix [n], in
+    which equal ones are neighbours, by prefix and `widest` at most in a row [m, width], in order;
+    -1: filler."""
+    index = torch.arange(len(prefix), device=prefix.device)
+    begins = prefix.diff(prepend=prefix[:1] - 1) != 0
+    start = begins.nonzero().flatten()
+    place = index - start[begins.cumsum(0) - 1]
+    width = min(int(place.max()) + 1, widest)
+    bundle = (place % width == 0).cumsum(0) - 1
+    rows = torch.full((int(bundle[-1]) + 1, width), -1, device=prefix.device)
+    rows[bundle, place % width] = index
+    return rows
+
+
 class FactBatches(Batches):
     """Batches of facts alone, of all facts of a head or 32 of them: branches of one prefix, so that
     the head is read once."""
@@ -188,14 +203,9 @@ class FactBatches(Batches):
         super().__init__(paths, recipe, generator)
         heads = self.queries[:, 0]
         order = heads.argsort(stable=True)
-        begins = heads[order].diff(prepend=heads[order][:1] - 1) != 0
-        place = torch.arange(len(order), device=self.device)
-        place = place - place[begins][begins.cumsum(0) - 1]  # of a fact among those of its head
-        width = min(int(place.max()) + 1, 32)
-        bundle = (place % width == 0).cumsum(0) - 1
-        self.bundles = torch.full((int(bundle[-1]) + 1, width), -1, device=self.device)
-        self.bundles[bundle, place % width] = order  # facts; -1: filler
-        self.positions = torch.tensor([0] + [1] * width, device=self.device)
+        rows = bundles(heads[order])
+        self.bundles = torch.where(rows >= 0, order[rows], -1)  # facts; -1: filler
+        self.positions = torch.tensor([0] + [1] * rows.shape[1], device=self.device)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [n, 1 + width] of about `batch` facts, their positions, answers [n, width], -100
@@ -298,21 +308,17 @@ def predict(model: Model, paths: kg.Paths, chunk: int | None = None) -> tuple[Te
     """The model's answers to every first fact, in order, and every path [n_paths]; the paths of a
     fact are read `width` at a time, as branches of one prefix, `chunk` tokens at once."""
     device = paths.first.device
-    index = torch.arange(len(paths.first), device=device)
-    begins = paths.first.diff(prepend=paths.first[:1] - 1) != 0
-    start = begins.nonzero().flatten()  # first path of a fact
-    place = index - start[begins.cumsum(0) - 1]
-    width = min(int(place.max()) + 1, 32)
-    bundle = (place % width == 0).cumsum(0) - 1  # of each path
-    rows = torch.full((int(bundle[-1]) + 1, width), -1, device=device)  # paths; -1: filler
-    rows[bundle, place % width] = index
+    rows = bundles(paths.first)
+    width = rows.shape[1]
     tokens = torch.cat([paths.tokens[rows[:, 0], :2], paths.tokens[rows, 2]], 1)
     positions = torch.tensor([0, 1] + [2] * width, device=device)
     if chunk is None:  # tokens whose logits fit 64 MiB
         chunk = min(6000, 2**24 // model.config.n_entities)
     parts = tokens.split(max(1, chunk // (2 + width)))
     answers = torch.cat([model(part, positions).argmax(-1) for part in parts])
-    return answers[bundle[start], 1], answers[bundle, 2 + place % width]
+    begins = paths.first.diff(prepend=paths.first[:1] - 1) != 0
+    bundle, place = (rows >= 0).nonzero().T  # of each path, in order
+    return answers[bundle[begins], 1], answers[bundle, 2 + place]
 
 
 @torch.no_grad()
@@ -676,13 +682,13 @@ def residual(
     paths: kg.Paths,
     at: editing.Site,
     requests: editing.Requests,
-    u: Tensor,
+    u: Tensor | None,
     target: str,
     known: Tensor,
     **options,
 ) -> tuple[Tensor, int]:
     """r [n, d_out] of each request for the target "prototype" or "gradient" (sought through edits
-    in the directions u, with `options`); how many have no prototype and fall back on the gradient.
+    in the directions u, see `editing.gradient_residual`, with `options`); how many have no prototype and fall back on the gradient.
     """
     if target == "gradient":
         return editing.gradient_residual(model, at, requests, u, **options), 0
@@ -1017,12 +1023,20 @@ def mass_plan(paths: kg.Paths, generator: torch.Generator) -> MassPlan:
     return MassPlan(wanted[:n], fact[n : n + n_spared], wanted[n + n_spared :])
 
 
-def mass_residual(model: Model, at: editing.Site, requests: editing.Requests, batch: int) -> Tensor:
-    """r [n, d_out] by gradient, added to what the whole store returns at the site's call, so that
-    wide stores are read by their winners."""
+def mass_residual(
+    run: Run,
+    model: Model,
+    at: editing.Site,
+    requests: editing.Requests,
+    target: str,
+    known: Tensor,
+    batch: int,
+) -> tuple[Tensor, int]:
+    """As `residual`, with the change added to what the whole store returns at the site's call, so
+    that wide stores are read by their winners."""
     store = model.get_submodule(at.name.rpartition(".")[0])  # it returns what its values return
-    whole = replace(at, layer=store)
-    return editing.gradient_residual(model, whole, requests, None, batch=batch, **MASS_TARGET)
+    whole, options = replace(at, layer=store), {"batch": batch} | MASS_TARGET
+    return residual(model, run.paths, whole, requests, None, target, known, **options)
 
 
 def memit(C: Tensor | editing.Whitening, K: Tensor, r: Tensor, lam: float, **options) -> Tensor:
@@ -1047,7 +1061,8 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
     gathered = time.perf_counter() - began
     before = last_answers(model, paths.queries)
     began = time.perf_counter()
-    sought = mass_residual(model, at, plan.requests, batch)  # each for itself: once for all n
+    known = before == paths.facts[:, 2]
+    sought, _ = mass_residual(run, model, at, plan.requests, "gradient", known, batch)  # for all n
     each = (time.perf_counter() - began) / largest
     can_be_edited = (at.keys != 0).any(1)  # the edit of a key of zeros fails
     records = []

@@ -60,7 +60,7 @@ class CapacityStudy:
         for name in ("requests", "others"):
             began = time.perf_counter()
             wanted = getattr(self.plan, name)
-            self.sought[name] = minedit.mass_residual(model, self.mass.at, wanted, batch)
+            self.sought[name], _ = self.mass.targets(wanted, "gradient")
             self.seconds[name] = (time.perf_counter() - began) / len(wanted)
 
     def edit(self, name: str, n: int, lam: float, spared: Tensor) -> CapacityEntry:

@@ -206,14 +206,9 @@ class MassStudy:
         """r [n, d_out], and how many have no prototype."""
         if target == "official":
             return official_residual(self.model, self.at, requests, self.batch), 0
-        if target == "gradient":
-            return minedit.mass_residual(self.model, self.at, requests, self.batch), 0
         others = self.known.index_fill(0, requests.fact, False)  # these are the prototypes
-        r, has_one = editing.prototype_residual(self.at, requests, self.tails, others)
-        if has_one.all():
-            return r, 0
-        sought = minedit.mass_residual(self.model, self.at, requests, self.batch)
-        return torch.where(has_one[:, None], r, sought), int((~has_one).sum())
+        asked = (self.at, requests, target, others, self.batch)
+        return minedit.mass_residual(self.run, self.model, *asked)
 
     def each(
         self,
