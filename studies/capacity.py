@@ -26,6 +26,7 @@ import minedit
 from minedit import Run
 from models import Model
 from studies.mass_edit import MassEntry, MassStudy, TwoNames, make_task
+from studies.training import trained
 
 COUNTS = (1000, 3162, 10_000)
 LAMBDAS = (300, 1000, 3000, 10_000)
@@ -121,10 +122,7 @@ score: harmonic mean, percent; left: mean |r - dW k| / |r|, pred: predicted; nor
 
 
 def command(args):
-    for run in minedit.prepare(args, make_task, TwoNames):
-        minedit.announce(run)
-        model = run.train(compiled=args.compile)
-        run.summarize()
+    for run, model in trained(args, make_task=make_task, make_batches=TwoNames):
         began = time.perf_counter()
         entry = capacity_stage(run, model, args.counts, args.edit_batch)
         run.add_results("capacity", entry, began)

@@ -23,7 +23,6 @@ before, that have no edited fact on their way. Writes "many" into results.json.
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -34,6 +33,7 @@ import kg
 import minedit
 from minedit import MOST_MOVED, Run, share_of
 from models import Model
+from studies.training import trained
 
 COUNTS = (1, 3, 10, 30, 100, 300)  # facts in one update
 MOST_GROUPS = 8  # of as many facts each
@@ -219,14 +219,6 @@ def study(run: Run, model: Model):
     entries = many_stage(run, model)
     print(minedit.record_table(entries, COLUMNS, LEGEND))
     run.add_results("many", [asdict(entry) for entry in entries], began)
-
-
-def trained(args) -> Iterator[tuple[Run, Model]]:
-    for run in minedit.prepare(args):
-        minedit.announce(run)
-        model = run.train(compiled=args.compile)
-        run.summarize()
-        yield run, model
 
 
 def command(args):

@@ -38,6 +38,7 @@ import edit as editing
 import minedit
 from minedit import Run, share_of
 from models import Model, stores
+from studies.training import trained
 
 LAMBDAS = (1, 3, 10, 30, 100, 300, 1000, 3000)  # of MEMIT
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of AlphaEdit, times the mean eigenvalue of C
@@ -391,10 +392,7 @@ def mass_table(entries: list[MassEntry]) -> str:
 
 
 def command(args):
-    for run in minedit.prepare(args, make_task, TwoNames):
-        minedit.announce(run)
-        model = run.train(compiled=args.compile)
-        run.summarize()
+    for run, model in trained(args, make_task=make_task, make_batches=TwoNames):
         began = time.perf_counter()
         run.add_results("mass", mass_stage(run, model, args.edit_batch), began)
 

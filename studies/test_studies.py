@@ -1352,7 +1352,7 @@ def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path, capsys):
     assert run_study(report, folder, "--plot", "--out", tmp_path) == 0
     drawn = {file.stem for file in tmp_path.iterdir()}
     assert drawn == {"grokking", "propagation", "when", "locate"}
-    assert capsys.readouterr().out.count("not drawn") == 5
+    assert capsys.readouterr().out.count("not drawn") == 6
     again = tmp_path / "again"
     assert run_study(report, folder, "--plot", "--out", again) == 0
     for file in again.iterdir():

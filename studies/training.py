@@ -11,6 +11,16 @@ from minedit import Run, Training
 from models import Model
 
 
+def trained(args, **task) -> Iterator[tuple[Run, Model]]:
+    """Each run that was asked for, with its model, trained or loaded; `task`: see
+    `minedit.prepare`, which checks all before any is trained."""
+    for run in minedit.prepare(args, **task):
+        minedit.announce(run)
+        model = run.train(compiled=args.compile)
+        run.summarize()
+        yield run, model
+
+
 def moments_due(run: Run) -> dict[str, int]:
     """{moment: its step} of the training so far."""
     due = {}
