@@ -76,7 +76,8 @@ def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
     """total + K^T K, in place where there is a total, float64. Where at most 1 in 32 entries of a
     key of K [..., d_in] is not 0 (the addresses of models.py) by the products of these alone: m^2 a
     key for m of them, not d_in^2. Raises ValueError as `second_moment`."""
-    if K.dim() < 2 or K.shape[:-1].numel() == 0 or not K.isfinite().all():
+    parts = K.flatten(0, -2).split(1024) if K.dim() > 1 and K.numel() else ()
+    if not parts or not all(part.isfinite().all() for part in parts):
         raise ValueError(
             f"keys must be finite and [n, d_in] with n >= 1, got shape {list(K.shape)}"
         )
@@ -84,11 +85,11 @@ def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
     if total is None:
         d_in, device = K.shape[1], double(K[:1]).device
         total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-    most = int((K != 0).sum(1).max())  # m
+    most = max(int(part.count_nonzero(1).max()) for part in parts)  # m
     if SPARSE * most > K.shape[1]:
         K = double(K)
         return total.addmm_(K.T, K)
-    for part in K.split(1024):
+    for part in parts:
         place = (part != 0).byte().topk(most).indices  # [key, m], all entries that are not 0
         value = double(part.gather(1, place))
         place = place.to(total.device)
@@ -125,16 +126,14 @@ def whiten(C: Tensor | Whitening) -> Whitening:
     if isinstance(C, Whitening):
         return C
     C = double(C)
-    L, failed = torch.linalg.cholesky_ex(C)
-    ridge = 0.0
-    if failed or is_singular(L):
-        ridge = ridge_of(C)
-        C = C.clone()
-        C.diagonal().add_(ridge)
+    for ridge in ridges(C):
+        if ridge:
+            C = C.clone()
+            C.diagonal().add_(ridge)
         L, failed = torch.linalg.cholesky_ex(C)
-        if failed:
-            raise ValueError("C has a negative eigenvalue, so that it is no second moment")
-    return Whitening(C, L, ridge)
+        if not failed and (ridge or not is_singular(L)):
+            return Whitening(C, L, ridge)
+    raise ValueError("C has a negative eigenvalue, so that it is no second moment")
 
 
 def is_singular(L: Tensor) -> bool:
@@ -143,9 +142,11 @@ def is_singular(L: Tensor) -> bool:
     return not pivots.min() > len(L) * torch.finfo(L.dtype).eps * pivots.max()
 
 
-def ridge_of(C: Tensor) -> float:
-    """What is added to the diagonal of a C that is singular."""
-    return 1e-8 * float(C.diagonal().mean())
+def ridges(C: Tensor) -> list[float]:
+    """What to add to the diagonal of C, one after another: nothing, then what makes a singular C
+    regular, at once where an input is dead."""
+    ridge = 1e-8 * float(C.diagonal().mean())
+    return [0.0, ridge] if C.diagonal().all() else [ridge]
 
 
 def moment_of(C: Tensor | Whitening) -> Tensor:
@@ -312,15 +313,14 @@ def direct_update(
 
 def factored(K: Tensor, C: Tensor, lam: float) -> tuple[Tensor, float]:
     """The Cholesky factor of lam C + K^T K, and the ridge of C that it took, as in `whiten`."""
-    ridge = 0.0
-    for _ in range(2):
+    for ridge in ridges(C):
+        A = None  # of a first trial
         A = add_gram(lam * C, K).mT  # in columns, as LAPACK has it: no copy is made
         A.diagonal().add_(lam * ridge)
         failed = torch.zeros((), dtype=torch.int32, device=A.device)
         torch.linalg.cholesky_ex(A, out=(A, failed))  # in place: A may fill half of the memory
-        if not failed and not is_singular(A):
+        if not failed and (ridge or not is_singular(A)):
             return A, ridge
-        ridge = ridge_of(C)
     raise ValueError("lam C + K^T K has a negative eigenvalue, so that C is no second moment")
 
 
@@ -1144,9 +1144,9 @@ def memit_layers(
     its input at the last token should change by r [n, d_out]. Site after site, with the edits so
     far in place, what is missing there, divided by the number of sites left, is written by
     `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
-    came, over `ordinary` [n, token] but for `pad`. diagnostics[name, call]: see `diagnose`. ValueError for two
-    requests for one fact. In a loop dW sums what is written at each call, but acts at all of them:
-    more sites need not bring the stream nearer."""
+    came, over `ordinary` [n, token] but for `pad`. diagnostics[name, call]: see `diagnose`.
+    ValueError for two requests for one fact. In a loop dW sums what is written at each call, but
+    acts at all of them: more sites need not bring the stream nearer."""
     requests.check_distinct()
     moments = []
     for name, call in sites:

@@ -115,9 +115,9 @@ HEADERS = {("head", "tail"), ("subject", "object"), ("source", "target"), ("h", 
 
 
 def read_triples(*files) -> Triples:
-    """Lines `head <tab> relation <tab> tail` of UTF-8 files (.gz: compressed). Blank lines and lines
-    that begin with # are skipped, and a header; names are brought to Unicode's composed form (NFC). Raises
-    ValueError with file and line number for a malformed line, OSError."""
+    """Lines `head <tab> relation <tab> tail` of UTF-8 files (.gz: compressed). Blank lines, lines
+    that begin with # and a header are skipped; names are brought to Unicode's composed form (NFC).
+    Raises ValueError with file and line number for a malformed line, OSError."""
     tails, notes, n, n_comments = {}, [], 0, 0
     for path in map(Path, files):
         begun = False  # whether a triple or a header has been read

@@ -688,8 +688,8 @@ def residual(
     **options,
 ) -> tuple[Tensor, int]:
     """r [n, d_out] of each request for the target "prototype" or "gradient" (sought through edits
-    in the directions u, see `editing.gradient_residual`, with `options`); how many have no prototype and fall back on the gradient.
-    """
+    in the directions u, see `editing.gradient_residual`, with `options`); how many have no
+    prototype and fall back on the gradient."""
     if target == "gradient":
         return editing.gradient_residual(model, at, requests, u, **options), 0
     r, has_one = editing.prototype_residual(at, requests, paths.facts[:, 2], known)
