@@ -102,6 +102,13 @@ def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
 SPARSE = 32  # keys are used as sparse ones where 1 in so many entries, at most, is not 0
 
 
+def sparse(K: Tensor) -> Tensor:
+    """The keys K [n, d_in] in float64, for products with matrices: as a sparse tensor where they are
+    sparse."""
+    K = K.detach().to(double(K[:1]).device)
+    return double(K.to_sparse() if SPARSE * K.count_nonzero() <= K.numel() else K)
+
+
 class Whitening(NamedTuple):
     """C = L L^T. With keys in whitened coordinates, X = K L^-T, ordinary ones have the second moment
     I and K C^-1 K^T = X X^T: the wide spectrum of C is in L alone. No inverse is formed."""
@@ -269,7 +276,7 @@ def memit_update(
     batch. Raises ValueError for a bad request. `diagnostics` and W: see `diagnose`."""
     check_requests(K, R, C, W, lam, carried)
     if carried is not None:
-        C = moment_of(C) + double(carried) / lam
+        C = torch.add(moment_of(C), double(carried), alpha=1 / lam)
     if form == "direct":
         return direct_update(K, R, moment_of(C), lam, W, diagnostics)
     white = whiten(C)
@@ -296,7 +303,7 @@ def direct_update(
     [d_in, d_in] beside C. It loses the digits of A's condition; what is left is checked. Of the
     diagnostics all but "condition", which would cost more than the update, and cosines."""
     L, ridge = factored(K, C, lam)
-    K = double(K.to_sparse() if SPARSE * K.count_nonzero() <= K.numel() else K)
+    K = sparse(K)
     right = K.T @ double(R)  # [d_in, d_out]
     Y = solve_factored(L, right)  # dW^T = (lam C + K^T K)^-1 K^T R
     left = right - lam * (C @ Y + ridge * Y) - K.T @ (K @ Y)
@@ -333,7 +340,7 @@ def solve_factored(L: Tensor, right: Tensor) -> Tensor:
 def alphaedit_update(
     K: Tensor,
     R: Tensor,
-    C: Tensor,
+    C: Tensor | tuple[Tensor, Tensor],
     lam: float,
     *,
     threshold: float = 1e-2,
@@ -342,14 +349,16 @@ def alphaedit_update(
     diagnostics: dict | None = None,
 ) -> Tensor:
     """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit
-    [6], for one batch. K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in
-    squared lengths of a key. The null space is that of eigenvalues of C below bound = threshold *
-    trace(C) / d_in, or `absolute`, as in the paper's code, below the threshold; over ordinary keys
-    E |dW k|^2 <= bound * |dW|^2. diagnostics["null_space"] is its dimension. The paper's term for
-    earlier edits is left out. Raises ValueError where it is empty and for a bad request. For the
-    rest see `diagnose`."""
-    check_requests(K, R, C, W, lam)
-    eigenvalues, eigenvectors = torch.linalg.eigh(double(C))
+    [6], for one batch. K [n, d_in], R [n, d_out], C [d_in, d_in], or torch.linalg.eigh(C), once for
+    several updates -> dW [d_out, d_in]; lam > 0 in squared lengths of a key. The null space is that
+    of eigenvalues of C below bound = threshold * trace(C) / d_in, or `absolute`, as in the paper's
+    code, below the threshold; over ordinary keys E |dW k|^2 <= bound * |dW|^2.
+    diagnostics["null_space"] is its dimension. The paper's term for earlier edits is left out.
+    Raises ValueError where it is empty and for a bad request. For the rest see `diagnose`."""
+    given = isinstance(C, tuple)
+    check_requests(K, R, None if given else C, W, lam)
+    eigenvalues, eigenvectors = C if given else torch.linalg.eigh(double(C))
+    check_shape("the matrix of eigenvectors", eigenvectors, K.shape[1], K.shape[1])
     bound = threshold if absolute else threshold * float(eigenvalues.mean())
     U = eigenvectors[:, eigenvalues < bound]  # P = U U^T  [d_in, m]
     if U.shape[1] == 0:
@@ -357,14 +366,14 @@ def alphaedit_update(
             f"the null space of C is empty: its smallest eigenvalue is {eigenvalues[0]:.3g}, not "
             f"below {bound:.3g}; raise the threshold or use memit_update"
         )
-    X = double(K) @ U  # K P = X U^T
+    X = sparse(K) @ U  # K P = X U^T
     dual = is_dual(X, None)
     if dual:  # dW^T = U X^T (X X^T + lam I)^-1 R
         Y = refined_dual(X.T @ solve_gram(X, lam, double(R)), X, double(R), lam)
     else:  # dW^T = U (X^T X + lam I)^-1 X^T R
         Y = solve_gram(X.T, lam, X.T @ double(R))
     dW = (U @ Y).T
-    check_normal_equations(dW, X @ U.T, R, torch.eye(len(C), dtype=U.dtype, device=U.device), lam)
+    check_normal_equations(dW @ U, X, R, None, lam)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
         diagnostics |= diagnose(dW, K, R, X, X @ U.T, lam, dual, W)
@@ -467,13 +476,14 @@ def check_values(dW: Tensor, K: Tensor, R: Tensor, X: Tensor | None = None):
 
 
 def check_normal_equations(
-    dW: Tensor, K: Tensor, R: Tensor, C: Tensor, lam: float, ridge: float = 0.0
+    dW: Tensor, K: Tensor, R: Tensor, C: Tensor | None, lam: float, ridge: float = 0.0
 ):
     """ValueError unless dW (lam (C + ridge I) + K^T K) = R^T K, up to PROMISE of its right-hand
-    side. K may be a sparse tensor."""
+    side; C None: I. K may be a sparse tensor."""
     K, R = double(K), double(R)
     wanted = (K.T @ R).T  # [d_out, d_in]
-    left = wanted - lam * (dW @ C + ridge * dW) - (K.T @ (K @ dW.T)).T
+    ordinary = dW if C is None else dW @ C
+    left = wanted - lam * (ordinary + ridge * dW) - (K.T @ (K @ dW.T)).T
     if not left.norm() <= PROMISE * wanted.norm():
         raise ValueError(
             f"the update solves its equations to {left.norm() / wanted.norm():.2g} only, not to "

@@ -108,11 +108,18 @@ def plan(umls: Path | None) -> list[Job]:
     jobs += each("exceptions", exceptions, 3, ["minedit.py --ablate"], "ablate", 3)
     narrow = every_cell("--slots 2048 --d-ff 2048")
     jobs += each("mass", narrow, 5, ["-m studies.mass_edit"], "mass", 20)
-    for slots, minutes in ((2048, 2), (4096, 3), (8192, 6), (16384, 14)):
+    for slots, minutes in ((2048, 2), (4096, 3), (8192, 6)):
         runs = {}
         for arch in ("lmc", "dense"):
             runs[f"{arch}-{slots}"] = f"--arch {arch} --slots {slots} --d-ff {slots}"
         jobs += each("capacity", runs, 3, ["-m studies.capacity"], "capacity", minutes)
+    peers = "-m studies.mass_edit --counts 10000 --methods memit emmet rome finetune"
+    commands = ["-m studies.capacity", peers, "-m studies.sequence"]
+    runs = {f"{arch}-16384": f"--arch {arch}" for arch in ("lmc", "dense")}
+    jobs += each("capacity", runs, 3, commands, "capacity mass sequence", 70)
+    spread = "-m studies.mass_edit --counts 1000 10000 --methods memit"
+    runs = {"dense-4x4096": "--arch dense --depth 4 --d-ff 4096"}
+    jobs += each("spread", runs, 3, [spread], "mass", 25)
     jobs += each("variants", SIZES, 3, ["-m studies.propagation"], "propagation", 4)
     for regime, options in REGIMES.items():
         runs = every_cell(options, f"-{regime}")

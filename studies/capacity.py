@@ -51,63 +51,53 @@ class CapacityEntry:
     solve_seconds: float
 
 
-class CapacityStudy:
-    """MEMIT of many facts of one model, its targets sought once."""
+def update(study: MassStudy, whose: str, n: int, lam: float, spared: Tensor) -> CapacityEntry:
+    """One update of the first n of the study's "requests" or "others"."""
+    requests, notes = getattr(study, whose)[:n], {}
+    r, _, target_seconds = study.residual(whose, n, "gradient")
+    K, W = study.at.keys[requests.fact], study.weight
+    began = time.perf_counter()
+    dW = minedit.memit(study.at.C, K, r, lam, W=W, diagnostics=notes)
+    seconds = time.perf_counter() - began
+    found = MassEntry("memit", "gradient", lam, n)
+    study.score(found, requests, {study.at.name: dW}, spared)
+    size = r.double().norm(dim=-1).clamp(min=1e-12)
+    return CapacityEntry(
+        slots=W.shape[1],
+        n=n,
+        lam=lam,
+        efficacy=found.efficacy,
+        paraphrase=found.paraphrase,
+        specificity=found.specificity,
+        score=found.score,
+        residual_left=float((notes["residual_left"] / size).mean()),
+        residual_predicted=float((notes["residual_predicted"] / size).mean()),
+        relative_norm=notes["relative_norm"],
+        gather_seconds=round(study.gathered, 2),
+        target_seconds=round(target_seconds, 2),
+        solve_seconds=round(seconds, 2),
+    )
 
-    def __init__(self, run: Run, model: Model, batch: int):
-        self.mass = MassStudy(run, model, batch)
-        self.plan = self.mass.plan
-        self.sought, self.seconds = {}, {}
-        for name in ("requests", "others"):
-            began = time.perf_counter()
-            wanted = getattr(self.plan, name)
-            self.sought[name], _ = self.mass.targets(wanted, "gradient")
-            self.seconds[name] = (time.perf_counter() - began) / len(wanted)
 
-    def edit(self, name: str, n: int, lam: float, spared: Tensor) -> CapacityEntry:
-        """One update of the first n of the plan's "requests" or "others"."""
-        at, requests = self.mass.at, getattr(self.plan, name)[:n]
-        r, notes = self.sought[name][:n], {}
-        began = time.perf_counter()
-        W = at.layer.weight.detach()
-        dW = minedit.memit(at.C, at.keys[requests.fact], r, lam, W=W, diagnostics=notes)
-        seconds = time.perf_counter() - began
-        found = MassEntry("memit", "gradient", lam, n)
-        self.mass.score(found, requests, {at.name: dW}, spared)
-        size = r.double().norm(dim=-1).clamp(min=1e-12)
-        return CapacityEntry(
-            slots=W.shape[1],
-            n=n,
-            lam=lam,
-            efficacy=found.efficacy,
-            paraphrase=found.paraphrase,
-            specificity=found.specificity,
-            score=found.score,
-            residual_left=float((notes["residual_left"] / size).mean()),
-            residual_predicted=float((notes["residual_predicted"] / size).mean()),
-            relative_norm=notes["relative_norm"],
-            gather_seconds=round(self.mass.gathered, 2),
-            target_seconds=round(n * self.seconds[name], 2),
-            solve_seconds=round(seconds, 2),
-        )
+def sweep(study: MassStudy, n: int) -> list[CapacityEntry]:
+    """Every lam, on as many facts that are not scored."""
+    m = min(n, len(study.others))
+    return [update(study, "others", m, lam, study.choosing) for lam in LAMBDAS]
 
 
 def capacity_stage(run: Run, model: Model, counts: tuple[int, ...], batch: int) -> dict:
-    study = CapacityStudy(run, model, batch)
-    largest = len(study.plan.requests)
-    minedit.require(largest >= 5, f"{2 * largest} facts can be edited: too few, 10 at least")
-    sweep, edits = [], []
-    for n in sorted({min(n, largest) for n in counts}):
-        m = min(n, len(study.plan.others))
-        tried = [study.edit("others", m, lam, study.mass.choosing) for lam in LAMBDAS]
+    study = MassStudy(run, model, batch, max(counts))
+    swept, edits = [], []
+    for n in sorted({min(n, len(study.requests)) for n in counts}):
+        tried = sweep(study, n)
         chosen = max(tried, key=lambda entry: entry.score)
-        sweep += tried
-        edits.append(study.edit("requests", n, chosen.lam, study.mass.scored))
+        swept += tried
+        edits.append(update(study, "requests", n, chosen.lam, study.scored))
     print("\n" + minedit.record_table(edits, COLUMNS, LEGEND))
     return {
-        "facts": len(study.mass.queries),
-        "known": int(study.mass.known.sum()),
-        "sweep": [asdict(entry) for entry in sweep],
+        "facts": len(study.queries),
+        "known": int(study.known.sum()),
+        "sweep": [asdict(entry) for entry in swept],
         "edits": [asdict(entry) for entry in edits],
     }
 

@@ -280,7 +280,21 @@ def capacity(groups: list[Group]):
     return draw_lines(panels, "slots of the store", joined=True) if panels.values else None
 
 
+def sequence(groups: list[Group]):
+    """What is left of the first batch of edits, and of all so far, against the facts edited."""
+    panels = Panels()
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "sequence") or []:
+                way, n = entry["way"], entry["n"]
+                panels.add(group.arch, f"first batch, {way}", n, entry["first"])
+                if way != "forgotten":
+                    panels.add(group.arch, f"others kept, {way}", n, entry["specificity"])
+    return draw_lines(panels, "facts edited, batch by batch") if panels.values else None
+
+
 FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff, many, capacity)
+FIGURES += (sequence,)
 
 
 def draw(groups: list[Group], out: Path):

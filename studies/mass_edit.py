@@ -9,16 +9,22 @@ edits up to half of them at the first read of its first store, by
 
 with a value for each fact that is a prototype, sought by gradient with our settings, or sought with
 those of the official code [1] ("official"; its KL term is left out: it keeps what the model says of
-the bare subject, at whose token nothing is edited here). "alphaedit-official" has the threshold
-(2e-2, absolute) and ridge (10) of its code [2]. Strengths (lam of MEMIT, threshold of AlphaEdit,
-bound of the fine-tuning) are chosen for each number of edits, on as many other facts (100 at least)
-and by facts that are not scored; no request is dropped. In Dense, MEMIT is also spread over several
-blocks. Scored are efficacy (new answer), paraphrase (by the relation's other name), specificity
-(1000 facts that are never edited) and their harmonic mean.
+the bare subject, at whose token nothing is edited here). MEMIT is tried with all three, its peers
+with the one that suits it best. "alphaedit-official" has the threshold (2e-2, absolute) and ridge
+(10) of its code [2]. Strengths (lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning) are
+chosen for each number of edits, on as many other facts (100 at least, 8000 at most) and by facts
+that are not scored; no request is dropped. In Dense, MEMIT is also spread over blocks, which are
+fixed beforehand: the first, the last, all. Scored are efficacy (new answer), paraphrase (by the
+relation's other name), specificity (1000 facts that are never edited) and their harmonic mean.
 
-    python -m studies.mass_edit --arch all --seeds 4 --out runs/mass    # 15 to 40 minutes a run
+    python -m studies.mass_edit --arch all --slots 2048 --d-ff 2048 --seeds 3 --out runs/mass
+    python -m studies.mass_edit --counts 10000 --methods memit emmet rome finetune --out runs/peers
+    python -m studies.mass_edit --arch dense --depth 4 --d-ff 4096 --methods memit --out runs/spread
 
-Writes "mass" into results.json. Left out: MEND, which needs a hypernetwork.
+The first takes 15 to 40 minutes a run. A store of 16,384 slots (the second) needs 11 GiB where an
+update is solved in whitened coordinates (all but MEMIT), and AlphaEdit an eigendecomposition of a
+matrix of this size, 10 minutes on two cores. Writes "mass" into results.json. Left out: MEND, which
+needs a hypernetwork.
 
 [1] Meng et al. 2022, MEMIT, arXiv 2210.07229.   [2] Fang et al. 2024, AlphaEdit, arXiv 2410.02355.
 """
@@ -40,11 +46,16 @@ from minedit import Run, share_of
 from models import Model, stores
 from studies.training import trained
 
-LAMBDAS = (1, 3, 10, 30, 100, 300, 1000, 3000)  # of MEMIT
-THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of AlphaEdit, times the mean eigenvalue of C
-BOUNDS = (0.03, 0.1, 0.3, 0.5, 1.0)  # of the fine-tuning, times the rms of W
 COUNTS = (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)
 TARGETS = ("prototype", "gradient", "official")
+STRENGTHS = {
+    "memit": (1, 3, 10, 30, 100, 300, 1000, 3000),  # lam
+    "alphaedit": (0.01, 0.03, 0.1, 0.3, 1.0),  # threshold, times the mean eigenvalue of C
+    "alphaedit-official": (2e-2,),  # threshold, absolute
+    "emmet": (0.0,),  # it has none
+    "rome": (0.0,),
+    "finetune": (0.03, 0.1, 0.3, 0.5, 1.0),  # bound, times the rms of W
+}
 
 # --- The task: every relation has two names -------------------------------------------------------
 
@@ -102,16 +113,16 @@ def official_residual(
     model: nn.Module, at: editing.Site, requests: editing.Requests, batch: int
 ) -> Tensor:
     """r [n, d_out] with the settings of MEMIT's code for GPT-J: Adam at 0.5 on r itself, added to
-    the layer's value at the last token, 25 steps or until a request's loss is below 0.05; loss =
+    what the store returns at the last token, 25 steps or until a request's loss is below 0.05; loss =
     -log p(wanted answer) + 0.5 |r| / |v0|^2; |r| <= 0.75 |v0|."""
-    parts = []
+    parts, store = [], model.get_submodule(at.name.rpartition(".")[0])  # read by its winners
     for i in torch.arange(len(requests), device=at.values.device).split(batch):
         v0 = at.values[requests.fact[i]].norm(dim=-1, keepdim=True).clamp(min=1e-12)
         r = torch.zeros(len(i), at.values.shape[1], requires_grad=True, device=v0.device)
         optimizer = torch.optim.Adam([r], lr=0.5)
 
         for _ in range(25):
-            with editing.added(at.layer, r, [at.call]):
+            with editing.added(store, r, [at.call]):
                 logits = model(requests.tokens[i])[:, -1]
             loss = F.cross_entropy(logits, requests.new[i], reduction="none")
             length = (r.square().sum(-1, keepdim=True) + 1e-12).sqrt()
@@ -127,27 +138,6 @@ def official_residual(
             r.data = torch.where(is_done, kept, r.data)
         parts.append(r.detach())
     return torch.cat(parts)
-
-
-def closed_form(
-    method: str,
-    W: Tensor,
-    C: editing.Whitening,
-    K: Tensor,
-    r: Tensor,
-    strength: float,
-    notes: dict | None,
-) -> Tensor:
-    """dW of all requests, keys K [n, d_in] and residuals r [n, d_out]."""
-    if method == "memit":
-        return minedit.memit(C, K, r, strength, W=W, diagnostics=notes)
-    if method == "emmet":
-        return editing.emmet_update(K, r, C, W=W, diagnostics=notes)
-    if method.startswith("alphaedit"):
-        is_official = method == "alphaedit-official"
-        options = {"threshold": strength, "absolute": is_official, "W": W, "diagnostics": notes}
-        return editing.alphaedit_update(K, r, C.C, 10.0 if is_official else 1.0, **options)
-    return editing.rome_sequence(W, C, K, K @ W.T + r, notes)
 
 
 @dataclass
@@ -185,119 +175,194 @@ class MassEntry:
 
 
 class MassStudy:
-    """Many facts of a model in one update, and what becomes of these and of other facts."""
+    """Many facts of a model in one update, and what becomes of these and of other facts. `most`: the
+    largest number of edits."""
 
-    def __init__(self, run: Run, model: Model, batch: int):
+    def __init__(self, run: Run, model: Model, batch: int, most: int):
         self.run, self.model, self.batch = run, model, batch
         self.queries, self.tails = run.paths.queries, run.paths.facts[:, 2]
         self.site = stores(run.config)[0]
         began = time.perf_counter()
         self.at = editing.site(model, self.site.module, self.site.call, self.queries)
         self.gathered = time.perf_counter() - began  # seconds for keys, values and C
+        self.weight = self.at.layer.weight.detach()
         self.before = minedit.last_answers(model, self.queries)
         self.known = self.before == self.tails
-        self.plan = minedit.mass_plan(run.paths, run.stream())
-        self.choosing, self.scored = self.plan.spared[::2], self.plan.spared[1::2]
+        plan = minedit.mass_plan(run.paths, run.stream())
+        self.spared = plan.spared
+        self.choosing, self.scored = plan.spared[::2], plan.spared[1::2]
+        minedit.require(
+            len(plan.requests) >= 5, f"{2 * len(plan.requests)} facts can be edited: 10 at least"
+        )
+        self.requests, self.others = plan.requests[:most], plan.others[: max(most, 100)]
+        self.sought = {}  # {(whose, target): (r, seconds for one request)}
+        self.swept = {}  # {(method, number of facts, target): [MassEntry]}
+
+    # targets
+
+    def residual(self, whose: str, n: int, target: str) -> tuple[Tensor, int, float]:
+        """r [n, d_out] of the first n of the "requests" or "others"; how many have no prototype;
+        seconds. What is sought for each request by itself is sought once, for all n."""
+        began, requests = time.perf_counter(), getattr(self, whose)
+        if target == "prototype":
+            requests = requests[:n]
+            others = self.known.index_fill(0, requests.fact, False)  # these are the prototypes
+            asked = (self.at, requests, target, others, self.batch)
+            r, n_fallbacks = minedit.mass_residual(self.run, self.model, *asked)
+            return r, n_fallbacks, time.perf_counter() - began
+        if (whose, target) not in self.sought:
+            if target == "official":
+                r = official_residual(self.model, self.at, requests, self.batch)
+            else:
+                asked = (self.at, requests, target, self.known, self.batch)
+                r, _ = minedit.mass_residual(self.run, self.model, *asked)
+            each = (time.perf_counter() - began) / len(requests)
+            self.sought[whose, target] = r, each
+        r, each = self.sought[whose, target]
+        return r[:n], 0, n * each
+
+    # updates
 
     @cached_property
     def white(self) -> editing.Whitening:
         return editing.whiten(self.at.C)
 
-    def targets(self, requests: editing.Requests, target: str) -> tuple[Tensor, int]:
-        """r [n, d_out], and how many have no prototype."""
-        if target == "official":
-            return official_residual(self.model, self.at, requests, self.batch), 0
-        others = self.known.index_fill(0, requests.fact, False)  # these are the prototypes
-        asked = (self.at, requests, target, others, self.batch)
-        return minedit.mass_residual(self.run, self.model, *asked)
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        return torch.linalg.eigh(editing.double(self.at.C))
 
-    def each(
-        self,
-        requests: editing.Requests,
-        target: str,
-        kinds: list[tuple[str, float]],
-        spared: Tensor,
-    ) -> list[MassEntry]:
-        """One update of all requests by each (method, strength); the targets are sought once. The
-        facts `spared` tell the specificity."""
-        began = time.perf_counter()
-        r, n_fallbacks = self.targets(requests, target)
-        sought = self.gathered + time.perf_counter() - began
-        entries = []
-        for method, strength in kinds:
+    def forget(self):
+        """What was made of C: a matrix [d_in, d_in] of a wide store fills 2 GiB."""
+        for name in ("white", "spectrum"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def is_wide(self) -> bool:
+        return self.weight.shape[1] > minedit.WIDE
+
+    def closed_form(
+        self, method: str, K: Tensor, r: Tensor, strength: float, notes: dict | None
+    ) -> Tensor:
+        """dW of all requests, keys K [n, d_in] and residuals r [n, d_out]; but for "rome", r may be
+        those of several targets side by side."""
+        options = {} if notes is None else {"W": self.weight, "diagnostics": notes}
+        if method == "memit":
+            C = self.at.C if self.is_wide else self.white
+            return minedit.memit(C, K, r, strength, **options)
+        if method == "emmet":
+            return editing.emmet_update(K, r, self.white, **options)
+        if method == "alphaedit":
+            options["threshold"] = strength
+            return editing.alphaedit_update(K, r, self.spectrum, 1.0, **options)
+        if method == "alphaedit-official":
+            options |= {"threshold": strength, "absolute": True}
+            return editing.alphaedit_update(K, r, self.spectrum, 10.0, **options)
+        W = self.weight
+        return editing.rome_sequence(W, self.white, K, K @ W.T + r, notes)
+
+    def entry(self, method: str, target: str, strength: float, n: int) -> MassEntry:
+        return MassEntry(method, target, strength, n, self.at.name, self.site.at_pass)
+
+    def sweep(self, method: str, m: int, target: str) -> list[MassEntry]:
+        """Every strength of a method on m facts that are not scored."""
+        if (method, m, target) not in self.swept:
             if method == "finetune":
-                entries.append(self.finetuned(requests, strength, spared))
+                found = [self.finetuned("others", m, bound) for bound in STRENGTHS[method]]
+                self.swept[method, m, target] = found
             else:
-                entry = MassEntry(method, target, strength, len(requests), self.at.name)
-                self.solve(entry, requests, r, sought, spared)
-                entry.fallbacks = n_fallbacks
-                entries.append(entry)
-        return entries
+                targets = TARGETS if method == "memit" else (target,)
+                self.sweep_targets(method, m, targets)
+        return self.swept[method, m, target]
 
-    def finetuned(self, requests: editing.Requests, bound: float, spared: Tensor) -> MassEntry:
+    def sweep_targets(self, method: str, m: int, targets: tuple[str, ...]):
+        """A closed form is linear in r: it is solved once for all targets, side by side."""
+        requests, d_out = self.others[:m], len(self.weight)
+        r = torch.cat([self.residual("others", m, target)[0] for target in targets], 1)
+        for target in targets:
+            self.swept[method, m, target] = []
+        for strength in STRENGTHS[method]:
+            entries = [self.entry(method, target, strength, m) for target in targets]
+            try:
+                dW = self.closed_form(method, self.at.keys[requests.fact], r, strength, None)
+            except ValueError as error:  # an empty null space, ...
+                for entry in entries:
+                    entry.infeasible = str(error)
+            else:
+                for entry, part in zip(entries, dW.split(d_out)):
+                    self.score(entry, requests, {self.at.name: part}, self.choosing)
+            for entry in entries:
+                self.swept[method, m, entry.target].append(entry)
+
+    def chosen(self, method: str, n: int, target: str) -> MassEntry:
+        """The entry of highest score among the strengths, on as many facts that are not scored; a
+        strength without a solution scores 0."""
+        m = min(max(n, 100), len(self.others))
+        return max(self.sweep(method, m, target), key=lambda entry: entry.score or 0)
+
+    def edit(self, method: str, n: int, target: str) -> MassEntry:
+        """One update of the first n requests, at the strength chosen for this number."""
+        strength = STRENGTHS[method][0]
+        if len(STRENGTHS[method]) > 1:
+            strength = self.chosen(method, n, target).strength
+        if method == "finetune":
+            return self.finetuned("requests", n, strength)
+        entry, requests = self.entry(method, target, strength, n), self.requests[:n]
+        r, entry.fallbacks, seconds = self.residual("requests", n, target)
+        K = self.at.keys[requests.fact]
+        diagnosed = not self.is_wide  # condition and cosines of a wide store take longer than it
         began = time.perf_counter()
+        try:
+            dW = self.closed_form(method, K, r, strength, None)
+        except ValueError as error:  # more facts than rank, an empty null space, ...
+            entry.infeasible = str(error)
+            return entry
+        entry.seconds = round(self.gathered + seconds + time.perf_counter() - began, 3)
+        self.score(entry, requests, {self.at.name: dW}, self.scored)
+        notes = editing.outcome(dW, K, r, self.weight)
+        if diagnosed:
+            self.closed_form(method, K, r, strength, notes)
+        size = r.double().norm(dim=-1).clamp(min=1e-12)
+        for name, value in notes.items():
+            if name.startswith("residual"):
+                value = float((value / size).mean())
+            setattr(entry, name, value)
+        return entry
+
+    def finetuned(self, whose: str, n: int, bound: float) -> MassEntry:
+        requests = getattr(self, whose)[:n]
+        began, entry = time.perf_counter(), self.entry("finetune", "gradient", bound, n)
         dW = finetune_update(self.model, self.at.layer, requests, bound, self.batch)
-        entry = MassEntry("finetune", "gradient", bound, len(requests), self.at.name)
-        entry.at_pass = self.site.at_pass
         entry.seconds = round(time.perf_counter() - began, 3)
+        spared = self.scored if whose == "requests" else self.choosing
         self.score(entry, requests, {self.at.name: dW}, spared)
         return entry
 
-    def solve(
-        self,
-        entry: MassEntry,
-        requests: editing.Requests,
-        r: Tensor,
-        sought: float,
-        spared: Tensor,
-    ):
-        """Fill in the entry of a closed form; `sought`: the seconds of its targets and C."""
-        K, entry.at_pass = self.at.keys[requests.fact], self.site.at_pass
-        W = self.at.layer.weight.detach()
-        began = time.perf_counter()
-        try:
-            dW = closed_form(entry.method, W, self.white, K, r, entry.strength, None)
-        except ValueError as error:  # more facts than rank, an empty null space, ...
-            entry.infeasible = str(error)
-            return
-        entry.seconds = round(time.perf_counter() - began + sought, 3)
-        self.score(entry, requests, {self.at.name: dW}, spared)
-        if spared is self.scored:  # once more, for the diagnostics
-            notes = {}
-            closed_form(entry.method, W, self.white, K, r, entry.strength, notes)
-            size = r.double().norm(dim=-1).clamp(min=1e-12)
-            for name, value in notes.items():
-                if name.startswith("residual"):
-                    value = float((value / size).mean())
-                setattr(entry, name, value)
+    def stream_residual(self, last: int, whose: str, n: int) -> Tensor:
+        """r [n, d_out] that is missing in the stream after block `last` of Dense, as in [1]: what is
+        to be added to what its store returns."""
+        key = (whose, f"after block {last}")
+        if key not in self.sought:
+            store, began = f"blocks.{last}.feed_forward", time.perf_counter()
+            _, values = editing.last_token(self.model, store, 0, self.queries)
+            layer = self.model.get_submodule(f"{store}.down")
+            at = editing.Site(f"{store}.down", 0, layer, None, None, values)
+            asked = (at, getattr(self, whose), "gradient", self.known, self.batch)
+            r, _ = minedit.mass_residual(self.run, self.model, *asked)
+            self.sought[key] = r, (time.perf_counter() - began) / len(r)
+        return self.sought[key][0][:n]
 
-    def choose(self, m: int) -> list[MassEntry]:
-        """Every strength of every method that has one, on m facts that are not scored."""
-        others = self.plan.others[:m]
-        memit = [("memit", lam) for lam in LAMBDAS]
-        alphaedit = [("alphaedit", threshold) for threshold in THRESHOLDS]
-        tuned = [("finetune", bound) for bound in BOUNDS]
-        sweep = self.each(others, "prototype", memit + alphaedit, self.choosing)
-        sweep += self.each(others, "gradient", memit + alphaedit + tuned, self.choosing)
-        return sweep + self.each(others, "official", memit, self.choosing)
-
-    def over_blocks(
-        self, first: int, last: int, requests: editing.Requests, lam: float
-    ) -> MassEntry:
-        """MEMIT over the blocks first..last of Dense, the residual, a prototype, asked of the
-        stream after them."""
-        model, began = self.model, time.perf_counter()
-        is_last = last + 1 == len(model.blocks)
+    def over_blocks(self, first: int, last: int, whose: str, n: int, lam: float) -> MassEntry:
+        """MEMIT over the blocks first..last of Dense, the residual that of the stream after them."""
+        requests, began = getattr(self, whose)[:n], time.perf_counter()
+        is_last = last + 1 == len(self.model.blocks)
         stream = ("norm" if is_last else f"blocks.{last + 1}.attention", 0)
-        values, _ = editing.last_token(model, *stream, self.queries)
-        after = editing.Site("stream", 0, None, None, None, values)
-        others = self.known.index_fill(0, requests.fact, False)
-        r, _ = editing.prototype_residual(after, requests, self.tails, others)
+        r = self.stream_residual(last, whose, n)
         sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
-        updates = editing.memit_layers(model, sites, requests, r, lam, self.queries, stream)
-        entry = MassEntry("memit", "prototype", lam, len(requests), blocks=f"{first}-{last}")
+        updates = editing.memit_layers(self.model, sites, requests, r, lam, self.queries, stream)
+        entry = MassEntry("memit", "gradient", lam, n, blocks=f"{first}-{last}")
         entry.seconds = round(time.perf_counter() - began, 3)
-        self.score(entry, requests, updates, self.scored)
+        spared = self.scored if whose == "requests" else self.choosing
+        self.score(entry, requests, updates, spared)
         return entry
 
     def score(
@@ -307,7 +372,8 @@ class MassStudy:
         updates: dict[str, Tensor],
         spared: Tensor,
     ):
-        """Ask the model with the updates; no request is left out."""
+        """Ask the model with the updates; no request is left out. The facts `spared` tell the
+        specificity."""
         n_names = self.run.config.n_relations // 2
         renamed = requests.tokens + torch.tensor([0, n_names], device=self.run.device)
         with editing.edited(self.model, updates):
@@ -320,49 +386,47 @@ class MassStudy:
         entry.score = 100 * statistics.harmonic_mean([max(share, 1e-9) for share in shares])
 
 
-def best(sweep: list[MassEntry], method: str, target: str) -> MassEntry:
-    """The entry of highest score; a strength without a solution scores 0."""
-    mine = [e for e in sweep if (e.method, e.target) == (method, target)]
-    return max(mine, key=lambda e: e.score or 0)
+def spread(study: MassStudy, counts: list[int]) -> tuple[list[MassEntry], list[MassEntry]]:
+    """MEMIT over blocks of Dense, at the first block, the last and all: the sweep, the edits."""
+    last = len(study.model.blocks) - 1
+    sweep, edits = [], []
+    for first, end in dict.fromkeys([(0, 0), (last, last), (0, last)]):
+        for n in counts:
+            m = min(max(n, 100), len(study.others))
+            tried = []
+            for lam in STRENGTHS["memit"]:
+                tried.append(study.over_blocks(first, end, "others", m, lam))
+            lam = max(tried, key=lambda entry: entry.score).strength
+            edits.append(study.over_blocks(first, end, "requests", n, lam))
+            sweep += tried
+    return sweep, edits
 
 
-def methods_for(target: str, sweep: list[MassEntry]) -> list[tuple[str, float]]:
-    """(method, strength) of what is tried with a target: MEMIT, and with the one that suits it best
-    its peers too."""
-    kinds = [("memit", best(sweep, "memit", target).strength)]
-    suits = max(TARGETS, key=lambda kind: best(sweep, "memit", kind).score or 0)
-    if target != suits:
-        return kinds
-    own = suits if suits != "official" else "gradient"  # AlphaEdit is not swept with this
-    kinds += [("emmet", 0.0), ("rome", 0.0), ("alphaedit-official", 2e-2)]
-    kinds.append(("alphaedit", best(sweep, "alphaedit", own).strength))
-    return kinds + [("finetune", best(sweep, "finetune", "gradient").strength)]
-
-
-def mass_stage(run: Run, model: Model, batch: int) -> dict:
+def mass_stage(
+    run: Run, model: Model, counts: list[int], methods: tuple[str, ...], batch: int
+) -> dict:
     """All methods at all numbers of edits, each at the strength chosen for this number."""
-    study = MassStudy(run, model, batch)
-    plan, largest = study.plan, len(study.plan.requests)
-    minedit.require(largest >= 5, f"{2 * largest} facts can be edited: too few, 10 at least")
+    study = MassStudy(run, model, batch, max(counts))
+    counts = sorted({min(n, len(study.requests)) for n in counts})
     print(
-        f"\nup to {largest} of {len(study.queries)} facts in one update, {int(study.known.sum())} "
-        f"known before, at {study.at.name}; {len(plan.others)} others to choose strengths on"
+        f"\nup to {counts[-1]} of {len(study.queries)} facts in one update, "
+        f"{int(study.known.sum())} known before, at {study.at.name}; {len(study.others)} others to "
+        "choose strengths on"
     )
-    sweeps, edits, layers = {}, [], []
-    for n in sorted({min(n, largest) for n in COUNTS}):
-        m = min(max(n, 100), len(plan.others))
-        if m not in sweeps:
-            sweeps[m] = study.choose(m)
-        for target in TARGETS:
-            kinds = methods_for(target, sweeps[m])
-            edits += study.each(plan.requests[:n], target, kinds, study.scored)
+    edits, suits = [], {}
+    for n in counts:
+        edits += [study.edit("memit", n, target) for target in TARGETS]
+        suits[n] = max(TARGETS, key=lambda target: study.chosen("memit", n, target).score or 0)
+    for method in methods:
+        if method != "memit":
+            edits += [study.edit(method, n, suits[n]) for n in counts]
+        if study.is_wide and not method.startswith("alphaedit"):
+            study.forget()
+    sweep = list(itertools.chain(*study.swept.values()))
+    layers = []
     if run.arch == "dense":
-        requests = plan.requests[:1000]
-        lam = best(sweeps[min(1000, m)], "memit", "prototype").strength
-        for last in range(len(model.blocks)):
-            for first in range(last + 1):
-                layers.append(study.over_blocks(first, last, requests, lam))
-    edits.sort(key=lambda e: (e.method != "memit", e.method, e.target))
+        tried, layers = spread(study, [n for n in counts if n >= 1000] or counts[-1:])
+        sweep += tried
     print(mass_table(edits + layers))
     scores = {}
     for e in edits:
@@ -370,7 +434,7 @@ def mass_stage(run: Run, model: Model, batch: int) -> dict:
         scores[name] = max(scores.get(name, 0), e.score or 0)
     return {
         "facts": len(study.queries),
-        "sweep": [e.entry() for e in itertools.chain(*sweeps.values())],
+        "sweep": [e.entry() for e in sweep],
         "edits": [e.entry() for e in edits],
         "layers": [e.entry() for e in layers],
         "scores": scores,
@@ -394,11 +458,17 @@ def mass_table(entries: list[MassEntry]) -> str:
 def command(args):
     for run, model in trained(args, make_task=make_task, make_batches=TwoNames):
         began = time.perf_counter()
-        run.add_results("mass", mass_stage(run, model, args.edit_batch), began)
+        stage = mass_stage(run, model, args.counts, args.methods, args.edit_batch)
+        run.add_results("mass", stage, began)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = minedit.training_parser("python -m studies.mass_edit", __doc__.split("\n\n")[0])
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="edits in one update")
+    known = {"choices": tuple(STRENGTHS), "default": tuple(STRENGTHS)}
+    parser.add_argument(
+        "--methods", nargs="+", **known, help="MEMIT, which is always run, and peers"
+    )
     parser.set_defaults(**minedit.MASS)
     return minedit.guarded(command, minedit.parse(parser, argv, {"quick": minedit.QUICK}))
 

@@ -223,6 +223,23 @@ predicted; norm: |dW| / |W|; seconds for keys and C, targets, the solution"""
     return mean_table(groups, entries, words, shares, legend, ("score", "paraphrase"))
 
 
+def sequence_table(groups: list[Group]) -> str | None:
+    shares = dict(lam="lam", first="first", efficacy="eff", paraphrase="para", specificity="spec")
+    shares |= dict(score="score", relative_norm="norm")
+    legend = """\
+MEMIT, one batch after another. carried: earlier keys count, values of the unedited model; forgotten:
+they do not; anew: they do, values of the model as it is. n: facts so far; first: those of the first
+batch that have their new answer still; eff, para, spec, score: of all so far, as above"""
+
+    def entries(run: dict) -> list[dict]:
+        found = lookup(run, "sequence") or []
+        last = max((entry["batch"] for entry in found), default=0)
+        return [entry for entry in found if entry["batch"] in (1, 2, 5, last)]
+
+    words = {"way": "batches", "batch": "batch", "n": "n"}
+    return mean_table(groups, entries, words, shares, legend, ("first", "score"))
+
+
 # --- Tables: shrinkage of C, edits made together --------------------------------------------------
 
 
@@ -388,7 +405,15 @@ at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.
 
 
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
-TABLES += [tradeoff_table, many_table, capacity_table, scores_table, mass_table, ablation_table]
+TABLES += [
+    tradeoff_table,
+    many_table,
+    capacity_table,
+    sequence_table,
+    scores_table,
+    mass_table,
+    ablation_table,
+]
 TABLES += [exceptions_table, retention_table, relearning_table]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
 TABLES += [seeds_table, paired_table]

@@ -39,7 +39,7 @@ from studies import (
     images,
     mass_edit,
 )
-from studies import many, propagation, report, runs, shrinkage, training, transfer
+from studies import many, propagation, report, runs, sequence, shrinkage, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
@@ -48,7 +48,7 @@ HERE = Path(__file__).parent.parent
 STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
 STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "many": many, "all": everything}
-STUDIES["capacity"] = capacity
+STUDIES |= {"capacity": capacity, "sequence": sequence}
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +365,7 @@ def test_mass_edits_count_every_request(tmp_path, arch):
         if e["method"] in ("memit", "emmet"):
             assert e["residual_left"] == pytest.approx(e["residual_predicted"], abs=1e-4)
     blocks = [e["blocks"] for e in mass["layers"]]
-    assert blocks == (["0-0", "0-1", "1-1"] if arch == "dense" else [])
+    assert blocks == (["0-0", "1-1", "0-1"] if arch == "dense" else [])
 
 
 @pytest.mark.parametrize("arch", ["lmc", "dense"])
@@ -398,11 +398,47 @@ def test_a_larger_store_leaves_less_of_as_many_edits(tmp_path, arch, capsys, mon
     assert (tmp_path / "c" / "capacity.svg").exists()
 
 
+def test_batches_of_edits_add_up_where_earlier_keys_count(tmp_path, capsys, monkeypatch):
+    """With given values and earlier keys carried, the last batch leaves what one update does."""
+    monkeypatch.setattr(minedit, "WIDE", 100)
+    monkeypatch.setattr(capacity, "LAMBDAS", (3,))
+    sizes = "--entities 30 --relations 5 --steps 80 --batch 150 --branches 0 --slots 512 --top-k 8"
+    options = [*TINY[4:], *sizes.split(), "--arch", "lmc", "--out", tmp_path / "s"]
+    assert run_study(sequence, *options, "--facts", "40", "--batches", "4") == 0
+    assert run_study(capacity, *options, "--counts", "40", "--resume") == 0
+    found = results_of(tmp_path / "s")
+    (whole,) = found["capacity"]["edits"]
+    by_way = {way: [e for e in found["sequence"] if e["way"] == way] for way in sequence.WAYS}
+    for entries in by_way.values():
+        assert [(e["batch"], e["n"]) for e in entries] == [(i, 10 * i) for i in (1, 2, 3, 4)]
+        assert entries[0]["first"] == entries[0]["efficacy"]
+    last = by_way["carried"][-1]
+    for name in ("efficacy", "paraphrase", "specificity"):
+        assert last[name] == pytest.approx(whole[name], abs=1e-6)
+    assert last["relative_norm"] == pytest.approx(whole["relative_norm"], rel=1e-4)
+    forgotten = by_way["forgotten"][-1]["relative_norm"]
+    assert abs(forgotten - last["relative_norm"]) > 1e-3 * forgotten, "the keys do overlap"
+    capsys.readouterr()
+    assert run_study(report, tmp_path / "s") == 0
+    assert "one batch after another" in capsys.readouterr().out
+    assert run_study(sequence, *options, "--facts", "3", "--batches", "4", "--resume") == 2
+
+
+def test_one_solution_serves_several_targets_side_by_side(tmp_path):
+    run = toy_run(tmp_path)
+    study = mass_edit.MassStudy(run, run.train(), 100, 10)
+    K = study.at.keys[study.others[:6].fact]
+    r = [study.residual("others", 6, target)[0] for target in mass_edit.TARGETS]
+    for method, strength in (("memit", 3.0), ("emmet", 0.0), ("alphaedit", 0.5)):
+        whole = study.closed_form(method, K, torch.cat(r, 1), strength, None)
+        for part, mine in zip(whole.split(len(study.weight)), r):
+            close(part, study.closed_form(method, K, mine, strength, None), 1e-5)
+
+
 def test_strengths_are_chosen_on_facts_that_are_not_scored(tmp_path):
     run = toy_run(tmp_path)
-    study = mass_edit.MassStudy(run, run.train(), 100)
-    plan = study.plan
-    facts = [plan.requests.fact, plan.others.fact, study.choosing, study.scored]
+    study = mass_edit.MassStudy(run, run.train(), 100, 1000)
+    facts = [study.requests.fact, study.others.fact, study.choosing, study.scored]
     together = torch.cat(facts)
     assert len(together) == len(together.unique()) and all(len(part) for part in facts)
 
@@ -1352,7 +1388,7 @@ def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path, capsys):
     assert run_study(report, folder, "--plot", "--out", tmp_path) == 0
     drawn = {file.stem for file in tmp_path.iterdir()}
     assert drawn == {"grokking", "propagation", "when", "locate"}
-    assert capsys.readouterr().out.count("not drawn") == 6
+    assert capsys.readouterr().out.count("not drawn") == 7
     again = tmp_path / "again"
     assert run_study(report, folder, "--plot", "--out", again) == 0
     for file in again.iterdir():
