@@ -213,8 +213,9 @@ def rome_sequence(
     check_requests(K, V, C, W)
     white = whiten(C)
     now = double(W).clone()
-    for k, v, u in zip(double(K), double(V), rome_direction(white, K)):
-        now.addr_(v - now @ k, u)
+    for keys, values in zip(double(K).split(1024), double(V).split(1024)):
+        for k, v, u in zip(keys, values, rome_direction(white, keys)):
+            now.addr_(v - now @ k, u)
     R = double(V) - double(K) @ double(W).T
     check_values(now - double(W), K[-1:], R[-1:])
     dW = rounded(now - double(W), W, K, R)

@@ -466,10 +466,10 @@ def test_the_official_target_search_keeps_its_length_and_finds_answers(world):
 def test_constrained_fine_tuning_keeps_its_bound_and_writes(world):
     model, layer, requests = world.model, world.at.layer, world.requests
     before, limit = weights_of(model), 0.1 * layer.weight.square().mean().sqrt()
-    dW = mass_edit.finetune_update(model, layer, requests, 0.1, 100)
+    dW = mass_edit.finetune_update(model, "memory.values", requests, 0.1, 100)
     assert 0.9 * limit < dW.abs().max() <= 1.0001 * limit
-    close(mass_edit.finetune_update(model, layer, requests, 0.1, 3), dW, 1e-6)
-    large = mass_edit.finetune_update(model, layer, requests, 20.0, 100)
+    close(mass_edit.finetune_update(model, "memory.values", requests, 0.1, 3), dW, 1e-6)
+    large = mass_edit.finetune_update(model, "memory.values", requests, 20.0, 100)
     assert_same(model, before)
     with editing.edited(model, {"memory.values": large}):
         assert torch.equal(model(requests.tokens)[:, -1].argmax(-1), requests.new)
