@@ -89,13 +89,14 @@ def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
     if SPARSE * most > K.shape[1]:
         K = double(K)
         return total.addmm_(K.T, K)
-    for part in parts:
+    flat = (total if total.is_contiguous() else total.mT).view(-1)  # K^T K is symmetric
+    for part in K.split(max(1, min(1024, 2**22 // max(1, most) ** 2))):  # 32 MiB of products
         place = (part != 0).byte().topk(most).indices  # [key, m], all entries that are not 0
         value = double(part.gather(1, place))
         place = place.to(total.device)
         products = value[:, :, None] * value[:, None]  # [key, m, m]
         where = place[:, :, None] * len(total) + place[:, None]
-        total.view(-1).index_add_(0, where.flatten(), products.flatten())
+        flat.index_add_(0, where.flatten(), products.flatten())
     return total
 
 
@@ -150,8 +151,8 @@ def is_singular(L: Tensor) -> bool:
 
 
 def ridges(C: Tensor) -> list[float]:
-    """What to add to the diagonal of C, one after another: nothing, then what makes a singular C
-    regular, at once where an input is dead."""
+    """What is tried to be added to the diagonal of C: 0, then 1e-8 of its mean; this alone where an
+    entry of it is 0, so that no factorisation can succeed."""
     ridge = 1e-8 * float(C.diagonal().mean())
     return [0.0, ridge] if C.diagonal().all() else [ridge]
 
@@ -283,11 +284,7 @@ def memit_update(
     white = whiten(C)
     X = white.keys(K)  # whitened: lam C + K^T K = L (lam I + X^T X) L^T
     dual = is_dual(X, form)
-    if dual:  # dW^T = L^-T X^T (X X^T + lam I)^-1 R, a system of the size of the number of requests
-        Y = refined_dual(X.T @ solve_gram(X, lam, double(R)), X, double(R), lam)
-    else:  # dW^T = L^-T (X^T X + lam I)^-1 X^T R, a system of the size of a key
-        Y = solve_gram(X.T, lam, X.T @ double(R))
-    dW = white.back(Y).T
+    dW = white.back(least_squares(X, double(R), lam, dual)).T
     check_normal_equations(dW, K, R, white.C, lam)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
@@ -322,7 +319,7 @@ def direct_update(
 def factored(K: Tensor, C: Tensor, lam: float) -> tuple[Tensor, float]:
     """The Cholesky factor of lam C + K^T K, and the ridge of C that it took, as in `whiten`."""
     for ridge in ridges(C):
-        A = None  # of a first trial
+        A = None  # frees the matrix of a first trial before the next one is made
         A = add_gram(lam * C, K).mT  # in columns, as LAPACK has it: no copy is made
         A.diagonal().add_(lam * ridge)
         failed = torch.zeros((), dtype=torch.int32, device=A.device)
@@ -341,25 +338,28 @@ def solve_factored(L: Tensor, right: Tensor) -> Tensor:
 def alphaedit_update(
     K: Tensor,
     R: Tensor,
-    C: Tensor | tuple[Tensor, Tensor],
+    C: Tensor,
     lam: float,
     *,
     threshold: float = 1e-2,
     absolute: bool = False,
+    spectrum: tuple[Tensor, Tensor] | None = None,
     W: Tensor | None = None,
     diagnostics: dict | None = None,
 ) -> Tensor:
     """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit
-    [6], for one batch. K [n, d_in], R [n, d_out], C [d_in, d_in], or torch.linalg.eigh(C), once for
-    several updates -> dW [d_out, d_in]; lam > 0 in squared lengths of a key. The null space is that
-    of eigenvalues of C below bound = threshold * trace(C) / d_in, or `absolute`, as in the paper's
-    code, below the threshold; over ordinary keys E |dW k|^2 <= bound * |dW|^2.
-    diagnostics["null_space"] is its dimension. The paper's term for earlier edits is left out.
-    Raises ValueError where it is empty and for a bad request. For the rest see `diagnose`."""
-    given = isinstance(C, tuple)
-    check_requests(K, R, None if given else C, W, lam)
-    eigenvalues, eigenvectors = C if given else torch.linalg.eigh(double(C))
-    check_shape("the matrix of eigenvectors", eigenvectors, K.shape[1], K.shape[1])
+    [6], for one batch. K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in
+    squared lengths of a key. The null space is that of eigenvalues of C below bound = threshold *
+    trace(C) / d_in, or `absolute`, as in the paper's code, below the threshold; over ordinary keys
+    E |dW k|^2 <= bound * |dW|^2. diagnostics["null_space"] is its dimension. `spectrum`: what
+    torch.linalg.eigh returns for C, where several updates share it. The paper's term for earlier
+    edits is left out. Raises ValueError where the null space is empty and for a bad request. For
+    the rest see `diagnose`."""
+    check_requests(K, R, C, W, lam)
+    spectrum = torch.linalg.eigh(double(C)) if spectrum is None else spectrum
+    eigenvalues, eigenvectors = map(double, spectrum)
+    check_shape("the matrix of eigenvectors", eigenvectors, *C.shape)
+    check_shape("the row of eigenvalues", eigenvalues[None], 1, len(C))
     bound = threshold if absolute else threshold * float(eigenvalues.mean())
     U = eigenvectors[:, eigenvalues < bound]  # P = U U^T  [d_in, m]
     if U.shape[1] == 0:
@@ -369,11 +369,7 @@ def alphaedit_update(
         )
     X = sparse(K) @ U  # K P = X U^T
     dual = is_dual(X, None)
-    if dual:  # dW^T = U X^T (X X^T + lam I)^-1 R
-        Y = refined_dual(X.T @ solve_gram(X, lam, double(R)), X, double(R), lam)
-    else:  # dW^T = U (X^T X + lam I)^-1 X^T R
-        Y = solve_gram(X.T, lam, X.T @ double(R))
-    dW = (U @ Y).T
+    dW = (U @ least_squares(X, double(R), lam, dual)).T
     check_normal_equations(dW @ U, X, R, None, lam)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
@@ -409,11 +405,15 @@ def solve_gram(X: Tensor, lam: float, right: Tensor) -> Tensor:
     return Z
 
 
-def refined_dual(Y: Tensor, X: Tensor, R: Tensor, lam: float) -> Tensor:
-    """Y of the dual form with one step of refinement where it misses (X^T X + lam I) Y = X^T R, by
-    (X^T X + lam I)^-1 = (I - X^T (X X^T + lam I)^-1 X) / lam, Woodbury's identity."""
+def least_squares(X: Tensor, R: Tensor, lam: float, dual: bool) -> Tensor:
+    """Y [d, d_out], the minimum of |R - X Y|^2 + lam |Y|^2, by the dual system, of the size of the
+    number of requests, or the primal one, of the size of a key. X [n, d], R [n, d_out]."""
+    if not dual:  # Y = (X^T X + lam I)^-1 X^T R
+        return solve_gram(X.T, lam, X.T @ R)
+    Y = X.T @ solve_gram(X, lam, R)  # Y = X^T (X X^T + lam I)^-1 R
     left = X.T @ (R - X @ Y) - lam * Y
     if left.norm() > 1e-3 * PROMISE * (X.T @ R).norm():
+        # one step of refinement, by (X^T X + lam I)^-1 = (I - X^T (X X^T + lam I)^-1 X) / lam
         Y = Y + (left - X.T @ solve_gram(X, lam, X @ left)) / lam
     return Y
 
@@ -1051,9 +1051,9 @@ def gradient_residual(
     usual = at.values.float().norm(dim=-1).mean()
     wide = torch.promote_types(at.values.dtype, torch.float32)  # sought in float32 at least
 
-    def changed(i: Tensor, r: Tensor):
+    def changed(i: Tensor, mine: Requests, r: Tensor):
         if u is None:
-            return added(at.layer, r, [at.call], requests[i].position)
+            return added(at.layer, r, [at.call], mine.position)
         return rank_one(at.layer, u[i], r)
 
     rows = torch.arange(len(requests), device=at.values.device)
@@ -1066,7 +1066,7 @@ def gradient_residual(
         optimizer = torch.optim.Adam([scaled], lr=lr)
         with evaluation_mode(model), torch.enable_grad():
             for step in range(steps):
-                with changed(i, scaled * size):
+                with changed(i, mine, scaled * size):
                     loss = answered(logits_of(model(mine.tokens)), mine)[0].sum()
                 if step == 0:
                     check_gradient(loss, scaled)
@@ -1080,7 +1080,7 @@ def gradient_residual(
         r = (scaled * size).detach()
         parts.append(r)
         if diagnostics is not None:
-            with evaluation_mode(model), torch.no_grad(), changed(i, r):
+            with evaluation_mode(model), torch.no_grad(), changed(i, mine, r):
                 loss, hit = answered(logits_of(model(mine.tokens)), mine)
             probability.append((-loss).exp())
             reached.append(hit)
@@ -1148,11 +1148,12 @@ def memit_layers(
     stream: tuple[str, int],
     diagnostics: dict | None = None,
     *,
+    form: str | None = None,
     pad: int | None = None,
 ) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer
     name: dW}, for `edited`. `stream` (module name, call) reads the residual stream after all sites:
-    its input at the last token should change by r [n, d_out]. Site after site, with the edits so
+    its input at the requests' positions should change by r [n, d_out]. Site after site, with the edits so
     far in place, what is missing there, divided by the number of sites left, is written by
     `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
     came, over `ordinary` [n, token] but for `pad`. diagnostics[name, call]: see `diagnose`.
@@ -1180,6 +1181,7 @@ def memit_layers(
                 share[alive],
                 moments[i],
                 lam,
+                form=form,
                 carried=carried.get(name),
                 W=layer_of(model, name).matrix,
                 diagnostics=notes,

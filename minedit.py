@@ -211,7 +211,8 @@ class FactBatches(Batches):
         """tokens [n, 1 + width] of about `batch` facts, their positions, answers [n, width], -100
         for filler."""
         order = torch.randperm(len(self.bundles), generator=self.generator, device=self.device)
-        rows = self.bundles[order[: max(1, self.recipe.batch // self.bundles.shape[1])]]
+        share = self.recipe.batch / len(self.queries)  # of all facts
+        rows = self.bundles[order[: max(1, round(share * len(self.bundles)))]]
         tokens = torch.cat([self.queries[rows[:, :1], 0], self.queries[rows, 1]], 1)
         return tokens, self.positions, self.paths.facts[rows, 2].where(rows >= 0, -100)
 
@@ -695,8 +696,10 @@ def residual(
     r, has_one = editing.prototype_residual(at, requests, paths.facts[:, 2], known)
     if has_one.all():
         return r, 0
-    sought = editing.gradient_residual(model, at, requests, u, **options)
-    return torch.where(has_one[:, None], r, sought), int((~has_one).sum())
+    without = (~has_one).nonzero().flatten()
+    mine = None if u is None else u[without]
+    sought = editing.gradient_residual(model, at, requests[without], mine, **options)
+    return r.index_copy(0, without, sought.to(r)), len(without)
 
 
 class EditProbes(NamedTuple):

@@ -179,8 +179,9 @@ class ReadWinners(torch.autograd.Function):
             sizes = (len(K), len(x))
             return torch.sparse_coo_tensor(place, weight.flatten(), sizes, check_invariants=False)
 
-        dK, dV = spread(d_score) @ x, spread(score.square()) @ grad
-        return dx, dK, dV.T, None
+        dK = spread(d_score) @ x if ctx.needs_input_grad[1] else None
+        dV = (spread(score.square()) @ grad).T if ctx.needs_input_grad[2] else None
+        return dx, dK, dV, None
 
 
 def is_wide(width: int, top_k: int, addressing: str) -> bool:
@@ -192,11 +193,12 @@ def read_store(
     x: Tensor, keys: nn.Linear, values: nn.Linear, top_k: int, addressing: str
 ) -> Tensor:
     """values(address(keys(x))): [..., d_in] -> [..., d_out]; of a wide store by ReadWinners, unless
-    a layer of it is not the plain one, somebody listens to it (hooks), under autocast, or where the
-    device has no sparse products."""
+    a layer of it is not the plain one, without a bias, somebody listens to it (hooks), under
+    autocast, or where the device has no sparse products."""
     layers, device = (keys, values), x.device.type
-    plain = all(type(m) is nn.Linear for m in layers)
-    heard = any(m._forward_hooks or m._forward_pre_hooks for m in layers)
+    plain = all(type(m) is nn.Linear and m.bias is None for m in layers)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    heard = any(getattr(m, name) for m in layers for name in hooks)
     usual = device in ("mps", "meta") or torch.is_autocast_enabled(device)
     if plain and not (heard or usual) and is_wide(values.in_features, top_k, addressing):
         read = ReadWinners.apply(x.flatten(0, -2), keys.weight, values.weight, top_k)

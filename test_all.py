@@ -971,7 +971,9 @@ def test_alphaedit_is_least_squares_in_the_null_space():
     close(dW, (free @ torch.linalg.lstsq(stacked, wanted).solution).T)
     P = free @ free.T  # the paper's formula, transposed
     close(dW, R.T @ K @ P @ (K.T @ K @ P + lam * torch.eye(9, dtype=C.dtype)).inverse())
-    close(alphaedit_update(K, R, torch.linalg.eigh(C), lam), dW, 1e-12)  # decomposed beforehand
+    close(
+        alphaedit_update(K, R, C, lam, spectrum=torch.linalg.eigh(C)), dW, 1e-12
+    )  # decomposed beforehand
     few = alphaedit_update(K[:2], R[:2], C, 1e-9)
     close(few @ K[:2].T, R[:2].T, 1e-6)
 
