@@ -642,6 +642,21 @@ def test_a_wide_store_is_read_by_its_winners_as_by_the_whole_address(arch, monke
             hooks.enter_context(editing.intervene(model.get_submodule(name), lambda k, v: None))
         wanted_logits, wanted = gradients(model)
     assert len(calls) == 3, "not when somebody looks"
+    name = models.stores(model.config)[0].module
+    layer = model.get_submodule(name)
+    heard = []
+    handle = layer.register_full_backward_hook(lambda *_: heard.append(1))
+    gradients(model)
+    handle.remove()
+    assert heard, "nor when somebody looks at gradients"
+    biased = copy.deepcopy(model)
+    bias = nn.Parameter(normal(16))
+    biased.get_submodule(name).bias = bias
+    moved = biased(TOKENS)
+    biased.get_submodule(name).bias.data.zero_()
+    assert (moved - biased(TOKENS)).abs().max() > 1e-3 and torch.equal(
+        biased(TOKENS), wanted_logits
+    )
     close(logits, wanted_logits, 1e-12)
     for one, other in zip(found, wanted, strict=True):
         close(one, other, 1e-12)
@@ -740,6 +755,9 @@ def test_memit_of_a_wide_layer_with_sparse_keys_and_a_singular_moment():
     dW = memit_update(K[:40], R[:40], few, form="direct", **options)
     assert notes["ridge"] == pytest.approx(1e-8 * float(few.diagonal().mean()))
     close(dW, memit_update(K[:40], R[:40], few, form="dual", **options), 1e-5)
+    column_major = C.T.contiguous().T
+    dW = memit_update(K[:40], R[:40], column_major, form="direct", **options)
+    close(dW, memit_update(K[:40], R[:40], C, form="dual", **options))
     with pytest.raises(ValueError, match="negative eigenvalue"):
         memit_update(K[:2], R[:2], C - 0.9 * C.diagonal().diag(), form="direct", lam=1e3)
 
@@ -3149,6 +3167,16 @@ def test_batches_of_facts_alone_ask_all_facts_of_a_head_after_one_prefix():
     logits = model(paths.queries)[:, -1]  # each fact by itself
     wanted = F.cross_entropy(logits, paths.facts[:, 2], label_smoothing=0.1)
     close(loss, wanted, 1e-10)
+
+
+def test_batches_of_facts_alone_hold_about_as_many_facts_as_asked_for():
+    """Of one head with 40 facts and many with two, rows are mostly filler."""
+    table = torch.full((300, 40), -1)
+    table[0], table[1:, :2] = 1, 0
+    paths = kg.split(kg.from_table(table), 0, 1, 0)
+    batches = minedit.FactBatches(paths, minedit.Recipe(batch=200, branches=0), generator())
+    asked = [int((batches.draw()[2] >= 0).sum()) for _ in range(30)]
+    assert 180 < sum(asked) / 30 < 220
 
 
 def test_heads_of_few_and_of_many_facts_are_in_batches_of_facts_alone():

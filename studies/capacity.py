@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+import edit as editing
 import minedit
 from minedit import Run
 from models import Model
-from studies.mass_edit import MassEntry, MassStudy, TwoNames, make_task
-from studies.training import trained
+from studies.mass_edit import Group, MassStudy, TwoNames, check_plan, make_task
+from studies.training import positive, trained
 
 COUNTS = (1000, 3162, 10_000)
 LAMBDAS = (300, 1000, 3000, 10_000)
@@ -34,65 +35,76 @@ LAMBDAS = (300, 1000, 3000, 10_000)
 
 @dataclass
 class CapacityEntry:
-    """What one update of n facts did, in a store of `slots`."""
+    """What one update of n facts did, in a store of `slots`; None where there is no such figure."""
 
     slots: int
     n: int
     lam: float
-    efficacy: float
-    paraphrase: float
-    specificity: float
-    score: float  # harmonic mean, in percent
-    residual_left: float  # mean |r - dW k| / |r|
-    residual_predicted: float  # the same, by the identity
-    relative_norm: float  # |dW| / |W|
-    gather_seconds: float  # keys, values and C
-    target_seconds: float
-    solve_seconds: float
-
-
-def update(study: MassStudy, whose: str, n: int, lam: float, spared: Tensor) -> CapacityEntry:
-    """One update of the first n of the study's "requests" or "others"."""
-    requests, notes = getattr(study, whose)[:n], {}
-    r, _, target_seconds = study.residual(whose, n, "gradient")
-    K, W = study.at.keys[requests.fact], study.weight
-    began = time.perf_counter()
-    dW = minedit.memit(study.at.C, K, r, lam, W=W, diagnostics=notes)
-    seconds = time.perf_counter() - began
-    found = MassEntry("memit", "gradient", lam, n)
-    study.score(found, requests, {study.at.name: dW}, spared)
-    size = r.double().norm(dim=-1).clamp(min=1e-12)
-    return CapacityEntry(
-        slots=W.shape[1],
-        n=n,
-        lam=lam,
-        efficacy=found.efficacy,
-        paraphrase=found.paraphrase,
-        specificity=found.specificity,
-        score=found.score,
-        residual_left=float((notes["residual_left"] / size).mean()),
-        residual_predicted=float((notes["residual_predicted"] / size).mean()),
-        relative_norm=notes["relative_norm"],
-        gather_seconds=round(study.gathered, 2),
-        target_seconds=round(target_seconds, 2),
-        solve_seconds=round(seconds, 2),
+    infeasible: str | None = None  # why there is no solution
+    efficacy: float | None = None
+    paraphrase: float | None = None
+    specificity: float | None = None
+    score: float | None = None  # harmonic mean, in percent
+    residual_left: float | None = None  # mean |r - dW k| / |r|
+    residual_predicted: float | None = (
+        None  # the same, by the identity, of the edits that are scored
     )
+    relative_norm: float | None = None  # |dW| / |W|
+    gather_seconds: float | None = None  # keys, values and C
+    target_seconds: float | None = None
+    solve_seconds: float | None = None
+
+
+def update(study: MassStudy, group: Group, n: int, lam: float) -> CapacityEntry:
+    """One update of the first n requests of a group."""
+    problem = study.problem(group, n, "gradient")
+    entry = CapacityEntry(study.weight.shape[1], n, lam)
+    began = time.perf_counter()
+    try:
+        dW = study.closed_form("memit", problem.K, problem.r, lam)
+    except ValueError as error:  # lam is too small or too large for this C
+        entry.infeasible = str(error)
+        return entry
+    entry.solve_seconds = round(time.perf_counter() - began, 2)
+    entry.gather_seconds = round(study.gathered, 2)
+    entry.target_seconds = round(problem.seconds, 2)
+    study.score(entry, problem.requests, {study.at.name: dW}, group)
+    found = editing.outcome(dW, problem.K, problem.r, study.weight)
+    entry.residual_left = relative(found["residual_left"], problem.r)
+    entry.relative_norm = found["relative_norm"]
+    return entry
+
+
+def relative(left: Tensor, r: Tensor) -> float:
+    """Mean of |left| / |r|, left [n] as norms."""
+    return float((left / r.double().norm(dim=-1).clamp(min=1e-12)).mean())
+
+
+def predicted(study: MassStudy, n: int, lam: float) -> float:
+    """What must be left of the residuals of the first n requests, lam (K C^-1 K^T + lam I)^-1 r, by a
+    system that the update did not solve: the dual one, in whitened coordinates."""
+    problem = study.problem(study.scoring, n, "gradient")
+    X = study.decomposed("emmet")[0].keys(problem.K)
+    left = lam * editing.solve_gram(X, lam, editing.double(problem.r))
+    return relative(left.norm(dim=-1), problem.r)
 
 
 def sweep(study: MassStudy, n: int) -> list[CapacityEntry]:
     """Every lam, on as many facts that are not scored."""
-    m = min(n, len(study.others))
-    return [update(study, "others", m, lam, study.choosing) for lam in LAMBDAS]
+    m = study.choosing.largest(n)
+    return [update(study, study.choosing, m, lam) for lam in LAMBDAS]
 
 
-def capacity_stage(run: Run, model: Model, counts: tuple[int, ...], batch: int) -> dict:
+def capacity_stage(run: Run, model: Model, counts: list[int], batch: int) -> dict:
     study = MassStudy(run, model, batch, max(counts))
     swept, edits = [], []
-    for n in sorted({min(n, len(study.requests)) for n in counts}):
+    for n in sorted({study.scoring.largest(n) for n in counts}):
         tried = sweep(study, n)
-        chosen = max(tried, key=lambda entry: entry.score)
+        chosen = max(tried, key=lambda entry: entry.score or 0)
         swept += tried
-        edits.append(update(study, "requests", n, chosen.lam, study.scored))
+        edits.append(update(study, study.scoring, n, chosen.lam))
+    for entry in edits:
+        entry.residual_predicted = predicted(study, entry.n, entry.lam)
     print("\n" + minedit.record_table(edits, COLUMNS, LEGEND))
     return {
         "facts": len(study.queries),
@@ -112,7 +124,7 @@ score: harmonic mean, percent; left: mean |r - dW k| / |r|, pred: predicted; nor
 
 
 def command(args):
-    for run, model in trained(args, make_task=make_task, make_batches=TwoNames):
+    for run, model in trained(args, check_plan, make_task=make_task, make_batches=TwoNames):
         began = time.perf_counter()
         entry = capacity_stage(run, model, args.counts, args.edit_batch)
         run.add_results("capacity", entry, began)
@@ -120,7 +132,9 @@ def command(args):
 
 def main(argv: list[str] | None = None) -> int:
     parser = minedit.training_parser("python -m studies.capacity", __doc__.split("\n\n")[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="edits in one update")
+    parser.add_argument(
+        "--counts", type=positive, nargs="+", default=COUNTS, help="edits in one update"
+    )
     parser.set_defaults(**minedit.MASS)
     return minedit.guarded(command, minedit.parse(parser, argv, {"quick": minedit.QUICK}))
 

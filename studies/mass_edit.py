@@ -21,9 +21,8 @@ relation's other name), specificity (1000 facts that are never edited) and their
     python -m studies.mass_edit --counts 10000 --methods memit emmet rome finetune --out runs/peers
     python -m studies.mass_edit --arch dense --depth 4 --d-ff 4096 --methods memit --out runs/spread
 
-The first takes 15 to 40 minutes a run. A store of 16,384 slots (the second) needs 11 GiB where an
-update is solved in whitened coordinates (all but MEMIT), and AlphaEdit an eigendecomposition of a
-matrix of this size, 10 minutes on two cores. Writes "mass" into results.json. Left out: MEND, which
+The first takes 15 to 40 minutes a run. A store of 16,384 slots (the second) needs 13 GiB for the
+peers, and AlphaEdit an eigendecomposition of a matrix of this size. Writes "mass" into results.json. Left out: MEND, which
 needs a hypernetwork.
 
 [1] Meng et al. 2022, MEMIT, arXiv 2210.07229.   [2] Fang et al. 2024, AlphaEdit, arXiv 2410.02355.
@@ -33,8 +32,9 @@ import itertools
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import edit as editing
+import kg
 import minedit
 from minedit import Run, share_of
 from models import Model, stores
-from studies.training import trained
+from studies.training import positive, trained
 
 COUNTS = (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)
 TARGETS = ("prototype", "gradient", "official")
@@ -71,14 +72,28 @@ class TwoNames(minedit.FactBatches):
         tokens[:, 1:] += self.n_relations * other
         return tokens, positions, answers
 
-    @property
+    @cached_property
     def n_relations(self) -> int:
-        return int(self.paths.facts[:, 1].max()) + 1
+        return n_names(self.paths)
+
+
+def n_names(paths: kg.Paths) -> int:
+    """How far a relation's other token is from its own."""
+    return int(paths.facts[:, 1].max()) + 1
 
 
 def make_task(args, seed: int, graph) -> minedit.Task:
+    minedit.require(
+        args.branches == 0, f"--branches {args.branches}: facts alone are trained here, 0"
+    )
     task = minedit.make_task(args, seed, graph)
     return task._replace(data=task.data | {"aliases": True}, n_relations=2 * task.n_relations)
+
+
+def check_plan(run: Run):
+    """UserError where too few facts can be edited."""
+    n = len(minedit.mass_plan(run.paths, run.stream()).requests)
+    minedit.require(n >= 5, f"{run.folder}: fewer than 10 facts can be edited; use a larger graph")
 
 
 # --- Methods --------------------------------------------------------------------------------------
@@ -171,9 +186,30 @@ class MassEntry:
         return found
 
 
+class Group(NamedTuple):
+    """Facts that are edited, and other facts that tell the specificity."""
+
+    name: str
+    requests: editing.Requests
+    spared: Tensor
+
+    def largest(self, n: int) -> int:
+        return min(n, len(self.requests))
+
+
+class Problem(NamedTuple):
+    """The first n requests of a group, with a target: what an update is asked to do."""
+
+    requests: editing.Requests
+    K: Tensor  # [n_alive, d_in]
+    r: Tensor  # [n_alive, d_out]; a key of zeros cannot be edited: such a request fails
+    fallbacks: int  # requests without a prototype, sought instead
+    seconds: float  # of the targets
+
+
 class MassStudy:
-    """Many facts of a model in one update, and what becomes of these and of other facts. `most`: the
-    largest number of edits."""
+    """Many facts of a model in one update, and what becomes of these and of other facts. Strengths
+    are chosen by the group `choosing` alone. `most`: the largest number of edits."""
 
     def __init__(self, run: Run, model: Model, batch: int, most: int):
         self.run, self.model, self.batch = run, model, batch
@@ -183,79 +219,92 @@ class MassStudy:
         self.at = editing.site(model, self.site.module, self.site.call, self.queries)
         self.gathered = time.perf_counter() - began  # seconds for keys, values and C
         self.weight = self.at.layer.weight.detach()
+        self.is_wide = self.weight.shape[1] > minedit.WIDE
         self.before = minedit.last_answers(model, self.queries)
         self.known = self.before == self.tails
         plan = minedit.mass_plan(run.paths, run.stream())
-        self.spared = plan.spared
-        self.choosing, self.scored = plan.spared[::2], plan.spared[1::2]
-        minedit.require(
-            len(plan.requests) >= 5, f"{2 * len(plan.requests)} facts can be edited: 10 at least"
-        )
-        self.requests, self.others = plan.requests[:most], plan.others[: max(most, 100)]
-        self.sought = {}  # {(whose, target): (r, seconds for one request)}
+        others = plan.others[: max(most, 100)]
+        self.choosing = Group("choosing", others, plan.spared[::2])
+        self.scoring = Group("scoring", plan.requests[:most], plan.spared[1::2])
+        self.sought = {}  # {(group, target): (r of all its requests, seconds for one)}
         self.swept = {}  # {(method, number of facts, target): [MassEntry]}
+        self.made = {}  # {how: (what, seconds)}: see `decomposed`
 
-    # targets
+    # Targets
 
-    def residual(self, whose: str, n: int, target: str) -> tuple[Tensor, int, float]:
-        """r [n, d_out] of the first n of the "requests" or "others"; how many have no prototype;
-        seconds. What is sought for each request by itself is sought once, for all n."""
-        began, requests = time.perf_counter(), getattr(self, whose)
-        if target == "prototype":
-            requests = requests[:n]
-            others = self.known.index_fill(0, requests.fact, False)  # these are the prototypes
-            asked = (self.at, requests, target, others, self.batch)
-            r, n_fallbacks = minedit.mass_residual(self.run, self.model, *asked)
+    def residual(self, group: Group, n: int, target: str) -> tuple[Tensor, int, float]:
+        """r [n, d_out] of the first n requests, how many have no prototype, and seconds. What is
+        sought for each request by itself is sought once, for all n."""
+        if target == "prototype":  # other facts with the wanted answer: they depend on n
+            began, requests = time.perf_counter(), group.requests[:n]
+            others = self.known.index_fill(0, requests.fact, False)
+            r, n_fallbacks = self.mass_residual(self.at, requests, target, others)
             return r, n_fallbacks, time.perf_counter() - began
-        if (whose, target) not in self.sought:
+        key = (group.name, target)
+        if key not in self.sought:
+            began = time.perf_counter()
             if target == "official":
-                r = official_residual(self.model, self.at, requests, self.batch)
+                r = official_residual(self.model, self.at, group.requests, self.batch)
             else:
-                asked = (self.at, requests, target, self.known, self.batch)
-                r, _ = minedit.mass_residual(self.run, self.model, *asked)
-            each = (time.perf_counter() - began) / len(requests)
-            self.sought[whose, target] = r, each
-        r, each = self.sought[whose, target]
+                at = self.at if target == "gradient" else self.after(target)
+                r, _ = self.mass_residual(at, group.requests, "gradient", self.known)
+            self.sought[key] = r, (time.perf_counter() - began) / len(r)
+        r, each = self.sought[key]
         return r[:n], 0, n * each
 
-    # updates
+    def mass_residual(self, at, requests, target, known) -> tuple[Tensor, int]:
+        return minedit.mass_residual(self.run, self.model, at, requests, target, known, self.batch)
 
-    @cached_property
-    def white(self) -> editing.Whitening:
-        return editing.whiten(self.at.C)
+    def after(self, block: str) -> editing.Site:
+        """The stream after a block of Dense, as in [1]: what its store returns is added to it."""
+        store = f"{block}.feed_forward"
+        _, values = editing.last_token(self.model, store, 0, self.queries)
+        layer = self.model.get_submodule(f"{store}.down")
+        return editing.Site(f"{store}.down", 0, layer, None, None, values)
 
-    @cached_property
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        return torch.linalg.eigh(editing.double(self.at.C))
+    def problem(self, group: Group, n: int, target: str) -> Problem:
+        requests = group.requests[:n]
+        r, n_fallbacks, seconds = self.residual(group, n, target)
+        K = self.at.keys[requests.fact]
+        alive = (K != 0).any(1)
+        return Problem(requests, K[alive], r[alive], n_fallbacks, seconds)
 
-    def forget(self):
-        """What was made of C: a matrix [d_in, d_in] of a wide store fills 2 GiB."""
-        for name in ("white", "spectrum"):
-            self.__dict__.pop(name, None)
+    # Updates
 
-    @property
-    def is_wide(self) -> bool:
-        return self.weight.shape[1] > minedit.WIDE
+    def decomposed(self, method: str):
+        """What a method is handed for C, and the seconds that it took: made once for several
+        updates, but one at a time, since a matrix [d_in, d_in] of a wide store fills 2 GiB."""
+        if method == "memit" and self.is_wide:  # its equation is solved as it stands
+            return self.at.C, 0.0
+        make = torch.linalg.eigh if method.startswith("alphaedit") else editing.whiten
+        if make not in self.made:
+            self.made.clear()
+            began = time.perf_counter()
+            made = make(editing.double(self.at.C))
+            self.made[make] = made, time.perf_counter() - began
+            if make is editing.whiten:
+                self.at = replace(self.at, C=made.C)  # with the ridge, if any: one matrix, not two
+        return self.made[make]
 
     def closed_form(
-        self, method: str, K: Tensor, r: Tensor, strength: float, notes: dict | None
+        self, method: str, K: Tensor, r: Tensor, strength: float, notes: dict | None = None
     ) -> Tensor:
         """dW of all requests, keys K [n, d_in] and residuals r [n, d_out]; but for "rome", r may be
         those of several targets side by side."""
-        options = {} if notes is None else {"W": self.weight, "diagnostics": notes}
+        if len(K) == 0:
+            return torch.zeros(r.shape[1], K.shape[1], device=K.device)
+        made, W = self.decomposed(method)[0], self.weight
+        options = {} if notes is None else {"W": W, "diagnostics": notes}
         if method == "memit":
-            C = self.at.C if self.is_wide else self.white
-            return minedit.memit(C, K, r, strength, **options)
+            return minedit.memit(made, K, r, strength, **options)
         if method == "emmet":
-            return editing.emmet_update(K, r, self.white, **options)
-        if method == "alphaedit":
-            options["threshold"] = strength
-            return editing.alphaedit_update(K, r, self.spectrum, 1.0, **options)
+            return editing.emmet_update(K, r, made, **options)
+        if method == "rome":
+            return editing.rome_sequence(W, made, K, K @ W.T + r, notes)
+        options |= {"threshold": strength, "spectrum": made}
         if method == "alphaedit-official":
-            options |= {"threshold": strength, "absolute": True}
-            return editing.alphaedit_update(K, r, self.spectrum, 10.0, **options)
-        W = self.weight
-        return editing.rome_sequence(W, self.white, K, K @ W.T + r, notes)
+            return editing.alphaedit_update(K, r, self.at.C, 10.0, absolute=True, **options)
+        return editing.alphaedit_update(K, r, self.at.C, 1.0, **options)
 
     def entry(self, method: str, target: str, strength: float, n: int) -> MassEntry:
         return MassEntry(method, target, strength, n, self.at.name, self.site.at_pass)
@@ -264,28 +313,28 @@ class MassStudy:
         """Every strength of a method on m facts that are not scored."""
         if (method, m, target) not in self.swept:
             if method == "finetune":
-                found = [self.finetuned("others", m, bound) for bound in STRENGTHS[method]]
+                found = [self.finetuned(self.choosing, m, bound) for bound in STRENGTHS[method]]
                 self.swept[method, m, target] = found
             else:
-                targets = TARGETS if method == "memit" else (target,)
-                self.sweep_targets(method, m, targets)
+                self.sweep_targets(method, m, TARGETS if method == "memit" else (target,))
         return self.swept[method, m, target]
 
     def sweep_targets(self, method: str, m: int, targets: tuple[str, ...]):
         """A closed form is linear in r: it is solved once for all targets, side by side."""
-        requests, d_out = self.others[:m], len(self.weight)
-        r = torch.cat([self.residual("others", m, target)[0] for target in targets], 1)
+        problems = [self.problem(self.choosing, m, target) for target in targets]
+        requests, K = problems[0].requests, problems[0].K
+        r = torch.cat([problem.r for problem in problems], 1)
         for target in targets:
             self.swept[method, m, target] = []
         for strength in STRENGTHS[method]:
             entries = [self.entry(method, target, strength, m) for target in targets]
             try:
-                dW = self.closed_form(method, self.at.keys[requests.fact], r, strength, None)
+                dW = self.closed_form(method, K, r, strength)
             except ValueError as error:  # an empty null space, ...
                 for entry in entries:
                     entry.infeasible = str(error)
             else:
-                for entry, part in zip(entries, dW.split(d_out)):
+                for entry, part in zip(entries, dW.split(len(self.weight))):
                     self.score(entry, requests, {self.at.name: part}, self.choosing)
             for entry in entries:
                 self.swept[method, m, entry.target].append(entry)
@@ -293,7 +342,7 @@ class MassStudy:
     def chosen(self, method: str, n: int, target: str) -> MassEntry:
         """The entry of highest score among the strengths, on as many facts that are not scored; a
         strength without a solution scores 0."""
-        m = min(max(n, 100), len(self.others))
+        m = self.choosing.largest(max(n, 100))
         return max(self.sweep(method, m, target), key=lambda entry: entry.score or 0)
 
     def edit(self, method: str, n: int, target: str) -> MassEntry:
@@ -302,83 +351,72 @@ class MassStudy:
         if len(STRENGTHS[method]) > 1:
             strength = self.chosen(method, n, target).strength
         if method == "finetune":
-            return self.finetuned("requests", n, strength)
-        entry, requests = self.entry(method, target, strength, n), self.requests[:n]
-        r, entry.fallbacks, seconds = self.residual("requests", n, target)
-        K = self.at.keys[requests.fact]
-        diagnosed = not self.is_wide  # condition and cosines of a wide store take longer than it
-        began = time.perf_counter()
+            return self.finetuned(self.scoring, n, strength)
+        entry = self.entry(method, target, strength, n)
+        problem = self.problem(self.scoring, n, target)
+        entry.fallbacks = problem.fallbacks
+        asked = (method, problem.K, problem.r, strength)
         try:
-            dW = self.closed_form(method, K, r, strength, None)
+            _, seconds = self.decomposed(method)
+            began = time.perf_counter()
+            dW = self.closed_form(*asked)
         except ValueError as error:  # more facts than rank, an empty null space, ...
             entry.infeasible = str(error)
             return entry
-        entry.seconds = round(self.gathered + seconds + time.perf_counter() - began, 3)
-        self.score(entry, requests, {self.at.name: dW}, self.scored)
-        notes = editing.outcome(dW, K, r, self.weight)
-        if diagnosed:
-            self.closed_form(method, K, r, strength, notes)
-        size = r.double().norm(dim=-1).clamp(min=1e-12)
+        seconds += self.gathered + problem.seconds + time.perf_counter() - began
+        entry.seconds = round(seconds, 3)
+        self.score(entry, problem.requests, {self.at.name: dW}, self.scoring)
+        if not len(problem.K):
+            return entry
+        notes = editing.outcome(dW, problem.K, problem.r, self.weight)
+        if (
+            not self.is_wide
+        ):  # once more, for condition and cosines: these took no part of `seconds`
+            self.closed_form(*asked, notes)
+        size = problem.r.double().norm(dim=-1).clamp(min=1e-12)
         for name, value in notes.items():
             if name.startswith("residual"):
                 value = float((value / size).mean())
             setattr(entry, name, value)
         return entry
 
-    def finetuned(self, whose: str, n: int, bound: float) -> MassEntry:
-        requests = getattr(self, whose)[:n]
+    def finetuned(self, group: Group, n: int, bound: float) -> MassEntry:
+        requests = group.requests[:n]
         began, entry = time.perf_counter(), self.entry("finetune", "gradient", bound, n)
         dW = finetune_update(self.model, self.at.name, requests, bound, self.batch)
         entry.seconds = round(time.perf_counter() - began, 3)
-        spared = self.scored if whose == "requests" else self.choosing
-        self.score(entry, requests, {self.at.name: dW}, spared)
+        self.score(entry, requests, {self.at.name: dW}, group)
         return entry
 
-    def stream_residual(self, last: int, whose: str, n: int) -> Tensor:
-        """r [n, d_out] that is missing in the stream after block `last` of Dense, as in [1]: what is
-        to be added to what its store returns."""
-        key = (whose, f"after block {last}")
-        if key not in self.sought:
-            store, began = f"blocks.{last}.feed_forward", time.perf_counter()
-            _, values = editing.last_token(self.model, store, 0, self.queries)
-            layer = self.model.get_submodule(f"{store}.down")
-            at = editing.Site(f"{store}.down", 0, layer, None, None, values)
-            asked = (at, getattr(self, whose), "gradient", self.known, self.batch)
-            r, _ = minedit.mass_residual(self.run, self.model, *asked)
-            self.sought[key] = r, (time.perf_counter() - began) / len(r)
-        return self.sought[key][0][:n]
-
-    def over_blocks(self, first: int, last: int, whose: str, n: int, lam: float) -> MassEntry:
+    def over_blocks(self, first: int, last: int, group: Group, n: int, lam: float) -> MassEntry:
         """MEMIT over the blocks first..last of Dense, the residual that of the stream after them."""
-        requests, began = getattr(self, whose)[:n], time.perf_counter()
+        requests = group.requests[:n]
+        r, _, seconds = self.residual(group, n, f"blocks.{last}")
         is_last = last + 1 == len(self.model.blocks)
         stream = ("norm" if is_last else f"blocks.{last + 1}.attention", 0)
-        r = self.stream_residual(last, whose, n)
         sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
-        updates = editing.memit_layers(self.model, sites, requests, r, lam, self.queries, stream)
         entry = MassEntry("memit", "gradient", lam, n, blocks=f"{first}-{last}")
-        entry.seconds = round(time.perf_counter() - began, 3)
-        spared = self.scored if whose == "requests" else self.choosing
-        self.score(entry, requests, updates, spared)
+        asked, began = (sites, requests, r, lam, self.queries, stream), time.perf_counter()
+        try:
+            updates = editing.memit_layers(self.model, *asked)
+        except ValueError as error:
+            entry.infeasible = str(error)
+            return entry
+        entry.seconds = round(seconds + time.perf_counter() - began, 3)
+        self.score(entry, requests, updates, group)
         return entry
 
     def score(
-        self,
-        entry: MassEntry,
-        requests: editing.Requests,
-        updates: dict[str, Tensor],
-        spared: Tensor,
+        self, entry: MassEntry, requests: editing.Requests, updates: dict[str, Tensor], group: Group
     ):
-        """Ask the model with the updates; no request is left out. The facts `spared` tell the
-        specificity."""
-        n_names = self.run.config.n_relations // 2
-        renamed = requests.tokens + torch.tensor([0, n_names], device=self.run.device)
+        """Ask the model with the updates: all requests, by both names, and what the group spares."""
+        renamed = requests.tokens + torch.tensor([0, n_names(self.run.paths)]).to(self.run.device)
         with editing.edited(self.model, updates):
             new = minedit.last_answers(self.model, requests.tokens) == requests.new
             again = minedit.last_answers(self.model, renamed) == requests.new
-            kept = minedit.last_answers(self.model, self.queries[spared]) == self.before[spared]
+            now = minedit.last_answers(self.model, self.queries[group.spared])
         entry.efficacy, entry.paraphrase = share_of(new), share_of(again)
-        entry.specificity = share_of(kept)
+        entry.specificity = share_of(now == self.before[group.spared])
         shares = (entry.efficacy, entry.paraphrase, entry.specificity)
         entry.score = 100 * statistics.harmonic_mean([max(share, 1e-9) for share in shares])
 
@@ -389,46 +427,43 @@ def spread(study: MassStudy, counts: list[int]) -> tuple[list[MassEntry], list[M
     sweep, edits = [], []
     for first, end in dict.fromkeys([(0, 0), (last, last), (0, last)]):
         for n in counts:
-            m = min(max(n, 100), len(study.others))
+            m = study.choosing.largest(max(n, 100))
             tried = []
             for lam in STRENGTHS["memit"]:
-                tried.append(study.over_blocks(first, end, "others", m, lam))
-            lam = max(tried, key=lambda entry: entry.score).strength
-            edits.append(study.over_blocks(first, end, "requests", n, lam))
+                tried.append(study.over_blocks(first, end, study.choosing, m, lam))
+            lam = max(tried, key=lambda entry: entry.score or 0).strength
+            edits.append(study.over_blocks(first, end, study.scoring, n, lam))
             sweep += tried
     return sweep, edits
 
 
-def mass_stage(
-    run: Run, model: Model, counts: list[int], methods: tuple[str, ...], batch: int
-) -> dict:
+def mass_stage(run: Run, model: Model, counts: list[int], methods: list[str], batch: int) -> dict:
     """All methods at all numbers of edits, each at the strength chosen for this number."""
     study = MassStudy(run, model, batch, max(counts))
-    counts = sorted({min(n, len(study.requests)) for n in counts})
+    counts = sorted({study.scoring.largest(n) for n in counts})
     print(
         f"\nup to {counts[-1]} of {len(study.queries)} facts in one update, "
-        f"{int(study.known.sum())} known before, at {study.at.name}; {len(study.others)} others to "
-        "choose strengths on"
+        f"{int(study.known.sum())} known before, at {study.at.name}; "
+        f"{len(study.choosing.requests)} others to choose strengths on"
     )
-    edits, suits = [], {}
+    edits, scores, suits = [], {}, {}
     for n in counts:
-        edits += [study.edit("memit", n, target) for target in TARGETS]
+        found = {target: study.edit("memit", n, target) for target in TARGETS}
+        edits += found.values()
         suits[n] = max(TARGETS, key=lambda target: study.chosen("memit", n, target).score or 0)
-    for method in methods:
-        if method != "memit":
-            edits += [study.edit(method, n, suits[n]) for n in counts]
-        if study.is_wide and not method.startswith("alphaedit"):
-            study.forget()
+        scores[f"memit_{n}"] = found[suits[n]].score or 0
+    for method in dict.fromkeys(methods):
+        if method == "memit":
+            continue
+        for n in counts:
+            edits.append(study.edit(method, n, suits[n]))
+            scores[f"{method}_{n}"] = edits[-1].score or 0
     sweep = list(itertools.chain(*study.swept.values()))
     layers = []
     if run.arch == "dense" and not study.is_wide:
         tried, layers = spread(study, [n for n in counts if n >= 1000] or counts[-1:])
         sweep += tried
     print(mass_table(edits + layers))
-    scores = {}
-    for e in edits:
-        name = f"{e.method}_{e.n}"
-        scores[name] = max(scores.get(name, 0), e.score or 0)
     return {
         "facts": len(study.queries),
         "sweep": [e.entry() for e in sweep],
@@ -453,7 +488,7 @@ def mass_table(entries: list[MassEntry]) -> str:
 
 
 def command(args):
-    for run, model in trained(args, make_task=make_task, make_batches=TwoNames):
+    for run, model in trained(args, check_plan, make_task=make_task, make_batches=TwoNames):
         began = time.perf_counter()
         stage = mass_stage(run, model, args.counts, args.methods, args.edit_batch)
         run.add_results("mass", stage, began)
@@ -461,7 +496,9 @@ def command(args):
 
 def main(argv: list[str] | None = None) -> int:
     parser = minedit.training_parser("python -m studies.mass_edit", __doc__.split("\n\n")[0])
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="edits in one update")
+    parser.add_argument(
+        "--counts", type=positive, nargs="+", default=COUNTS, help="edits in one update"
+    )
     known = {"choices": tuple(STRENGTHS), "default": tuple(STRENGTHS)}
     parser.add_argument(
         "--methods", nargs="+", **known, help="MEMIT, which is always run, and peers"

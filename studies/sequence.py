@@ -7,7 +7,8 @@ and the wanted values are sought anew on the edited model. Here 10 000 facts are
 
     carried     earlier keys count, the wanted values are those of the unedited model
     forgotten   earlier keys do not count, the same values
-    anew        earlier keys count, values sought on the model as it is
+    anew        earlier keys count, values sought on the model as it is (their length is still
+                counted in that of the unedited value)
 
 and after each batch all facts so far and those of the first batch are asked, and others that are
 never edited. lam is that of one update of all, chosen on 8000 other facts as in `studies.capacity`.
@@ -29,8 +30,8 @@ import minedit
 from minedit import Run, share_of
 from models import Model
 from studies import capacity
-from studies.mass_edit import MassEntry, MassStudy, TwoNames, make_task
-from studies.training import trained
+from studies.mass_edit import MassStudy, TwoNames, check_plan, make_task
+from studies.training import positive, trained
 
 WAYS = ("carried", "forgotten", "anew")
 
@@ -44,64 +45,54 @@ class SequenceEntry:
     n: int  # facts edited so far
     lam: float
     first: float  # share of the first batch's facts that have their new answer still
-    efficacy: float  # the same of all facts so far
-    paraphrase: float  # by the relation's other name
-    specificity: float
-    score: float  # harmonic mean of the last three, in percent
-    relative_norm: float  # |dW| / |W| of all updates so far
+    efficacy: float | None = None  # the same of all facts so far
+    paraphrase: float | None = None  # by the relation's other name
+    specificity: float | None = None
+    score: float | None = None  # harmonic mean of the last three, in percent
+    relative_norm: float | None = None  # |dW| / |W| of all updates so far
 
 
-def in_batches(study: MassStudy, way: str, size: int, lam: float) -> list[SequenceEntry]:
-    """All requests of the study, `size` at a time."""
-    at, W, entries = study.at, study.weight.clone(), []
-    sought = (
-        None if way == "anew" else study.residual("requests", len(study.requests), "gradient")[0]
-    )
-    dW, carried = torch.zeros_like(W), None
+def in_batches(study: MassStudy, way: str, n_batches: int, lam: float) -> list[SequenceEntry]:
+    """All requests that are scored, in batches."""
+    at, model, requests = study.at, study.model, study.scoring.requests
+    W, dW, carried, entries = study.weight.clone(), torch.zeros_like(study.weight), None, []
+    sought = study.residual(study.scoring, len(requests), "gradient")[0]
+    rows = torch.arange(len(requests)).tensor_split(n_batches)
+    first = requests[rows[0]]
     with ExitStack() as edits:
-        for start in range(0, len(study.requests), size):
-            batch = study.requests[start : start + size]
-            K = at.keys[batch.fact]
-            if way == "anew":
-                asked = (at, batch, "gradient", study.known, study.batch)
-                r, _ = minedit.mass_residual(study.run, study.model, *asked)
+        for mine in rows:
+            K = at.keys[requests.fact[mine]]
+            if way == "anew":  # what is missing on the model as it is
+                r, _ = study.mass_residual(at, requests[mine], "gradient", study.known)
             else:  # v - (W + dW) k
-                r = sought[start : start + size] - K @ dW.T
-            update = minedit.memit(at.C, K, r, lam, carried=carried)
-            if way != "forgotten":
+                r = sought[mine] - K @ dW.T
+            alive = (K != 0).any(1)
+            K, r = K[alive], r[alive]
+            update = torch.zeros_like(W)
+            if len(K):
+                update = minedit.memit(at.C, K, r, lam, carried=carried)
+            if len(K) and way != "forgotten":
                 carried = editing.add_gram(carried, K)
-            edits.enter_context(editing.edited(study.model, {at.name: update}))
+            edits.enter_context(editing.edited(model, {at.name: update}))
             dW += update
 
-            so_far = study.requests[: start + len(batch)]
-            found = MassEntry("memit", "gradient", lam, len(so_far))
-            study.score(found, so_far, {}, study.scored)
-            first = study.requests[:size]
-            kept = minedit.last_answers(study.model, first.tokens) == first.new
-            entry = SequenceEntry(
-                way=way,
-                batch=len(entries) + 1,
-                n=len(so_far),
-                lam=lam,
-                first=share_of(kept),
-                efficacy=found.efficacy,
-                paraphrase=found.paraphrase,
-                specificity=found.specificity,
-                score=found.score,
-                relative_norm=float(dW.norm() / W.norm()),
-            )
+            n = int(mine[-1]) + 1
+            kept = minedit.last_answers(model, first.tokens) == first.new
+            entry = SequenceEntry(way, len(entries) + 1, n, lam, first=share_of(kept))
+            study.score(entry, requests[:n], {}, study.scoring)
+            entry.relative_norm = float(dW.norm() / W.norm())
             entries.append(entry)
     return entries
 
 
 def sequence_stage(run: Run, model: Model, n: int, n_batches: int, batch: int) -> list[dict]:
     study = MassStudy(run, model, batch, n)
-    n = len(study.requests)
-    minedit.require(n >= n_batches, f"--batches {n_batches}: only {n} facts are edited")
-    lam = max(capacity.sweep(study, n), key=lambda entry: entry.score).lam
+    n_batches = study.scoring.largest(n_batches)
+    tried = capacity.sweep(study, len(study.scoring.requests))
+    lam = max(tried, key=lambda entry: entry.score or 0).lam
     entries = []
     for way in WAYS:
-        entries += in_batches(study, way, -(-n // n_batches), lam)
+        entries += in_batches(study, way, n_batches, lam)
     print("\n" + minedit.record_table(entries, COLUMNS, LEGEND))
     return [asdict(entry) for entry in entries]
 
@@ -115,7 +106,7 @@ three, percent; norm: |dW| / |W|"""
 
 
 def command(args):
-    for run, model in trained(args, make_task=make_task, make_batches=TwoNames):
+    for run, model in trained(args, check_plan, make_task=make_task, make_batches=TwoNames):
         began = time.perf_counter()
         stage = sequence_stage(run, model, args.facts, args.batches, args.edit_batch)
         run.add_results("sequence", stage, began)
@@ -124,9 +115,9 @@ def command(args):
 def main(argv: list[str] | None = None) -> int:
     parser = minedit.training_parser("python -m studies.sequence", __doc__.split("\n\n")[0])
     parser.add_argument(
-        "--facts", type=int, default=10_000, help="to be edited, half of all at most"
+        "--facts", type=positive, default=10_000, help="to be edited, half of all at most"
     )
-    parser.add_argument("--batches", type=int, default=10, help="one after another")
+    parser.add_argument("--batches", type=positive, default=10, help="one after another")
     parser.set_defaults(**minedit.MASS)
     return minedit.guarded(command, minedit.parse(parser, argv, {"quick": minedit.QUICK}))
 

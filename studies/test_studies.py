@@ -10,6 +10,7 @@ import math
 import shlex
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,26 +422,189 @@ def test_batches_of_edits_add_up_where_earlier_keys_count(tmp_path, capsys, monk
     capsys.readouterr()
     assert run_study(report, tmp_path / "s") == 0
     assert "one batch after another" in capsys.readouterr().out
-    assert run_study(sequence, *options, "--facts", "3", "--batches", "4", "--resume") == 2
 
 
-def test_one_solution_serves_several_targets_side_by_side(tmp_path):
-    run = toy_run(tmp_path)
-    study = mass_edit.MassStudy(run, run.train(), 100, 10)
-    K = study.at.keys[study.others[:6].fact]
-    r = [study.residual("others", 6, target)[0] for target in mass_edit.TARGETS]
+def test_one_solution_serves_several_targets_side_by_side(mass_runs):
+    study = mass_edit.MassStudy(*mass_runs["lmc"], 100, 10)
+    K = study.at.keys[study.choosing.requests[:6].fact]
+    r = [study.residual(study.choosing, 6, target)[0] for target in mass_edit.TARGETS]
     for method, strength in (("memit", 3.0), ("emmet", 0.0), ("alphaedit", 0.5)):
-        whole = study.closed_form(method, K, torch.cat(r, 1), strength, None)
+        whole = study.closed_form(method, K, torch.cat(r, 1), strength)
         for part, mine in zip(whole.split(len(study.weight)), r):
-            close(part, study.closed_form(method, K, mine, strength, None), 1e-5)
+            close(part, study.closed_form(method, K, mine, strength), 1e-5)
 
 
-def test_strengths_are_chosen_on_facts_that_are_not_scored(tmp_path):
-    run = toy_run(tmp_path)
-    study = mass_edit.MassStudy(run, run.train(), 100, 1000)
-    facts = [study.requests.fact, study.others.fact, study.choosing, study.scored]
-    together = torch.cat(facts)
-    assert len(together) == len(together.unique()) and all(len(part) for part in facts)
+@pytest.fixture(scope="module")
+def mass_runs(tmp_path_factory):
+    """{arch: (run, model)} of 80 facts, every relation under two names."""
+    sizes = "--entities 20 --relations 4 --steps 300 --slots 64 --d-ff 64 --batch 64 --branches 0"
+    runs = {}
+    for arch in ("lmc", "dense"):
+        options = [*TINY[4:], *sizes.split(), "--arch", arch]
+        args = minedit.core_parser().parse_args(
+            [*options, "--out", str(tmp_path_factory.mktemp(arch))]
+        )
+        (run,) = minedit.prepare(
+            args, make_task=mass_edit.make_task, make_batches=mass_edit.TwoNames
+        )
+        runs[arch] = run, run.train()
+    return runs
+
+
+class Scores:
+    """Every call of MassStudy.score: what was asked of which facts."""
+
+    def __init__(self, monkeypatch):
+        self.calls, score = [], mass_edit.MassStudy.score
+
+        def recorded(study, entry, requests, updates, group):
+            score(study, entry, requests, updates, group)
+            self.calls.append((study, requests.fact, group.spared))
+
+        monkeypatch.setattr(mass_edit.MassStudy, "score", recorded)
+
+    def check(self, n_swept: int, n_edits: int):
+        """Strengths are chosen on facts of their own, by facts of their own, and nothing else."""
+        found = Counter()
+        for study, fact, spared in self.calls:
+            plan = minedit.mass_plan(study.run.paths, study.run.stream())
+            to_choose = torch.equal(fact, plan.others.fact[: len(fact)])
+            assert to_choose or torch.equal(fact, plan.requests.fact[: len(fact)])
+            assert torch.equal(spared, plan.spared[0 if to_choose else 1 :: 2])
+            together = torch.cat([plan.others.fact, plan.requests.fact, plan.spared])
+            assert len(together) == len(together.unique())
+            found["swept" if to_choose else "edits"] += 1
+        assert found == {"swept": n_swept, "edits": n_edits}
+
+
+def solved(entries: list[dict]) -> list[dict]:
+    return [entry for entry in entries if not entry.get("infeasible")]
+
+
+@pytest.mark.parametrize("arch", ["lmc", "dense"])
+def test_strengths_are_chosen_on_facts_that_are_not_scored(mass_runs, monkeypatch, arch):
+    run, model = mass_runs[arch]
+    scores = Scores(monkeypatch)
+    found = mass_edit.mass_stage(run, model, [3, 10], list(mass_edit.STRENGTHS), 100)
+    scores.check(len(solved(found["sweep"])), len(solved(found["edits"] + found["layers"])))
+    for edit in found["edits"] + found["layers"]:
+        same = ("method", "target", "blocks")
+        mine = [e for e in found["sweep"] if all(e.get(k) == edit.get(k) for k in same)]
+        if mine:  # both numbers of edits are chosen on all the others, fewer than a hundred
+            best = max(solved(mine), key=lambda e: e["score"], default=mine[0])
+            assert edit["strength"] == best["strength"]
+    scores.calls.clear()
+    found = capacity.capacity_stage(run, model, [3, 10], 100)
+    scores.check(len(solved(found["sweep"])), len(solved(found["edits"])))
+    for edit in found["edits"]:
+        tried = [e for e in solved(found["sweep"]) if e["n"] == edit["n"]]
+        assert edit["lam"] == max(tried, key=lambda e: e["score"])["lam"]
+
+
+def test_scores_ask_the_edited_model_by_both_names_and_others_before_and_after(mass_runs):
+    study = mass_edit.MassStudy(*mass_runs["lmc"], 100, 10)
+    dW = normal(*study.weight.shape, seed=3).float() * study.weight.std()
+    entry, group = study.entry("memit", "gradient", 1.0, 10), study.scoring
+    study.score(entry, group.requests, {study.at.name: dW}, group)
+    model = copy.deepcopy(study.model)
+    editing.apply_edit(model, {study.at.name: dW})
+    paths = study.run.paths
+    queries, n_names = paths.queries, int(paths.facts[:, 1].max()) + 1
+
+    def answers(model, tokens):
+        return model(tokens)[:, -1].argmax(-1)
+
+    asked, new = queries[group.requests.fact], group.requests.new
+    assert entry.efficacy == float((answers(model, asked) == new).double().mean())
+    asked = asked + torch.tensor([0, n_names])
+    assert entry.paraphrase == float((answers(model, asked) == new).double().mean())
+    spared = queries[group.spared]
+    same = answers(model, spared) == answers(study.model, spared)
+    assert entry.specificity == float(same.double().mean()) < 1
+
+
+def test_a_key_of_zeros_fails_and_the_others_are_edited(mass_runs):
+    study = mass_edit.MassStudy(*mass_runs["lmc"], 100, 10)
+    dead = study.scoring.requests.fact[0]
+    study.at.keys[dead] = 0
+    for method in ("memit", "emmet", "rome", "alphaedit"):
+        entry = study.edit(method, 10, "gradient")
+        assert entry.infeasible is None or method == "alphaedit"
+    assert capacity.update(study, study.scoring, 10, 1.0).score is not None
+    assert capacity.update(study, study.scoring, 1, 1.0).efficacy in (0, 1)
+    entries = sequence.in_batches(study, "anew", 10, 1.0)
+    assert [entry.n for entry in entries] == list(range(1, 11))
+
+
+def test_batches_sought_anew_see_the_edits_so_far(mass_runs, monkeypatch):
+    study = mass_edit.MassStudy(*mass_runs["lmc"], 100, 9)
+    weight, seen, carried = study.weight.clone(), [], []
+    sought, memit = study.mass_residual, minedit.memit
+
+    def recorded(*args):
+        seen.append((study.at.layer.weight.detach() - weight).norm())
+        return sought(*args)
+
+    def only_the_first(C, K, r, lam, **options):
+        carried.append(copy.deepcopy(options["carried"]))  # it is added to in place
+        dW = memit(C, K, r, lam, **options)
+        return dW if len(carried) == 1 else 0 * dW
+
+    monkeypatch.setattr(study, "mass_residual", recorded)
+    monkeypatch.setattr(minedit, "memit", only_the_first)
+    entries = sequence.in_batches(study, "anew", 3, 0.01)
+    assert len(seen) == 4, "once for all, then for each batch"
+    assert seen[1] == 0 < seen[2] == seen[3]
+    keys = study.at.keys[study.scoring.requests.fact].double()
+    assert carried[0] is None
+    close(carried[2], keys[:6].T @ keys[:6])
+    assert entries[0].first == entries[0].efficacy > 0.5, "later batches write nothing here"
+    assert [entry.first for entry in entries] == [entries[0].first] * 3
+    assert entries[2].efficacy < entries[0].efficacy
+
+
+def test_blocks_are_asked_for_what_is_missing_in_the_stream_after_them(mass_runs, monkeypatch):
+    study, asked = mass_edit.MassStudy(*mass_runs["dense"], 100, 5), []
+    layers = editing.memit_layers
+
+    def recorded(*args):
+        asked.append(args)
+        return layers(*args)
+
+    monkeypatch.setattr(editing, "memit_layers", recorded)
+    for first, last in ((0, 0), (0, 1), (1, 1)):
+        study.over_blocks(first, last, study.scoring, 5, 1.0)
+        model, sites, requests, r, _, _, stream = asked[-1]
+        assert sites == [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
+        before, _ = editing.last_token(model, *stream, requests.tokens)
+        _, after = editing.last_token(model, f"blocks.{last}", 0, requests.tokens)
+        assert torch.equal(before, after)
+        store = model.get_submodule(f"blocks.{last}.feed_forward")
+        with editing.added(store, r, [0]):
+            now = minedit.last_answers(model, requests.tokens) == requests.new
+        assert now.float().mean() > 0.5, "r is what brings the new answers"
+
+
+@pytest.mark.parametrize(
+    "study, wrong",
+    [
+        (mass_edit, "--counts 0"),
+        (mass_edit, "--counts 10 -5"),
+        (mass_edit, "--methods emmett"),
+        (mass_edit, "--branches 1"),
+        (capacity, "--counts 0"),
+        (sequence, "--batches 0"),
+        (sequence, "--facts none"),
+        (sequence, "--entities 8 --relations 1 --out-degree 1"),
+    ],
+)
+def test_mass_edits_that_cannot_be_are_refused_before_any_training(
+    study, wrong, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(minedit.Run, "train", None)
+    options = [*TINY[4:], "--branches", "0", *wrong.split(), "--out", tmp_path / "r"]
+    refused(capsys, study, *options)
+    assert not list(tmp_path.glob("r/*.json*"))
 
 
 def test_the_official_target_search_keeps_its_length_and_finds_answers(world):

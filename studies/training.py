@@ -1,5 +1,6 @@
 """Moments of a training, and training on from them: for circuits, relearning and transfer."""
 
+import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,10 +12,21 @@ from minedit import Run, Training
 from models import Model
 
 
-def trained(args, **task) -> Iterator[tuple[Run, Model]]:
+def positive(text: str) -> int:
+    """Of the command line: a number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)
+
+
+def trained(args, check=None, **task) -> Iterator[tuple[Run, Model]]:
     """Each run that was asked for, with its model, trained or loaded; `task`: see
-    `minedit.prepare`, which checks all before any is trained."""
-    for run in minedit.prepare(args, **task):
+    `minedit.prepare`, which checks all before any is trained, as does check(run)."""
+    runs = minedit.prepare(args, **task)
+    if check is not None:
+        for run in runs:
+            check(run)
+    for run in runs:
         minedit.announce(run)
         model = run.train(compiled=args.compile)
         run.summarize()
