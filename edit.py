@@ -299,7 +299,7 @@ def direct_update(
     """`memit_update` by Cholesky of A = lam C + K^T K itself and one step of refinement: d_in^3 / 3
     operations, where whitening takes four times as many and more for each key, and one matrix
     [d_in, d_in] beside C. It loses the digits of A's condition; what is left is checked. Of the
-    diagnostics all but "condition", which would cost more than the update, and cosines."""
+    diagnostics "ridge" and `outcome`: the others would cost more than the update."""
     L, ridge = factored(K, C, lam)
     K = sparse(K)
     right = K.T @ double(R)  # [d_in, d_out]
@@ -310,9 +310,7 @@ def direct_update(
     check_normal_equations(dW, K, R, C, lam, ridge)
     dW = rounded(dW, R, K, R)
     if diagnostics is not None:
-        predicted = double(R) - K @ Y  # before rounding; by Woodbury's identity, as in `diagnose`
-        diagnostics |= outcome(dW, K, R, W)
-        diagnostics |= {"residual_predicted": predicted.norm(dim=-1), "ridge": ridge}
+        diagnostics |= outcome(dW, K, R, W) | {"ridge": ridge}
     return dW
 
 

@@ -46,9 +46,7 @@ class CapacityEntry:
     specificity: float | None = None
     score: float | None = None  # harmonic mean, in percent
     residual_left: float | None = None  # mean |r - dW k| / |r|
-    residual_predicted: float | None = (
-        None  # the same, by the identity, of the edits that are scored
-    )
+    residual_predicted: float | None = None  # the same, by the identity; of what is scored
     relative_norm: float | None = None  # |dW| / |W|
     gather_seconds: float | None = None  # keys, values and C
     target_seconds: float | None = None
