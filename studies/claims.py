@@ -48,7 +48,8 @@ def kind_of(group: Group) -> str:
         Config.__dataclass_fields__["feed_forward"]
     ]
     if any((model.get(f.name) or 0) != (f.default or 0) for f in sizes):
-        words.append("resized")
+        store = model["slots"] if model["memory"] else model["d_ff"]
+        words.append("wide" if store >= 16384 else "resized")  # GPT-J's width, for mass edits
     return " ".join(str(word) for word in words)
 
 
