@@ -30,7 +30,7 @@ from studies.mass_edit import Group, MassStudy, TwoNames, check_plan, make_task
 from studies.training import positive, trained
 
 COUNTS = (1000, 3162, 10_000)
-LAMBDAS = (300, 1000, 3000, 10_000)
+LAMBDAS = (300, 1000, 3000, 10_000, 30_000)
 
 
 @dataclass
