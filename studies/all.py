@@ -108,15 +108,18 @@ def plan(umls: Path | None) -> list[Job]:
     jobs += each("exceptions", exceptions, 3, ["minedit.py --ablate"], "ablate", 3)
     narrow = every_cell("--slots 2048 --d-ff 2048")
     jobs += each("mass", narrow, 5, ["-m studies.mass_edit"], "mass", 20)
-    for slots, minutes in ((2048, 2), (4096, 3), (8192, 6)):
+    peers = "-m studies.mass_edit --counts 10000"
+    few_peers = f"{peers} --methods memit emmet rome finetune"  # no AlphaEdit: see its docstring
+    for slots, commands, wants, minutes in (
+        (2048, [], "capacity", 2),
+        (4096, [], "capacity", 3),
+        (8192, [peers], "capacity mass", 25),
+        (16384, [few_peers, "-m studies.sequence"], "capacity mass sequence", 110),
+    ):
         runs = {}
         for arch in ("lmc", "dense"):
             runs[f"{arch}-{slots}"] = f"--arch {arch} --slots {slots} --d-ff {slots}"
-        jobs += each("capacity", runs, 3, ["-m studies.capacity"], "capacity", minutes)
-    peers = "-m studies.mass_edit --counts 10000 --methods memit emmet rome finetune"
-    commands = ["-m studies.capacity", peers, "-m studies.sequence"]
-    runs = {f"{arch}-16384": f"--arch {arch}" for arch in ("lmc", "dense")}
-    jobs += each("capacity", runs, 3, commands, "capacity mass sequence", 70)
+        jobs += each("capacity", runs, 3, ["-m studies.capacity", *commands], wants, minutes)
     spread = "-m studies.mass_edit --counts 1000 10000 --methods memit"
     runs = {"dense-4x4096": "--arch dense --depth 4 --d-ff 4096"}
     jobs += each("spread", runs, 3, [spread], "mass", 25)
