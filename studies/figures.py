@@ -38,8 +38,11 @@ class Panels:
         return list(names)
 
 
-def draw_lines(panels: Panels, xlabel: str, joined: bool, columns: int = 4):
-    """A matplotlib Figure: means as marks, their range as a band (joined) or a bar."""
+def draw_lines(
+    panels: Panels, xlabel: str, joined: bool, columns: int = 4, ylabel: str = "share of answers"
+):
+    """A matplotlib Figure: means as marks, their range as a band (joined) or a bar. Numbers on the
+    x axis ascend."""
     from matplotlib.figure import Figure
 
     columns = min(len(panels.values), columns)
@@ -52,9 +55,10 @@ def draw_lines(panels: Panels, xlabel: str, joined: bool, columns: int = 4):
         ticks = {}
         for values in lines.values():
             ticks |= dict.fromkeys(values)
-        ticks = list(ticks)
+        ticks = sorted(ticks, key=int) if all(map(str.isdigit, ticks)) else list(ticks)
         n_runs = 1
         for name, values in lines.items():
+            values = {tick: values[tick] for tick in ticks if tick in values}
             i = names.index(name)
             shift = 0 if joined else 0.6 * ((i + 0.5) / len(names) - 0.5)
             x = [ticks.index(tick) + shift for tick in values]
@@ -71,7 +75,7 @@ def draw_lines(panels: Panels, xlabel: str, joined: bool, columns: int = 4):
         label_ticks(ax, ticks)
         ax.set(title=f"{title} (n = {n_runs})", xlabel=xlabel, ylim=(-0.04, 1.04))
         if place % columns == 0:
-            ax.set_ylabel("share of answers")
+            ax.set_ylabel(ylabel)
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4)
     return figure
 
@@ -276,8 +280,11 @@ def capacity(groups: list[Group]):
     for group in groups:
         for run in group.runs:
             for entry in lookup(run, "capacity.edits") or []:
-                panels.add(group.arch, f"{entry['n']} facts", entry["slots"], entry["score"] / 100)
-    return draw_lines(panels, "slots of the store", joined=True) if panels.values else None
+                if entry["score"] is not None:
+                    score = entry["score"] / 100
+                    panels.add(group.arch, f"{entry['n']} facts", entry["slots"], score)
+    options = {"joined": True, "ylabel": "score / 100"}
+    return draw_lines(panels, "slots of the store", **options) if panels.values else None
 
 
 def sequence(groups: list[Group]):
@@ -290,7 +297,7 @@ def sequence(groups: list[Group]):
                 panels.add(group.arch, f"first batch, {way}", n, entry["first"])
                 if way != "forgotten":
                     panels.add(group.arch, f"others kept, {way}", n, entry["specificity"])
-    return draw_lines(panels, "facts edited, batch by batch") if panels.values else None
+    return draw_lines(panels, "facts edited so far", joined=True) if panels.values else None
 
 
 FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff, many, capacity)

@@ -35,6 +35,7 @@ from studies import (
     circuits,
     claims,
     controls,
+    figures,
     gpt2,
     gpu,
     images,
@@ -422,6 +423,19 @@ def test_batches_of_edits_add_up_where_earlier_keys_count(tmp_path, capsys, monk
     capsys.readouterr()
     assert run_study(report, tmp_path / "s") == 0
     assert "one batch after another" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert run_study(report, tmp_path / "s", "--plot") == 0
+    assert (tmp_path / "s" / "sequence.svg").exists()
+
+
+def test_numbers_on_an_axis_ascend_in_whatever_order_runs_come():
+    pytest.importorskip("matplotlib")
+    panels = figures.Panels()
+    for slots, score in ((16384, 0.9), (2048, 0.1), (8192, 0.5)):
+        panels.add("lmc", "10 facts", slots, score)
+    (ax,) = figures.draw_lines(panels, "slots", joined=True).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["2048", "8192", "16384"]
+    assert list(ax.lines[0].get_ydata()) == [0.1, 0.5, 0.9]
 
 
 def test_one_solution_serves_several_targets_side_by_side(mass_runs, monkeypatch):
