@@ -1146,7 +1146,6 @@ def memit_layers(
     stream: tuple[str, int],
     diagnostics: dict | None = None,
     *,
-    form: str | None = None,
     pad: int | None = None,
 ) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer
@@ -1179,14 +1178,13 @@ def memit_layers(
                 share[alive],
                 moments[i],
                 lam,
-                form=form,
                 carried=carried.get(name),
                 W=layer_of(model, name).matrix,
                 diagnostics=notes,
             )
             edits.enter_context(edited(model, {name: dW}))
             updates[name] = updates.get(name, 0) + dW
-            carried[name] = carried.get(name, 0) + double(keys).T @ double(keys)
+            carried[name] = add_gram(carried.get(name), keys)
     return updates
 
 

@@ -1047,6 +1047,11 @@ def memit(C: Tensor | editing.Whitening, K: Tensor, r: Tensor, lam: float, **opt
     return editing.memit_update(K, r, C, lam, form=form, **options)
 
 
+def mean_relative(left: Tensor, r: Tensor) -> float:
+    """Mean of |left| / |r|: norms left [n], residuals r [n, d_out]."""
+    return float((left / r.double().norm(dim=-1).clamp(min=1e-12)).mean())
+
+
 def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[MassRecord]:
     """MEMIT of 1 to 10 000 facts in one update, with targets by gradient, at the first read of the
     first store."""
@@ -1076,8 +1081,7 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
         dW, left = torch.zeros_like(at.layer.weight), 1.0
         if alive.any():
             dW = memit(at.C, K, r, lam, diagnostics=notes)
-            size = r.double().norm(dim=-1).clamp(min=1e-12)
-            left = float((notes["residual_left"] / size).mean())
+            left = mean_relative(notes["residual_left"], r)
         seconds = round(gathered + n * each + time.perf_counter() - began, 3)
         with editing.edited(model, {at.name: dW}):
             now = last_answers(model, paths.queries)

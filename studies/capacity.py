@@ -20,14 +20,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
-
 import edit as editing
 import minedit
 from minedit import Run
 from models import Model
-from studies.mass_edit import Group, MassStudy, TwoNames, check_plan, make_task
-from studies.training import positive, trained
+from studies.mass_edit import Group, MassStudy, best, trained_runs
+from studies.training import positive
 
 COUNTS = (1000, 3162, 10_000)
 LAMBDAS = (300, 1000, 3000, 10_000, 30_000)
@@ -68,23 +66,18 @@ def update(study: MassStudy, group: Group, n: int, lam: float) -> CapacityEntry:
     entry.target_seconds = round(problem.seconds, 2)
     study.score(entry, problem.requests, {study.at.name: dW}, group)
     found = editing.outcome(dW, problem.K, problem.r, study.weight)
-    entry.residual_left = relative(found["residual_left"], problem.r)
+    entry.residual_left = minedit.mean_relative(found["residual_left"], problem.r)
     entry.relative_norm = found["relative_norm"]
     return entry
-
-
-def relative(left: Tensor, r: Tensor) -> float:
-    """Mean of |left| / |r|, left [n] as norms."""
-    return float((left / r.double().norm(dim=-1).clamp(min=1e-12)).mean())
 
 
 def predicted(study: MassStudy, n: int, lam: float) -> float:
     """What must be left of the residuals of the first n requests, lam (K C^-1 K^T + lam I)^-1 r, by a
     system that the update did not solve: the dual one, in whitened coordinates."""
     problem = study.problem(study.scoring, n, "gradient")
-    X = study.decomposed("emmet")[0].keys(problem.K)
+    X = study.whitening().keys(problem.K)
     left = lam * editing.solve_gram(X, lam, editing.double(problem.r))
-    return relative(left.norm(dim=-1), problem.r)
+    return minedit.mean_relative(left.norm(dim=-1), problem.r)
 
 
 def sweep(study: MassStudy, n: int) -> list[CapacityEntry]:
@@ -98,9 +91,8 @@ def capacity_stage(run: Run, model: Model, counts: list[int], batch: int) -> dic
     swept, edits = [], []
     for n in sorted({study.scoring.largest(n) for n in counts}):
         tried = sweep(study, n)
-        chosen = max(tried, key=lambda entry: entry.score or 0)
         swept += tried
-        edits.append(update(study, study.scoring, n, chosen.lam))
+        edits.append(update(study, study.scoring, n, best(tried).lam))
     for entry in edits:
         entry.residual_predicted = predicted(study, entry.n, entry.lam)
     print("\n" + minedit.record_table(edits, COLUMNS, LEGEND))
@@ -122,7 +114,7 @@ score: harmonic mean, percent; left: mean |r - dW k| / |r|, pred: predicted; nor
 
 
 def command(args):
-    for run, model in trained(args, check_plan, make_task=make_task, make_batches=TwoNames):
+    for run, model in trained_runs(args):
         began = time.perf_counter()
         entry = capacity_stage(run, model, args.counts, args.edit_batch)
         run.add_results("capacity", entry, began)

@@ -32,6 +32,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -88,6 +89,11 @@ def make_task(args, seed: int, graph) -> minedit.Task:
     )
     task = minedit.make_task(args, seed, graph)
     return task._replace(data=task.data | {"aliases": True}, n_relations=2 * task.n_relations)
+
+
+def trained_runs(args) -> Iterator[tuple[Run, Model]]:
+    """Each run that was asked for, on relations of two names, with its model."""
+    return trained(args, check_plan, make_task=make_task, make_batches=TwoNames)
 
 
 def check_plan(run: Run):
@@ -207,13 +213,19 @@ class Problem(NamedTuple):
     seconds: float  # of the targets
 
 
+def best(entries: list):
+    """The entry of highest score; one without a solution scores 0."""
+    return max(entries, key=lambda entry: entry.score or 0)
+
+
 class MassStudy:
     """Many facts of a model in one update, and what becomes of these and of other facts. Strengths
     are chosen by the group `choosing` alone. `most`: the largest number of edits."""
 
     def __init__(self, run: Run, model: Model, batch: int, most: int):
         self.run, self.model, self.batch = run, model, batch
-        self.queries, self.tails = run.paths.queries, run.paths.facts[:, 2]
+        self.queries = run.paths.queries
+        self.second_name = torch.tensor([0, n_names(run.paths)], device=run.device)
         self.site = stores(run.config)[0]
         began = time.perf_counter()
         self.at = editing.site(model, self.site.module, self.site.call, self.queries)
@@ -221,7 +233,7 @@ class MassStudy:
         self.weight = self.at.layer.weight.detach()
         self.is_wide = self.weight.shape[1] > minedit.WIDE
         self.before = minedit.last_answers(model, self.queries)
-        self.known = self.before == self.tails
+        self.known = self.before == run.paths.facts[:, 2]
         plan = minedit.mass_plan(run.paths, run.stream())
         others = plan.others[: max(most, 100)]
         self.choosing = Group("choosing", others, plan.spared[::2])
@@ -286,6 +298,9 @@ class MassStudy:
                 self.at = replace(self.at, C=made.C)  # with the ridge, if any: one matrix, not two
         return self.made[make]
 
+    def whitening(self) -> editing.Whitening:
+        return self.decomposed("emmet")[0]
+
     def closed_form(
         self, method: str, K: Tensor, r: Tensor, strength: float, notes: dict | None = None
     ) -> Tensor:
@@ -340,10 +355,8 @@ class MassStudy:
                 self.swept[method, m, entry.target].append(entry)
 
     def chosen(self, method: str, n: int, target: str) -> MassEntry:
-        """The entry of highest score among the strengths, on as many facts that are not scored; a
-        strength without a solution scores 0."""
-        m = self.choosing.largest(max(n, 100))
-        return max(self.sweep(method, m, target), key=lambda entry: entry.score or 0)
+        """The best of the strengths, on as many facts that are not scored."""
+        return best(self.sweep(method, self.choosing.largest(max(n, 100)), target))
 
     def edit(self, method: str, n: int, target: str) -> MassEntry:
         """One update of the first n requests, at the strength chosen for this number."""
@@ -369,14 +382,11 @@ class MassStudy:
         if not len(problem.K):
             return entry
         notes = editing.outcome(dW, problem.K, problem.r, self.weight)
-        if (
-            not self.is_wide
-        ):  # once more, for condition and cosines: these took no part of `seconds`
+        if not self.is_wide:  # once more, for condition and cosines, which `seconds` leave out
             self.closed_form(*asked, notes)
-        size = problem.r.double().norm(dim=-1).clamp(min=1e-12)
         for name, value in notes.items():
             if name.startswith("residual"):
-                value = float((value / size).mean())
+                value = minedit.mean_relative(value, problem.r)
             setattr(entry, name, value)
         return entry
 
@@ -410,7 +420,7 @@ class MassStudy:
         self, entry: MassEntry, requests: editing.Requests, updates: dict[str, Tensor], group: Group
     ):
         """Ask the model with the updates: all requests, by both names, and what the group spares."""
-        renamed = requests.tokens + torch.tensor([0, n_names(self.run.paths)]).to(self.run.device)
+        renamed = requests.tokens + self.second_name
         with editing.edited(self.model, updates):
             new = minedit.last_answers(self.model, requests.tokens) == requests.new
             again = minedit.last_answers(self.model, renamed) == requests.new
@@ -431,7 +441,7 @@ def spread(study: MassStudy, counts: list[int]) -> tuple[list[MassEntry], list[M
             tried = []
             for lam in STRENGTHS["memit"]:
                 tried.append(study.over_blocks(first, end, study.choosing, m, lam))
-            lam = max(tried, key=lambda entry: entry.score or 0).strength
+            lam = best(tried).strength
             edits.append(study.over_blocks(first, end, study.scoring, n, lam))
             sweep += tried
     return sweep, edits
@@ -488,7 +498,7 @@ def mass_table(entries: list[MassEntry]) -> str:
 
 
 def command(args):
-    for run, model in trained(args, check_plan, make_task=make_task, make_batches=TwoNames):
+    for run, model in trained_runs(args):
         began = time.perf_counter()
         stage = mass_stage(run, model, args.counts, args.methods, args.edit_batch)
         run.add_results("mass", stage, began)

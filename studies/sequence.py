@@ -30,8 +30,8 @@ import minedit
 from minedit import Run, share_of
 from models import Model
 from studies import capacity
-from studies.mass_edit import MassStudy, TwoNames, check_plan, make_task
-from studies.training import positive, trained
+from studies.mass_edit import MassStudy, best, trained_runs
+from studies.training import positive
 
 WAYS = ("carried", "forgotten", "anew")
 
@@ -88,8 +88,7 @@ def in_batches(study: MassStudy, way: str, n_batches: int, lam: float) -> list[S
 def sequence_stage(run: Run, model: Model, n: int, n_batches: int, batch: int) -> list[dict]:
     study = MassStudy(run, model, batch, n)
     n_batches = study.scoring.largest(n_batches)
-    tried = capacity.sweep(study, len(study.scoring.requests))
-    lam = max(tried, key=lambda entry: entry.score or 0).lam
+    lam = best(capacity.sweep(study, len(study.scoring.requests))).lam
     entries = []
     for way in WAYS:
         entries += in_batches(study, way, n_batches, lam)
@@ -106,7 +105,7 @@ three, percent; norm: |dW| / |W|"""
 
 
 def command(args):
-    for run, model in trained(args, check_plan, make_task=make_task, make_batches=TwoNames):
+    for run, model in trained_runs(args):
         began = time.perf_counter()
         stage = sequence_stage(run, model, args.facts, args.batches, args.edit_batch)
         run.add_results("sequence", stage, began)
