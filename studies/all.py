@@ -71,9 +71,10 @@ def four_cells(seeds: int) -> list[Job]:
     jobs = []
     for seed in range(seeds):
         folders = tuple(f"main/{arch}-seed{seed}" for arch in CELLS)
-        command = f"-m studies.propagation --arch all --seed {seed}"
-        wants = ("propagation", "locate", "when")
-        jobs.append(Job("main", f"main-seed{seed}", "main", folders, (command,), wants, 14))
+        studies = ("-m studies.propagation", "-m studies.second_moment")
+        commands = tuple(f"{study} --arch all --seed {seed}" for study in studies)
+        wants = ("propagation", "locate", "when", "second_moment")
+        jobs.append(Job("main", f"main-seed{seed}", "main", folders, commands, wants, 20))
     return jobs
 
 
@@ -102,7 +103,8 @@ def plan(umls: Path | None) -> list[Job]:
     jobs = each("edits", every_cell(), 5, ["minedit.py --edit"], "edits", 2)
     jobs += four_cells(5)
     jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 4)
-    jobs += each("circuits", every_cell(), 5, [f"{circuits} --transfer"], "circuits transfer", 7)
+    wants = "circuits transfer transfer_gentle"
+    jobs += each("circuits", every_cell(), 5, [f"{circuits} --transfer"], wants, 10)
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
     exceptions = every_cell() | every_cell("--label-noise 0.02", "-few")
     jobs += each("exceptions", exceptions, 3, ["minedit.py --ablate"], "ablate", 3)

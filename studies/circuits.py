@@ -17,7 +17,8 @@ while the visible swap redirects less than half of the answers (fixed before any
 
 --regime trains that share of the compositions of an OOD fact with an ID one, as first hop, as
 second or both; --transfer adds new facts by fine-tuning (studies/transfer.py). A run takes 5
-minutes on one core, 9 with --transfer. Writes "circuits" (and "transfer") into results.json.
+minutes on one core, 12 with --transfer. Writes "circuits" into results.json, and "transfer" and
+"transfer_gentle".
 
 [1] He et al. 2026, arXiv 2601.09049.   [2] Wang et al. 2024, arXiv 2405.15071.
 """
@@ -39,7 +40,7 @@ from minedit import Run, share_of
 from models import Model, states
 from studies.propagation import span, state_entry
 from studies.training import Moments
-from studies.transfer import transfer_stage
+from studies.transfer import RATES, transfer_stage
 
 REGIMES = {
     "natural": [],
@@ -412,8 +413,10 @@ def command(args):
         began = time.perf_counter()
         run.add_results("circuits", circuits_stage(run, model, moments, args.n_edits), began)
         if args.transfer:
-            began = time.perf_counter()
-            run.add_results("transfer", transfer_stage(run, moments.found, steps), began)
+            for name, share in RATES.items():
+                began = time.perf_counter()
+                found = transfer_stage(run, moments.found, steps, share)
+                run.add_results(name, found, began)
 
 
 def main(argv: list[str] | None = None) -> int:

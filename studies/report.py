@@ -18,6 +18,7 @@ import minedit
 from minedit import cell, mean, table
 from studies.claims import claims_table, read_claims, summary_table
 from studies.runs import Group, lookup, mean_table, named, read_groups, same
+from studies.transfer import RATES
 
 # --- Tables: training and edits -------------------------------------------------------------------
 
@@ -253,6 +254,19 @@ end in the fact (contexts), which are not asked; facts, comps.: others whose ans
     return mean_table(groups, lambda r: lookup(r, "tradeoff") or [], words, shares, legend)
 
 
+def second_moment_table(groups: list[Group]) -> str | None:
+    shares = dict(direct="direct", hop1="hop 1", hop2="hop 2")
+    shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
+    legend = """\
+ROME by what C covers; here: paths at the call edited, questions at all calls; all: both at all
+calls; nothing: C = I. facts, comps.: others whose answer moved"""
+    words = {"covers": "C covers", "target": "target"}
+    lowest = ("hop1", "hop2")
+    return mean_table(
+        groups, lambda r: lookup(r, "second_moment") or [], words, shares, legend, lowest
+    )
+
+
 def many_table(groups: list[Group]) -> str | None:
     words = dict(method="method", target="target", n="n")
     shares = dict(lam="lam", direct="direct", hop1="hop 1", hop2="hop 2", both="both")
@@ -383,9 +397,14 @@ compositions first fact -> second, none trained; OOD: the old set; facts: all, a
     lowest = ("new->old", "old->new")
 
     def entries(run: dict) -> list[dict]:
-        return list((run.get("transfer") or {}).values())
+        found = []
+        for name, share in RATES.items():
+            for entry in (run.get(name) or {}).values():
+                found.append(entry | {"rates": f"{share:g}"})
+        return found
 
-    return mean_table(groups, entries, {"from": "from"}, shares, legend, lowest)
+    words = {"rates": "rates", "from": "from"}
+    return mean_table(groups, entries, words, shares, legend, lowest)
 
 
 def regimes_table(groups: list[Group]) -> str | None:
@@ -407,6 +426,7 @@ at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
 TABLES += [
     tradeoff_table,
+    second_moment_table,
     many_table,
     capacity_table,
     sequence_table,

@@ -41,7 +41,8 @@ from studies import (
     images,
     mass_edit,
 )
-from studies import many, propagation, report, runs, sequence, shrinkage, training, transfer
+from studies import many, propagation, report, runs, second_moment, sequence, shrinkage
+from studies import times, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
@@ -50,7 +51,8 @@ HERE = Path(__file__).parent.parent
 STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablation}
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
 STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "many": many, "all": everything}
-STUDIES |= {"capacity": capacity, "sequence": sequence}
+STUDIES |= {"capacity": capacity, "sequence": sequence, "second_moment": second_moment}
+STUDIES |= {"times": times}
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +237,49 @@ def test_the_mean_key_against_a_slow_reference(world):
     assert torch.equal(there.keys[others], at.keys[others])
     none = kg.Probes(*(column[:0] for column in lent))
     close(shrinkage.mean_keys(model, at, requests, none).keys, at.keys, 1e-12)
+
+
+# --- what C covers --------------------------------------------------------------------------------
+
+
+def test_the_second_moment_study_and_its_table(tmp_path, capsys):
+    assert run_study(second_moment, *TINY, "--out", tmp_path / "s") == 0
+    entries = results_of(tmp_path / "s")["second_moment"]
+    kinds = [(entry["covers"], entry["target"]) for entry in entries]
+    covers = ("here", "paths", "questions", "all", "nothing")
+    assert kinds == list(itertools.product(covers, second_moment.TARGETS))
+    capsys.readouterr()
+    assert run_study(report, tmp_path / "s") == 0
+    assert "questions  prototype" in capsys.readouterr().out
+    assert minedit.main([*TINY, "--edit", "--resume", "--out", str(tmp_path / "s")]) == 0
+    core = results_of(tmp_path / "s")["edits"][0]
+    assert (core["method"], core["target"]) == ("rome", "prototype")
+    names = ("direct", "hop1", "hop2", "unrelated_one_hop_moved", "unrelated_two_hop_moved")
+    assert [entries[0][name] for name in names] == [core[name] for name in names]
+
+
+def test_what_C_covers_against_a_slow_reference(tmp_path):
+    run = toy_run(tmp_path)
+    model, call = run.train(), 1
+    at = editing.site(model, "memory.values", call, run.paths.queries, run.ordinary())
+    found = second_moment.moments(run, model, at)
+
+    def keys(inputs, calls):
+        read = [record(model, at.layer, row[None])[0] for row in inputs]  # [call, 1, token, d_in]
+        return torch.cat([x[list(calls)].flatten(0, 2) for x in read]).double()
+
+    every = range(run.config.depth)
+    questions, paths = run.paths.queries, run.paths.tokens
+    parts = {
+        "here": [keys(questions, every), keys(paths, [call])],
+        "paths": [keys(paths, [call])],
+        "questions": [keys(questions, every)],
+        "all": [keys(questions, every), keys(paths, every)],
+    }
+    for covers, read in parts.items():
+        K = torch.cat(read)
+        close(found[covers], K.T @ K / len(K), 1e-5)
+    assert torch.equal(found["nothing"], torch.eye(len(at.C)).double())
 
 
 # --- many -----------------------------------------------------------------------------------------
@@ -1286,7 +1331,8 @@ def test_the_circuits_study(tmp_path, arch):
         assert all(1 <= rank <= 10 for rank in row)
     assert len(path["swap"]) == 1 and found["circuits"]["fake"] in (True, False, None)
     assert found["circuits"]["worth"]["end"].keys() >= {"step", "id", "hop2", "ablated"}
-    assert found["transfer"]["end"]["n"]["new->old"] > 0
+    for name in transfer.RATES:
+        assert found[name]["end"]["n"]["new->old"] > 0
     assert runs.read_run(tmp_path / "run" / "results.json")["circuits"]
 
 
@@ -1338,12 +1384,46 @@ def test_transfer_starts_from_the_old_weights(tmp_path, monkeypatch):
         return further(child, weights, *rest)
 
     monkeypatch.setattr(transfer, "further", noted)
-    assert list(transfer.transfer_stage(run, found, 2)) == ["scratch", "end", "memorized"]
+    assert list(transfer.transfer_stage(run, found, 2, 1.0)) == ["scratch", "end", "memorized"]
     scratch, end = starts[0]["embedding.weight"], starts[1]["embedding.weight"]
     old = found["end"][1]["embedding.weight"]
     assert torch.equal(end[:10], old[:10]), "the old entities"
     assert torch.equal(end[14:18], old[10:14]), "relation r is token E + r"
     assert torch.equal(end[10:14], scratch[10:14]) and torch.equal(end[18:], scratch[18:])
+
+
+def test_gentle_transfer_has_a_tenth_of_the_rates_and_of_the_decay(tmp_path, monkeypatch):
+    run, recipes = toy_run(tmp_path), []
+    before, share = run.recipe, transfer.RATES["transfer_gentle"]
+    monkeypatch.setattr(transfer, "further", lambda child, *rest: recipes.append(child.recipe))
+    with pytest.raises(TypeError):
+        transfer.transfer_stage(run, {}, 2, share)
+    rates = ("lr", "muon_lr", "weight_decay")
+    for name, value in vars(before).items():
+        scale = 0.1 if name in rates else 1
+        assert getattr(recipes[0], name) == scale * value, name
+    assert run.recipe is before
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_times_of_a_command(tmp_path, monkeypatch, capsys):
+    tiny = " ".join(TINY)
+    monkeypatch.setitem(times.COMMANDS, "edit", f"minedit.py {tiny} --edit --out {{out}}")
+    assert run_study(times, "--only", "edit", "--out", tmp_path) == 0
+    found = json.loads((tmp_path / "times.json").read_text())
+    entry = found["edit"]
+    assert entry["command"] == f"python minedit.py {tiny} --edit"
+    assert entry["command"] in capsys.readouterr().out
+    assert set(entry["stages"]) == {"training", "edits"}
+    assert 0 < sum(entry["stages"].values()) < entry["seconds"] and entry["peak_mib"] > 50
+    monkeypatch.setitem(times.COMMANDS, "quick", "minedit.py --arch none")
+    assert run_study(times, "--only", "quick", "--out", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "minedit.py --arch none failed: " in error and "invalid choice" in error
+    assert json.loads((tmp_path / "times.json").read_text()) == found, "what is known is kept"
 
 
 # --- bench ----------------------------------------------------------------------------------------

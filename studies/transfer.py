@@ -3,6 +3,7 @@
 After He et al. 2026, arXiv 2601.09049: the graph grows by 2/5 more entities and 1/5 more relations,
 as dense as before. All facts, old and new, and the old compositions are trained on, from scratch,
 from the weights that had memorized and from the last ones; compositions with new facts never are.
+With the recipe's rates and weight decay, and with a tenth of them.
 """
 
 import copy
@@ -18,6 +19,7 @@ from minedit import Run
 from studies.training import further
 
 KINDS = ("new->old", "old->new", "new->new")  # first fact -> second
+RATES = {"transfer": 1.0, "transfer_gentle": 0.1}  # {entry of results.json: share of the rates}
 
 
 def grown(run: Run) -> Run:
@@ -53,13 +55,22 @@ def grown(run: Run) -> Run:
     return child
 
 
-def transfer_stage(run: Run, moments: dict, steps: int) -> dict:
-    """{start: accuracies at the end, by kind of composition, and the curve to them}."""
+def with_rates(recipe: minedit.Recipe, share: float) -> minedit.Recipe:
+    """The recipe with a share of its rates and of its weight decay."""
+    scaled = {name: share * getattr(recipe, name) for name in ("lr", "muon_lr", "weight_decay")}
+    return replace(recipe, **scaled)
+
+
+def transfer_stage(run: Run, moments: dict, steps: int, share: float) -> dict:
+    """{start: accuracies at the end, by kind of composition, and the curve to them}, with a share
+    of the recipe's rates."""
     child = grown(run)
+    child.recipe = with_rates(run.recipe, share)
     E, R = run.task.graph.facts.shape
     n = {kind: int(child.paths.masks[kind].sum()) for kind in KINDS}
     n_new = len(child.paths.facts) - len(run.paths.facts)
     print(f"\n{n_new} new facts; compositions with them: {minedit.listed(n)}")
+    print(f"{share:g} of the recipe's rates and weight decay")
     fresh = {name: p.cpu() for name, p in child.fresh().model.state_dict().items()}
     N = child.task.graph.n_entities
     place = torch.tensor([*range(E), *range(N, N + R)])  # of the old tokens among the new

@@ -1,0 +1,101 @@
+"""What should C cover? ROME leaves alone what C, the second moment of a layer's usual keys, covers.
+
+An edited weight acts at every call of its layer, and every kind of input comes by. Edits by ROME at
+the site of --edit, of the same facts, with C over:
+
+    here         what --edit takes: the paths at the call that is edited, and the facts' own
+                 questions at every call
+    paths        the paths at the call that is edited
+    questions    the facts' questions at every call
+    all          paths and questions at every call, those among them at which a composition is to
+                 notice the edit
+    nothing      C = I, the smallest change of the weight
+
+    python -m studies.second_moment --arch all --seeds 5 --out runs/main    # half a minute a run
+
+Writes "second_moment" into results.json. None of them is chosen here: what C covers was decided on
+other seeds (results/RECIPE.md).
+"""
+
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import edit as editing
+import kg
+import minedit
+from minedit import Run
+from models import Model
+from studies.training import trained
+
+TARGETS = ("prototype", "gradient")
+
+
+def moments(run: Run, model: Model, at: editing.Site) -> dict[str, Tensor]:
+    """{what C covers: C [d_in, d_in]}."""
+    questions, paths = run.paths.queries, run.ordinary()
+
+    def empty() -> editing.Moment:
+        return editing.Moment(model, at.layer)
+
+    return {
+        "here": at.C,
+        "paths": empty().add(paths, at.call).mean(),
+        "questions": empty().add(questions).mean(),
+        "all": empty().add(questions).add(paths).mean(),
+        "nothing": torch.eye(len(at.C)).to(at.C),
+    }
+
+
+def second_moment_stage(run: Run, model: Model, n_edits: int) -> list[dict]:
+    """An entry for each C and each target, of edits of the same facts."""
+    paths, generator = run.paths, run.stream()
+    known = minedit.what_is_known(model, paths)
+    fact, new, _ = kg.draw_edits(paths, n_edits, generator)
+    minedit.require(len(fact), "no fact can be edited: every relation has one tail only")
+    probes = minedit.edit_probes(paths, known, fact, new, 100, generator)
+    requests = minedit.requests_for(paths, fact, new)
+    chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream()).site
+    at = minedit.gather(run, model, chosen)
+    entries = []
+    for covers, C in moments(run, model, at).items():
+        there = replace(at, C=C)
+        for target in TARGETS:
+            made = (known.facts, requests, there, chosen.at_pass, "rome", target)
+            record = minedit.score(model, minedit.make_edits(model, paths, *made), probes)
+            entries.append({"covers": covers} | record.entry())
+    return entries
+
+
+COLUMNS = dict(covers="C covers", target="target", direct="edited fact", hop1="hop 1", hop2="hop 2")
+COLUMNS |= dict(unrelated_one_hop_moved="moved: facts", unrelated_two_hop_moved="compositions")
+
+
+def second_moment_table(entries: list[dict]) -> str:
+    rows = [tuple(COLUMNS.values())]
+    for entry in entries:
+        values = (entry[name] for name in COLUMNS)
+        rows.append([x if isinstance(x, str) else minedit.cell(x) for x in values])
+    return minedit.table(rows)
+
+
+def command(args):
+    minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
+    for run, model in trained(args):
+        print(f"\n{run.arch}, seed {run.seed}: ROME, by what C covers:\n")
+        began = time.perf_counter()
+        entries = second_moment_stage(run, model, args.n_edits)
+        print(second_moment_table(entries))
+        run.add_results("second_moment", entries, began)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = minedit.training_parser("python -m studies.second_moment", __doc__.split("\n\n")[0])
+    return minedit.guarded(command, minedit.parse(parser, argv, {"quick": minedit.QUICK}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
