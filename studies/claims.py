@@ -11,9 +11,9 @@ import statistics
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from minedit import cell, table
+from minedit import cell
 from models import ARCHS, Config
-from studies.runs import Group, lookup
+from studies.runs import Group, Table, lookup, table_of
 
 
 @dataclass
@@ -117,7 +117,7 @@ def verdict_row(claim: Claim, arch: str, tested: Tested) -> tuple:
     return (claim.text, claim.theirs, arch, cell(ours), interval, cell(n, "d"), verdict)
 
 
-def summary_table(claims: list[Claim], groups: list[Group]) -> str:
+def summary_table(claims: list[Claim], groups: list[Group]) -> Table | None:
     """All claims on one screen: ours in each cell, and whether it is in the range accepted."""
     rows = [("claim", "theirs", *ARCHS)]
     for claim in claims:
@@ -130,13 +130,11 @@ def summary_table(claims: list[Claim], groups: list[Group]) -> str:
             *_, ours, _, _, verdict = verdict_row(claim, arch, tested[arch])
             row.append(ours + {"agrees": " +", "differs": " -"}.get(verdict, " ?"))
         rows.append(tuple(row))
-    return table(rows) + (
-        "\n+: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, "
-        "or one run"
-    )
+    legend = "+: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, or"
+    return table_of(rows, f"{legend} one run")
 
 
-def claims_table(claims: list[Claim], groups: list[Group]) -> str:
+def claims_table(claims: list[Claim], groups: list[Group]) -> Table | None:
     rows = [("claim", "theirs", "", "ours", "interval", "n", "")]
     for claim in claims:
         tested = tested_by(claim, groups)
@@ -145,8 +143,7 @@ def claims_table(claims: list[Claim], groups: list[Group]) -> str:
             rows.append((claim.text, claim.theirs, *"----", verdict))
         for arch, found in tested.items():
             rows.append(verdict_row(claim, arch, found))
-    return table(rows) + (
-        "\nn: queries of all runs; -: a mean over the runs. interval: 95 % (Wilson) and the runs' "
-        "range.\nagrees: in the range of claims.tsv; ?: the interval crosses its border, or "
-        "is of one run."
-    )
+    legend = """\
+n: queries of all runs; -: a mean over the runs. interval: 95 % (Wilson) and the runs' range.
+agrees: in the range of claims.tsv; ?: the interval crosses its border, or is of one run."""
+    return table_of(rows, legend)

@@ -37,6 +37,7 @@ import curvature
 import edit as editing
 import minedit
 from minedit import UserError, cell, require, share_of, table
+from studies.runs import Table, table_of
 
 PHRASINGS = ("the {r} of {h} is", "we know that the {r} of {h} is", "{r} of {h} :")
 PAD = 0
@@ -312,6 +313,24 @@ def ablate_repeated(editor: Editor, sentences: Tensor, repeated: Tensor) -> tupl
     before = measure(1.0, halves[1])
     with curvature.ablated(model, weights_at(best.keep)):
         return before, measure(best.keep, halves[1])
+
+
+def edits_table(found: dict) -> Table | None:
+    """Of gpt2.json."""
+    rows = [("MEMIT", "lam", "efficacy", "paraphrase", "specificity", "score")]
+    for entry in found["edits"]:
+        shares = (cell(entry[name]) for name in ("efficacy", "paraphrase", "specificity"))
+        rows.append((entry["method"], f"{entry['lam']:g}", *shares, f"{entry['score']:.1f}"))
+    legend = "paraphrase: asked in words in which no key was read; score: harmonic mean, percent"
+    return table_of(rows, f"{found['known']} of {found['facts']} facts known; {legend}")
+
+
+def ablation_table(found: dict) -> Table | None:
+    """Of gpt2.json."""
+    rows = [("K-FAC", "keep", "recited", "facts")]
+    for name, entry in found["ablation"].items():
+        rows.append((name, *(cell(entry[key]) for key in ("keep", "recited", "facts"))))
+    return table_of(rows, "recited: repeated random sentences; facts: known ones still right")
 
 
 # --- Command line ---------------------------------------------------------------------------------

@@ -12,18 +12,21 @@ import itertools
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import minedit
-from minedit import cell, mean, table
+from minedit import cell, mean
+from studies import gpt2
 from studies.claims import claims_table, read_claims, summary_table
-from studies.runs import Group, lookup, mean_table, named, read_groups, same
+from studies.runs import Group, Table, lookup, mean_table, named, read_groups, same, table_of
+from studies.times import times_table
 from studies.transfer import RATES
 
 # --- Tables: training and edits -------------------------------------------------------------------
 
 
-def headline_table(groups: list[Group]) -> str | None:
+def headline_table(groups: list[Group]) -> Table | None:
     rows = [("arch", "seeds", "OOD (lowest)", "hop 1", "hop 2 (lowest)", "facts moved")]
     for group in groups:
         edits = [run["edit"] for run in group.runs]
@@ -35,47 +38,54 @@ def headline_table(groups: list[Group]) -> str | None:
         moved = mean([edit.get("unrelated_one_hop_moved") for edit in edits])
         rows.append((group.name, len(group.runs), ood, hop1, hop2, moved))
     legend = "edits: ROME, prototype, a-priori site. OOD: accuracy on compositions of facts in no"
-    return f"{table(rows)}\n{legend} trained one" if len(rows) > 1 else None
+    return table_of(rows, f"{legend} trained one")
 
 
-def accuracy_table(groups: list[Group]) -> str:
-    rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "first", "second",
-             "grokked at", "s")]  # fmt: skip
+def accuracy_table(groups: list[Group]) -> Table | None:
+    rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "guess", "first",
+             "second", "grokked at", "s")]  # fmt: skip
     for group in groups:
         runs = group.runs
         row = [group.name, len(runs)]
         for name in ("one_hop", "train", "id", "ood"):
             row.append(mean([r["accuracy"][name] for r in runs], lowest=name == "ood"))
         row.append(sum(r["n_paths"]["ood"] for r in runs))
+        row.append(mean([lookup(r, "most_frequent_tail.ood") for r in runs]))
         for name in ("ood_first", "ood_second"):
             row.append(mean([r["accuracy"][name] for r in runs]))
         for name in ("grokked_at", "seconds"):
             row.append(mean([r[name] for r in runs], ".0f"))
         rows.append(tuple(row))
-    return table(rows) + (
-        "\nmeans; paths: OOD, of all; first, second: only this hop OOD; grokked at: 0.99, 0.9"
-        " (-: never)"
-    )
+    legend = """\
+means; paths: OOD, of all runs; guess: OOD, the second relation's most frequent tail alone; first,
+second: only this hop OOD; grokked at: train 0.99 and OOD 0.9 (-: never)"""
+    return table_of(rows, legend)
 
 
-SITE = same("site", "pass", "method", "target")
+SITE = same("rule", "site", "pass", "method", "target")
 HOPS = {"direct": "direct", "hop1": "hop 1", "hop2": "hop 2"}
 
 
-def edits_table(groups: list[Group]) -> str | None:
+def edits_of(run: dict) -> list[dict]:
+    """With a word on whether an entry's site is the one that was fixed beforehand."""
+    return [entry | {"rule": "yes" if entry["a_priori"] else "no"} for entry in run["edits"]]
+
+
+def edits_table(groups: list[Group]) -> Table | None:
     shares = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps."}
     shares |= {"same_row_moved": "row", "distance": "far"}
     legend = """\
 direct: edits whose question has the new answer. hop 1, hop 2: compositions with the edited fact
 first, second, that get what now follows, among edits with direct success. facts, comps., row: other
 facts, compositions of them, facts of the same largest key entry, whose answer moved. near: gradient
-pulled to stored values. far: of the value written from the nearest one, in their mean length"""
-    return mean_table(groups, lambda run: run["edits"], SITE, shares, legend, ("hop1", "hop2"))
+pulled to stored values. far: of the value written from the nearest one, in their mean length.
+rule: whether this is the site that was fixed before any edit was scored"""
+    return mean_table(groups, edits_of, SITE, shares, legend, ("hop1", "hop2"))
 
 
-def neighbours_table(groups: list[Group]) -> str | None:
+def neighbours_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
-        return [e for e in run["edits"] if "same_subject_moved" in e]
+        return [e for e in edits_of(run) if "same_subject_moved" in e]
 
     shares = {"same_subject_moved": "head", "same_relation_moved": "relation"}
     shares |= {"facts_per_row": "on row", "overlap_hop2": "cosine"}
@@ -84,7 +94,7 @@ head, relation: share that moved of the facts with it; on row: facts; cosine: of
     return mean_table(groups, entries, SITE, shares, legend)
 
 
-def when_table(groups: list[Group]) -> str | None:
+def when_table(groups: list[Group]) -> Table | None:
     legend = """\
 pass: whose key and prototype make the edit (ROME), the a-priori one first. acts: always, or at some
 calls of the layer (call t: pass t). Hops: among edits with direct success when they always act."""
@@ -92,7 +102,7 @@ calls of the layer (call t: pass t). Hops: among edits with direct success when 
     return mean_table(groups, lambda r: lookup(r, "when.written") or [], words, HOPS, legend)
 
 
-def held_table(groups: list[Group]) -> str | None:
+def held_table(groups: list[Group]) -> Table | None:
     shares = {}
     for name, head in HOPS.items():
         shares |= {name: head, f"{name}_random": "random"}
@@ -103,7 +113,7 @@ stream after a pass (at r1; hop 2: r2) is held as unedited in the answers' plane
     return mean_table(groups, lambda r: lookup(r, "when.held") or [], words, shares, legend)
 
 
-def seeds_table(groups: list[Group]) -> str | None:
+def seeds_table(groups: list[Group]) -> Table | None:
     """Hop 1 and hop 2 seed by seed, on what all cells answer right, of a cell's largest group."""
     by_arch = {}
     for group in groups:
@@ -120,13 +130,11 @@ def seeds_table(groups: list[Group]) -> str | None:
         for other in by_arch:
             row.append("" if other == arch else cell(mann_whitney(hop2[arch], hop2[other])))
         rows.append(tuple(row))
-    return table(rows) + (
-        "\nROME, prototype, a-priori site, on what all four cells know. p: exact two-sided "
-        "Mann-Whitney, hop 2"
-    )
+    legend = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided "
+    return table_of(rows, f"{legend}Mann-Whitney, hop 2")
 
 
-def paired_table(groups: list[Group]) -> str | None:
+def paired_table(groups: list[Group]) -> Table | None:
     """Hop 2 on what all cells know: differences between two cells of one seed, which share graph,
     split and requests, so that seeds are pairs."""
     by_arch = {}
@@ -146,7 +154,7 @@ def paired_table(groups: list[Group]) -> str | None:
             row += [cell(min(differences)), cell(max(differences))]
             rows.append((*row, sum(d > 0 for d in differences)))
     legend = "hop 2 seed by seed: the cells of a seed share graph, split and requests"
-    return f"{table(rows)}\n{legend}" if len(rows) > 1 else None
+    return table_of(rows, legend)
 
 
 def mann_whitney(x: list[float], y: list[float]) -> float:
@@ -173,7 +181,7 @@ def mann_whitney(x: list[float], y: list[float]) -> float:
 # --- Tables: mass edits ---------------------------------------------------------------------------
 
 
-def scores_table(groups: list[Group]) -> str | None:
+def scores_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
         kinds = {}  # {method, target: {n: score}}
         for e in lookup(run, "mass.edits") or []:
@@ -188,7 +196,7 @@ def scores_table(groups: list[Group]) -> str | None:
     return mean_table(groups, entries, {"at": "at"}, shares, legend)
 
 
-def mass_table(groups: list[Group]) -> str | None:
+def mass_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
         found = []
         for part in ("sweep", "edits", "layers"):
@@ -208,7 +216,7 @@ cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C
     return mean_table(groups, entries, words, shares, legend)
 
 
-def capacity_table(groups: list[Group]) -> str | None:
+def capacity_table(groups: list[Group]) -> Table | None:
     shares = dict(lam="lam", efficacy="eff", paraphrase="para", specificity="spec", score="score")
     shares |= dict(residual_left="left", residual_predicted="pred", relative_norm="norm")
     shares |= dict(gather_seconds="C s", target_seconds="target s", solve_seconds="solve s")
@@ -224,7 +232,7 @@ predicted; norm: |dW| / |W|; seconds for keys and C, targets, the solution"""
     return mean_table(groups, entries, words, shares, legend, ("score", "paraphrase"))
 
 
-def sequence_table(groups: list[Group]) -> str | None:
+def sequence_table(groups: list[Group]) -> Table | None:
     shares = dict(lam="lam", first="first", efficacy="eff", paraphrase="para", specificity="spec")
     shares |= dict(score="score", relative_norm="norm")
     legend = """\
@@ -244,7 +252,7 @@ batch that have their new answer still; eff, para, spec, score: of all so far, a
 # --- Tables: shrinkage of C, edits made together --------------------------------------------------
 
 
-def tradeoff_table(groups: list[Group]) -> str | None:
+def tradeoff_table(groups: list[Group]) -> Table | None:
     shares = dict(direct="direct", hop1="hop 1", hop2="hop 2")
     shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
     legend = """\
@@ -254,7 +262,7 @@ end in the fact (contexts), which are not asked; facts, comps.: others whose ans
     return mean_table(groups, lambda r: lookup(r, "tradeoff") or [], words, shares, legend)
 
 
-def second_moment_table(groups: list[Group]) -> str | None:
+def second_moment_table(groups: list[Group]) -> Table | None:
     shares = dict(direct="direct", hop1="hop 1", hop2="hop 2")
     shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
     legend = """\
@@ -267,7 +275,7 @@ calls; nothing: C = I. facts, comps.: others whose answer moved"""
     )
 
 
-def many_table(groups: list[Group]) -> str | None:
+def many_table(groups: list[Group]) -> Table | None:
     words = dict(method="method", target="target", n="n")
     shares = dict(lam="lam", direct="direct", hop1="hop 1", hop2="hop 2", both="both")
     shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
@@ -284,7 +292,7 @@ REMAINING = {"removed": "removed", "recited": "recited", "true": "true", "one_ho
 REMAINING |= {"train": "train", "id": "ID", "ood": "OOD", "open_book": "book"}
 
 
-def ablation_table(groups: list[Group]) -> str | None:
+def ablation_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
         return (lookup(run, "ablate.entries") or []) + (lookup(run, "ablate.sweep") or [])
 
@@ -295,7 +303,7 @@ paths); as many components (parts), as large a change (norm) as kfac or ekfac; o
     return mean_table(groups, entries, same("method", "matched"), REMAINING, legend, ("true",))
 
 
-def exceptions_table(groups: list[Group]) -> str | None:
+def exceptions_table(groups: list[Group]) -> Table | None:
     """Of `minedit.py --ablate`."""
     words = {"method": "method", "keep": "keep"}
     shares = {name: head for name, head in REMAINING.items() if name != "open_book"}
@@ -309,7 +317,7 @@ trained, and right; train: other trained paths"""
     return mean_table(groups, entries, words, shares, legend, ("true", "id"))
 
 
-def retention_table(groups: list[Group]) -> str | None:
+def retention_table(groups: list[Group]) -> Table | None:
     legend = """\
 rare, frequent: fifth of the facts drawn least, most often. paper: percent kept in a 7B model"""
     shares = same("before", "after", "kept")
@@ -317,7 +325,7 @@ rare, frequent: fifth of the facts drawn least, most often. paper: percent kept 
     return mean_table(groups, lambda r: named(lookup(r, "ablate.tasks")), words, shares, legend)
 
 
-def relearning_table(groups: list[Group]) -> str | None:
+def relearning_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
         found = []
         for start in ("ablated", "fresh"):
@@ -329,7 +337,7 @@ def relearning_table(groups: list[Group]) -> str | None:
     return mean_table(groups, entries, same("of", "step"), REMAINING, legend, ("true",))
 
 
-def vision_table(groups: list[Group]) -> str | None:
+def vision_table(groups: list[Group]) -> Table | None:
     shares = same("memorized", "true", "validation")
     words = same("method", "matched")
     legend = """\
@@ -344,7 +352,7 @@ a vision transformer. memorized, true: images with a wrong label, answered so, a
 # --- Tables: circuits -----------------------------------------------------------------------------
 
 
-def paths_table(groups: list[Group]) -> str | None:
+def paths_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
         found = []
         for queries in ("id", "ood"):
@@ -360,7 +368,7 @@ at r1 of a query with the same r2, or its part in (out of) the plane of both bri
     return mean_table(groups, entries, same("of", "at"), shares, legend, ("visible",))
 
 
-def same_table(groups: list[Group]) -> str | None:
+def same_table(groups: list[Group]) -> Table | None:
     legend = """\
 r: correlation of tracing maps, memorized against end, mean of the runs; ends: of the runs' 95 %
 bootstrap intervals over prompts (each run's own), the lowest and the highest; n: prompts a run"""
@@ -374,10 +382,10 @@ bootstrap intervals over prompts (each run's own), the lowest and the highest; n
                 row.append(mean([e["r"] for e in found]))
                 row += [cell(min(e["low"] for e in found)), cell(max(e["high"] for e in found))]
                 rows.append(tuple(row))
-    return f"{table(rows)}\n{legend}" if len(rows) > 1 else None
+    return table_of(rows, legend)
 
 
-def worth_table(groups: list[Group]) -> str | None:
+def worth_table(groups: list[Group]) -> Table | None:
     shares = {"step": "step", "id": "ID", "ood": "OOD"} | HOPS | {"ablated": "ablated"}
     legend = """\
 direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC with keep 0.99"""
@@ -389,7 +397,7 @@ direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC 
     return mean_table(groups, entries, {"at": "at"}, shares, legend, lowest)
 
 
-def transfer_table(groups: list[Group]) -> str | None:
+def transfer_table(groups: list[Group]) -> Table | None:
     shares = same("new->old", "old->new", "new->new")
     shares |= {"ood": "OOD", "one_hop": "facts", "step_facts": "at"}
     legend = """\
@@ -407,7 +415,7 @@ compositions first fact -> second, none trained; OOD: the old set; facts: all, a
     return mean_table(groups, entries, words, shares, legend, lowest)
 
 
-def regimes_table(groups: list[Group]) -> str | None:
+def regimes_table(groups: list[Group]) -> Table | None:
     words = {"config.data.regime": "regime", "config.data.augment": "augment"}
     words |= {"config.data.train_fraction": "train_fraction"}
     shares = {"step_train": "train at", "step_id": "ID at", "step_ood": "OOD at"}
@@ -439,12 +447,34 @@ TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, r
 TABLES += [seeds_table, paired_table]
 
 
-def report(groups: list[Group]):
+def of_file(name: str, make: Callable[[dict], Table | None]) -> Callable[[Path], Table | None]:
+    """The table of what stands in a file of a folder; None where there is no such file."""
+
+    def found(folder: Path) -> Table | None:
+        file = folder / name
+        return make(minedit.read_json(file, "remove it")) if file.exists() else None
+
+    return found
+
+
+FILES = {  # tables of what is no run
+    "times": of_file("times.json", times_table),
+    "gpt2_edits": of_file("gpt2.json", gpt2.edits_table),
+    "gpt2_ablation": of_file("gpt2.json", gpt2.ablation_table),
+}
+
+
+def report(groups: list[Group], folders: list[Path]):
     """Every table that the runs have figures for, and what was not run."""
     for make in TABLES:
-        text = make(groups)
-        if text is not None:
-            print(f"\n{text}")
+        made = make(groups)
+        if made is not None:
+            print(f"\n{made}")
+    for find in FILES.values():
+        for folder in folders:
+            made = find(folder)
+            if made is not None:
+                print(f"\n{made}")
     runs = all_runs(groups)
     absent = []
     for key in ("edits", "locate", "when", "mass", "ablate", "circuits", "transfer"):
@@ -471,7 +501,7 @@ def command(args):
         known = read_claims(file)
         print(f"{summary_table(known, groups)}\n\n{claims_table(known, groups)}")
     else:
-        report(groups)
+        report(groups, args.folders)
     if args.plot:
         from studies import figures
 

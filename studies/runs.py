@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import minedit
 from minedit import UserError, mean, require, table
@@ -120,6 +121,21 @@ def read_groups(folders: list[Path]) -> list[Group]:
 # --- Rows of means --------------------------------------------------------------------------------
 
 
+class Table(NamedTuple):
+    """Rows of cells, the first one the heads of the columns, and what they mean."""
+
+    rows: list[tuple]
+    legend: str
+
+    def __str__(self) -> str:
+        return f"{table(self.rows)}\n{self.legend}"
+
+
+def table_of(rows: list[tuple], legend: str) -> Table | None:
+    """None where there is nothing but heads."""
+    return Table(rows, legend) if len(rows) > 1 else None
+
+
 def short(value) -> str:
     text = "" if value is None else str(value)
     return text.replace("feed_forward.down", "ff").replace("feed_forward", "ff")
@@ -137,7 +153,7 @@ def mean_table(
     shares: dict[str, str],
     legend: str,
     lowest: tuple[str, ...] = (),
-) -> str | None:
+) -> Table | None:
     """A row for each group and each kind of entry, by its `words` {place: head}; the means over the
     group's runs of `shares` {place: head}, of those in `lowest` the lowest run too. entries(run)
     lists what a run has. None where no run has any."""
@@ -162,7 +178,7 @@ def mean_table(
                 values = [lookup(entry, place) for entry in same]
                 row.append(mean(values, None, place in lowest))
             rows.append(tuple(row))
-    return f"{table(rows)}\n{legend}" if len(rows) > 1 else None
+    return table_of(rows, legend)
 
 
 def same(*names: str) -> dict[str, str]:

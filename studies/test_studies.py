@@ -42,7 +42,7 @@ from studies import (
     mass_edit,
 )
 from studies import many, propagation, report, runs, second_moment, sequence, shrinkage
-from studies import times, training, transfer
+from studies import pages, times, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
@@ -52,7 +52,7 @@ STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablat
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
 STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "many": many, "all": everything}
 STUDIES |= {"capacity": capacity, "sequence": sequence, "second_moment": second_moment}
-STUDIES |= {"times": times}
+STUDIES |= {"times": times, "pages": pages}
 
 
 @pytest.fixture(scope="module")
@@ -1610,42 +1610,75 @@ def test_every_table_of_the_results_prints(folder, capsys):
     assert out.count("\n---") >= 2 and "nan" not in out
 
 
-def documented_blocks():
-    """(file, what is reported, line) of every line in a block ```text results... of a document."""
-    found = []
-    for file in ("README.md", "results/FINDINGS.md"):
-        for block in (HERE / file).read_text().split("```text ")[1:]:
-            reported, *lines = block.split("```")[0].splitlines()
-            found += [(file, reported.strip(), line) for line in lines if line.strip()]
-    return found
+def test_the_pages_say_what_the_runs_say(capsys):
+    """Every table of README.md and FINDINGS.md is the report's, and so is every number of the prose
+    that is a figure."""
+    assert run_study(pages, "--check") == 0, capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def printed():
-    """{what is reported: the lines that are printed of it}"""
-    found = {}
-    for reported in {reported for _, reported, _ in documented_blocks()}:
-        folder, *options = reported.split()
-        groups = runs.read_groups([HERE / folder])
-        tables = [make(groups) for make in report.TABLES]
-        if options == ["--claims"]:
-            known = claims.read_claims(HERE / "results" / "claims.tsv")
-            tables = [claims.summary_table(known, groups)]
-        found[reported] = {line for text in tables if text for line in text.splitlines()}
-    return found
+PAGE = """\
+# A page
+Text of `0.123`, a [link 0.5](x.md), 3 cells, 0.95 and 97.6 %.
+> They have 0.111.
+```text results/edits headline arch=lmc|loop columns=arch|hop_2 bare
+old
+```
+## Below
+And 0.98, of elsewhere.
+```
+# no heading
+```
+<!-- results/edits headline arch=dense -->
+"""
 
 
-def test_every_table_in_the_documents_is_the_reports(printed):
-    blocks = documented_blocks()
-    assert blocks
-    for file, reported, line in blocks:
-        assert line in printed[reported], f"{file}: {line}"
+def tables_of(rows):
+    """pages.Tables that knows one table."""
+    made = pages.Tables(HERE)
+    made.whole = lambda *_: runs.Table(rows, "legend")
+    return made
+
+
+def test_a_page_is_written_anew_and_its_numbers_are_looked_up():
+    heads = ("arch", "seeds", "hop 2 (lowest)")
+    tables = tables_of([heads, ("dense", 5, "0.9812"), ("loop", 5, "1.000 (0.976)")])
+    anew = pages.written_anew(PAGE, tables)
+    (block,) = [found[2].splitlines() for found in pages.BLOCK.finditer(anew)]
+    assert [line.split() for line in block if "--" not in line] == [
+        ["arch", "hop", "2", "(lowest)"],
+        ["loop", "1.000", "(0.976)"],
+    ]
+    assert pages.written_anew(anew, tables) == anew
+    assert list(pages.sections(anew)) == ["# A page", "## Below"]
+    assert pages.unknown_of(anew, tables) == {"# A page": ["0.95"]}, "97.6 % is 0.976"
+    assert pages.unknown_of(anew.replace("0.98,", "0.99,"), tables)["## Below"] == ["0.99"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("results/edits", "names no table"),
+        ("results/edits nothing", "no nothing_table"),
+        ("results/edits headline arch=none", "no row"),
+        ("results/edits headline cell=lmc", "no column cell; there are arch, seeds"),
+        ("results/edits headline lmc", "neither bare nor"),
+        ("results/edits many", "nothing for this table"),
+    ],
+)
+def test_a_block_that_asks_for_no_table_is_refused(text, words):
+    with pytest.raises(minedit.UserError, match=words):
+        pages.Tables(HERE).made(text)
+
+
+@pytest.mark.parametrize("number, known", [("0.98", [0.984]), ("3 %", [0.034]), ("1.5", [1.53])])
+def test_a_number_may_be_rounded_but_not_more(number, known):
+    assert pages.is_known(number, known) and not pages.is_known(number, [1.1 * known[0] + 0.01])
 
 
 def test_a_mean_says_of_how_many_runs_it_is():
     made = [runs.Group("lmc", "lmc", [{"x": [{"a": 1.0}]}, {"x": [{"a": None}]}, {"x": []}])]
-    text = runs.mean_table(made, lambda run: run["x"], {}, {"a": "a"}, "legend")
-    assert text.splitlines()[2].split() == ["lmc", "1.000", "(1", "of", "2)"]
+    found = runs.mean_table(made, lambda run: run["x"], {}, {"a": "a"}, "legend")
+    assert found.rows[1:] == [("lmc", "1.000 (1 of 2)")]
     assert runs.mean_table(made, lambda run: [], {}, {"a": "a"}, "legend") is None
 
 

@@ -24,6 +24,7 @@ import torch
 
 import minedit
 from studies.all import HERE
+from studies.runs import Table, table_of
 
 COMMANDS = {  # of python
     "quick": "minedit.py --quick --out {out}",
@@ -95,12 +96,15 @@ def mebibytes(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
-def times_table(found: dict[str, dict]) -> str:
+def times_table(found: dict[str, dict]) -> Table | None:
     rows = [("command", "seconds", "MiB", "of it")]
     for entry in found.values():
         stages = ", ".join(f"{name} {s:.0f} s" for name, s in entry["stages"].items())
         rows.append((entry["command"], f"{entry['seconds']:.0f}", entry["peak_mib"], stages))
-    return minedit.table(rows)
+    entry = next(iter(found.values()))
+    return table_of(
+        rows, f"{entry['threads']} threads, {entry['processor']}, torch {entry['torch']}"
+    )
 
 
 def command(args):
