@@ -176,11 +176,24 @@ def rounded(value):
     return value
 
 
+UNUSED = ("lens", "trace", "swap", "curve", "bands")  # entries that no table or figure is made of
+
+
+def used(value):
+    """Of what JSON can hold: without the entries of these names."""
+    if isinstance(value, list):
+        return [used(x) for x in value]
+    if isinstance(value, dict):
+        return {key: used(x) for key, x in value.items() if key not in UNUSED}
+    return value
+
+
 def collect(folder: Path, to: Path):
     """Copy what the report reads of a run."""
     to.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "results.json"):
-        minedit.write_atomically(to / name, rounded(json.loads((folder / name).read_text())))
+        content = json.loads((folder / name).read_text())
+        minedit.write_atomically(to / name, rounded(used(content)))
     lines = (folder / "log.jsonl").read_text().splitlines()
     log = "".join(json.dumps(rounded(json.loads(line))) + "\n" for line in lines)
     minedit.write_atomically(to / "log.jsonl", log.encode())

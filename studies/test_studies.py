@@ -946,6 +946,11 @@ def test_images_are_noisy_shapes_in_order():
     assert area[kind == 0].mean() > area[kind == 1].mean(), "a disc is more than a ring"
 
 
+def tables_in(folder):
+    """Every table of the report of a folder."""
+    return [str(make(runs.read_groups([folder]))) for make in report.TABLES]
+
+
 ABLATION = [*TINY, "--label-noise", "0.2", "--arithmetic", "1", "--open-book", "4"]
 ABLATION += ["--memorize", "5", "--images", "0"]
 
@@ -967,6 +972,8 @@ def test_the_ablation_study(tmp_path, arch, n_images):
     for name, weight in checkpoint(folder)["average"].items():
         assert torch.equal(weight, weights[name])
     assert results_of(folder)["ablation"]["chosen"] == found["chosen"]
+    everything.collect(folder, tmp_path / "kept")
+    assert tables_in(folder) == tables_in(tmp_path / "kept")
 
 
 def ablation_args(folder):
@@ -1334,6 +1341,13 @@ def test_the_circuits_study(tmp_path, arch):
     for name in transfer.RATES:
         assert found[name]["end"]["n"]["new->old"] > 0
     assert runs.read_run(tmp_path / "run" / "results.json")["circuits"]
+    everything.collect(tmp_path / "run", tmp_path / "kept")
+    assert all(name in json.dumps(found) for name in everything.UNUSED if name != "bands")
+    assert not any(
+        f'"{name}":' in json.dumps(results_of(tmp_path / "kept")) for name in everything.UNUSED
+    )
+    said = [tables_in(tmp_path / name) for name in ("run", "kept")]
+    assert said[0] == said[1]
 
 
 def test_circuits_where_there_is_nothing_to_ask(tmp_path):
