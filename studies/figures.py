@@ -1,14 +1,16 @@
-"""Figures of many runs as SVG files, for `python -m studies.report DIR --plot`. Needs matplotlib.
+"""Figures of many runs as SVG files: those of the pages, or all of a folder. Needs matplotlib.
 
-A figure is a function: it gathers the values of all runs, a value a run, into panels of lines, and
-says how these are drawn: the mean over runs with their range.
+    python -m studies.pages --plot                                       # results/figures
+    python -m studies.report results/main --plot --out runs/figures      # what a folder has
+
+A figure is a function: it gathers the values of all runs, a value a run, into panels, and says how
+these are drawn: as lines with their names at the ends, as bars with their names in them, or as tiles
+with the numbers in them. Means over runs; their range is a band or a stroke.
 """
 
 import statistics
 from collections import defaultdict
 from pathlib import Path
-
-import torch
 
 from minedit import UserError
 from studies.runs import Group, lookup
@@ -37,54 +39,144 @@ class Panels:
             names |= dict.fromkeys(panel)
         return list(names)
 
+    def n_runs(self, panel: str) -> int:
+        lines = self.values[panel].values()
+        return max(len(found) for values in lines for found in values.values())
 
-def draw_lines(
-    panels: Panels, xlabel: str, joined: bool, columns: int = 4, ylabel: str = "share of answers"
-):
-    """A matplotlib Figure: means as marks, their range as a band (joined) or a bar. Numbers on the
-    x axis ascend."""
+
+# --- Three kinds of figure ------------------------------------------------------------------------
+
+
+def new_figure(panels: Panels, columns: int, width: float, height: float):
+    """A matplotlib Figure, and for each panel its axes, with a title."""
     from matplotlib.figure import Figure
 
     columns = min(len(panels.values), columns)
     n_rows = -(-len(panels.values) // columns)
-    figure = Figure((2.7 * columns + 0.6, 2.8 * n_rows + 0.5), layout="constrained")
+    figure = Figure((width * columns + 0.6, height * n_rows + 0.2), layout="constrained")
+    axes = {}
+    for place, panel in enumerate(panels.values):
+        axes[panel] = figure.add_subplot(n_rows, columns, place + 1)
+        axes[panel].set_title(f"{panel} (n = {panels.n_runs(panel)})")
+    return figure, axes
+
+
+def ticks_of(lines: dict[str, dict[str, list[float]]]) -> list[str]:
+    """What is on the x axis of a panel: numbers ascend, words are in the order of their adding."""
+    ticks = {}
+    for values in lines.values():
+        ticks |= dict.fromkeys(values)
+    return sorted(ticks, key=int) if all(map(str.isdigit, ticks)) else list(ticks)
+
+
+def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", columns: int = 4):
+    """Means as marks on a line, their range as a band; the lines' names at their right ends."""
+    figure, axes = new_figure(panels, columns, 2.9, 2.8)
     names = panels.lines()
-    drawn = {}
-    for place, (title, lines) in enumerate(panels.values.items()):
-        ax = figure.add_subplot(n_rows, columns, place + 1)
-        ticks = {}
-        for values in lines.values():
-            ticks |= dict.fromkeys(values)
-        ticks = sorted(ticks, key=int) if all(map(str.isdigit, ticks)) else list(ticks)
-        n_runs = 1
+    for place, (panel, lines) in enumerate(panels.values.items()):
+        ax, ticks = axes[panel], ticks_of(lines)
+        ends = {}
         for name, values in lines.items():
-            values = {tick: values[tick] for tick in ticks if tick in values}
-            i = names.index(name)
-            shift = 0 if joined else 0.6 * ((i + 0.5) / len(names) - 0.5)
-            x = [ticks.index(tick) + shift for tick in values]
-            middle = [statistics.fmean(found) for found in values.values()]
-            low = [min(found) for found in values.values()]
-            high = [max(found) for found in values.values()]
-            n_runs = max(n_runs, *(len(found) for found in values.values()))
-            style = {"color": COLOURS[i % 8], "marker": MARKS[i % 8], "ms": 4, "lw": 1}
-            (drawn[name],) = ax.plot(x, middle, ls=DASHES[i % 8] if joined else "", **style)
-            if joined:
-                ax.fill_between(x, low, high, color=COLOURS[i % 8], alpha=0.2)
-            else:
-                ax.vlines(x, low, high, color=COLOURS[i % 8])
+            i = names.index(name) % 8
+            found = [values[tick] for tick in ticks if tick in values]
+            x = [ticks.index(tick) for tick in ticks if tick in values]
+            middle = [statistics.fmean(several) for several in found]
+            style = {"color": COLOURS[i], "marker": MARKS[i], "ms": 4, "lw": 1.2}
+            ax.plot(x, middle, ls=DASHES[i], **style)
+            low, high = [min(several) for several in found], [max(several) for several in found]
+            ax.fill_between(x, low, high, color=COLOURS[i], alpha=0.15, lw=0)
+            ends[name] = middle[-1]
         label_ticks(ax, ticks)
-        ax.set(title=f"{title} (n = {n_runs})", xlabel=xlabel, ylim=(-0.04, 1.04))
+        ax.set(xlabel=xlabel, ylim=(-0.04, 1.04))
         if place % columns == 0:
             ax.set_ylabel(ylabel)
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4)
+        if place % columns == columns - 1 or place == len(panels.values) - 1:
+            label_ends(ax, ends, names)
     return figure
 
 
 def label_ticks(ax, ticks: list[str]):
-    """Every tick where they are few, every few where they are many; upright if short."""
+    """Every tick where they are few, every few where they are many; upright if long."""
     every = -(-len(ticks) // 10) if all(tick.isdigit() for tick in ticks) else 1
     is_long = len("".join(ticks[::every])) > 24
     ax.set_xticks(range(0, len(ticks), every), ticks[::every], rotation=90 if is_long else 0)
+
+
+def label_ends(ax, ends: dict[str, float], names: list[str], gap: float = 0.075):
+    """The names of lines beside their last values, from below, moved apart by `gap` at least."""
+    order = sorted(ends, key=lambda name: (ends[name], -names.index(name)))
+    heights = []
+    for name in order:
+        lowest = heights[-1] + gap if heights else -1.0
+        heights.append(max(ends[name], lowest))
+    too_high = max(0.0, heights[-1] - 1.02)
+    for name, height in zip(order, heights):
+        place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
+        colour = COLOURS[names.index(name) % 8]
+        ax.annotate(name, (1.02, height - too_high), color=colour, annotation_clip=False, **place)
+
+
+def draw_bars(panels: Panels, columns: int = 4):
+    """A group of bars for each line, with their names in them, their means above and their range."""
+    figure, axes = new_figure(panels, columns, 0.4 + 1.15 * len(panels.lines()), 2.9)
+    for panel, lines in panels.values.items():
+        ax, bars = axes[panel], ticks_of(lines)
+        for place, values in enumerate(lines.values()):
+            for i, bar in enumerate(bars):
+                if bar in values:
+                    at = place + 0.8 * ((i + 0.5) / len(bars) - 0.5)
+                    draw_bar(ax, at, 0.8 / len(bars), bar, values[bar], COLOURS[1:][i])
+        ax.set_xticks(range(len(lines)), lines)
+        ax.set(ylim=(0, 1.1), ylabel="share of answers")
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_bar(ax, at: float, width: float, name: str, found: list[float], colour: str):
+    """One bar of the mean; its name stands in it where it is high enough."""
+    mean = statistics.fmean(found)
+    ax.bar(at, mean, width, color=colour)
+    ax.vlines(at, min(found), max(found), color="black", lw=1)
+    ax.annotate(f"{mean:.2f}", (at, max(found) + 0.02), ha="center", fontsize=7)
+    inside = mean > 0.5
+    place = (at, 0.03 if inside else max(found) + 0.1)
+    label = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 8}
+    ax.annotate(name, place, color="white" if inside else colour, **label)
+
+
+def draw_tiles(panels: Panels, xlabel: str = "", columns: int = 4, numbers: bool = True):
+    """A row of tiles for each line, from white (0) to black (1), with the means in them. The names
+    of the rows stand where they are not those of the panel to the left."""
+    n_ticks = max(len(ticks_of(lines)) for lines in panels.values.values())
+    width = (0.37 if numbers else 0.2) * n_ticks + 0.05 * max(map(len, panels.lines()))
+    height = 0.28 * max(map(len, panels.values.values())) + 1.0
+    figure, axes = new_figure(panels, columns, width, height)
+    named = []
+    for place, (panel, lines) in enumerate(panels.values.items()):
+        ax, ticks, rows = axes[panel], ticks_of(lines), list(lines)
+        for row, values in enumerate(lines.values()):
+            for column, tick in enumerate(ticks):
+                if tick in values:
+                    draw_tile(ax, column, row, statistics.fmean(values[tick]), numbers)
+        ax.set(xlim=(-0.5, len(ticks) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel)
+        is_named = rows != named or place % columns == 0
+        ax.set_yticks(range(len(rows)), rows if is_named else [""] * len(rows))
+        ax.set_xticks(range(len(ticks)), ticks, rotation=90)
+        named = rows
+    return figure
+
+
+def draw_tile(ax, column: int, row: int, mean: float, number: bool):
+    from matplotlib.patches import Rectangle
+
+    if mean < 0.005 and not number:
+        return  # white on white
+    grey = str(1 - 0.9 * min(max(mean, 0), 1))
+    corner = (column - 0.5, row - 0.5)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor=grey, edgecolor="white", lw=0.5))
+    if number:
+        place = {"ha": "center", "va": "center", "fontsize": 7}
+        ax.annotate(f"{mean:.2f}", (column, row), color="white" if mean > 0.5 else "black", **place)
 
 
 # --- The figures ----------------------------------------------------------------------------------
@@ -99,21 +191,17 @@ def grokking(groups: list[Group]):
             for record in run["history"]:
                 for key, label in labels.items():
                     panels.add(group.name, label, record["step"], record[key])
-    return draw_lines(panels, "training step", joined=True) if panels.values else None
+    return draw_lines(panels, "training step") if panels.values else None
 
 
-def propagation(groups: list[Group]):
+def edits(groups: list[Group]):
     """What follows an edit, by cell: ROME, prototype, a-priori site."""
     panels = Panels()
     for group in groups:
         for run in group.runs:
             for key, label in HOPS.items():
-                panels.add("right answers after one edit", label, group.name, run["edit"].get(key))
-    if not panels.values:
-        return None
-    figure = draw_lines(panels, "", joined=False)
-    figure.set_size_inches(5.2, 3.2)
-    return figure
+                panels.add("right after one edit", group.name, label, run["edit"].get(key))
+    return draw_bars(panels) if panels.values else None
 
 
 def when(groups: list[Group]):
@@ -124,98 +212,143 @@ def when(groups: list[Group]):
             written = lookup(run, "when.written") or []
             for entry in sorted(written, key=lambda e: e["pass"]):
                 for key, label in HOPS.items():
-                    x = f"{entry['pass']}, {entry['acts']}"
-                    panels.add(group.name, label, x, entry[key])
-    xlabel = "made for pass, acting"
-    return draw_lines(panels, xlabel, joined=False) if panels.values else None
+                    row = f"for pass {entry['pass']}, {entry['acts']}"
+                    panels.add(group.name, row, label, entry[key])
+    return draw_tiles(panels) if panels.values else None
 
 
-def mass(groups: list[Group]):
-    """Efficacy, paraphrase and specificity against the number of edits."""
+def locate(groups: list[Group]):
+    """Causal tracing: the share of prompts whose answer is back, from white to black; a row for
+    each state that is restored, a column for each token replaced and restored."""
     panels = Panels()
     for group in groups:
-        for key in ("efficacy", "paraphrase", "specificity"):
-            for run in group.runs:
-                for entry in lookup(run, "mass.edits") or []:
-                    line = f"{entry['method']}, {entry['target']}"
-                    panels.add(f"{group.name}, {key}", line, entry["n"], entry.get(key))
-    xlabel = "facts edited at once"
-    return draw_lines(panels, xlabel, joined=True, columns=3) if panels.values else None
+        for run in group.runs:
+            found = lookup(run, "locate") or {"states": [], "effects": []}
+            for effect in found["effects"]:
+                for state, shares in zip(found["states"], effect["top1"] or []):
+                    row = f"{state['pass']} {state['part']}"
+                    for word, share in zip(("h", "r1", "r2"), shares):
+                        column = f"{effect['query'][:4]}: {effect['corrupted']}, {word}"
+                        panels.add(group.name, row, column, share)
+    xlabel = "question: token replaced, restored"
+    return draw_tiles(panels, xlabel, numbers=False) if panels.values else None
+
+
+def early(groups: list[Group]):
+    """OOD composition and edits at three moments of a training: which of them comes first?"""
+    panels = Panels()
+    labels = {"id": "composes ID", "ood": "composes OOD", "hop1": "edits: hop 1"}
+    labels |= {"hop2": "edits: hop 2"}
+    for group in groups:
+        for run in group.runs:
+            for moment, entry in (lookup(run, "circuits.worth") or {}).items():
+                for key, label in labels.items():
+                    panels.add(group.name, label, moment, entry.get(key))
+    return draw_lines(panels, "weights") if panels.values else None
+
+
+def covers(groups: list[Group]):
+    """What follows edits with a prototype, and what moves, by what C covers."""
+    panels = Panels()
+    labels = HOPS | {"unrelated_one_hop_moved": "facts moved"}
+    labels |= {"unrelated_two_hop_moved": "comps. moved"}
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "second_moment") or []:
+                if entry["target"] == "prototype":
+                    for key, label in labels.items():
+                        panels.add(group.name, entry["covers"], label, entry[key])
+    return draw_tiles(panels) if panels.values else None
 
 
 def paths(groups: list[Group]):
     """Inference paths of ID and OOD compositions at three moments of a training."""
     panels = Panels()
+    keys = ("right", "bridge", "relation", "whole", "visible", "rest")
     for group in groups:
         for run in group.runs:
             for queries in ("id", "ood"):
                 for moment, entry in (lookup(run, f"circuits.{queries}") or {}).items():
-                    for key in ("right", "bridge", "relation", "whole", "visible", "rest"):
-                        x = f"{queries.upper()} {moment}"
-                        panels.add(group.name, key, x, entry.get(key))
-    return draw_lines(panels, "asked, when", joined=False) if panels.values else None
+                    for key in keys:
+                        row = f"{queries.upper()} {moment}"
+                        panels.add(group.name, row, key, entry.get(key))
+    return draw_tiles(panels) if panels.values else None
+
+
+def many(groups: list[Group]):
+    """What follows of edits made in one update, against their number; a panel for each cell."""
+    panels = Panels()
+    labels = HOPS | {"both": "both edited", "unrelated_one_hop_moved": "facts moved"}
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "many") or []:
+                if (entry["method"], entry["target"]) == ("memit", "prototype"):
+                    for key, label in labels.items():
+                        panels.add(group.name, label, entry["n"], entry[key])
+    return draw_lines(panels, "facts edited at once") if panels.values else None
+
+
+def mass(groups: list[Group]):
+    """Score against the number of edits, a panel for each cell, a line for each method."""
+    panels = Panels()
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "mass.edits") or []:
+                if entry.get("score") is not None:
+                    line = f"{entry['method']}, {entry['target']}"
+                    panels.add(group.name, line, entry["n"], entry["score"] / 100)
+    return draw_lines(panels, "facts edited at once", "score / 100") if panels.values else None
+
+
+def capacity(groups: list[Group]):
+    """Score of n edits in one update against the slots of the store; a panel for each cell."""
+    panels = Panels()
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "capacity.edits") or []:
+                if entry["score"] is not None:
+                    score = entry["score"] / 100
+                    panels.add(group.arch, f"{entry['n']} facts", entry["slots"], score)
+    return draw_lines(panels, "slots of the store", "score / 100") if panels.values else None
+
+
+def sequence(groups: list[Group]):
+    """What is left of the first batch of edits, and of other facts, against the facts edited."""
+    panels = Panels()
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "sequence") or []:
+                way, n = entry["way"], entry["n"]
+                panels.add(f"{group.arch}, first batch", way, n, entry["first"])
+                panels.add(f"{group.arch}, other facts", way, n, entry["specificity"])
+    return draw_lines(panels, "facts edited so far") if panels.values else None
 
 
 def retention(groups: list[Group]):
     """What is left of each kind of question, against the curvature mass that is kept."""
     panels = Panels()
     labels = {"recited": "exceptions recited", "true": "exceptions right", "rare": "rare facts"}
-    labels |= {"frequent": "frequent facts", "arithmetic": "arithmetic", "open_book": "open book"}
-    labels |= {"id": "ID", "ood": "OOD"}
+    labels |= {"arithmetic": "arithmetic", "open_book": "open book", "id": "ID"}
     for group in groups:
         for run in group.runs:
             for entry in lookup(run, "ablate.sweep") or []:
                 for key, label in labels.items():
                     panels.add(group.name, label, entry["keep"], entry.get(key))
-    xlabel = "share of mass kept"
-    return draw_lines(panels, xlabel, joined=True) if panels.values else None
+    return draw_lines(panels, "share of mass kept") if panels.values else None
 
 
-def locate(groups: list[Group]):
-    """Causal tracing: the share of prompts whose answer is back, from white to black; a row for
-    each state that is restored, a column for each token replaced and restored."""
-    from matplotlib.figure import Figure
-
-    maps = {group.name: tracing_map(group) for group in groups}
-    maps = {name: found for name, found in maps.items() if found is not None}
-    if not maps:
-        return None
-    columns = min(2, len(maps))
-    n_rows = -(-len(maps) // columns)
-    figure = Figure((4.8 * columns + 0.6, 2.9 * n_rows), layout="constrained")
-    for place, (title, (states, heads, shares)) in enumerate(maps.items()):
-        ax = figure.add_subplot(n_rows, columns, place + 1)
-        extent = (-0.5, len(heads) - 0.5, len(states) - 0.5, -0.5)
-        grey = shares.kron(torch.ones(9, 9)).numpy()  # 9 x 9 pixels a cell: no viewer blurs them
-        options = {"interpolation": "none", "aspect": "auto", "extent": extent}
-        ax.imshow(grey, "Greys", vmin=0, vmax=1, **options)
-        ax.set_yticks(range(len(states)), states)
-        ax.set_xticks(range(len(heads)), heads, rotation=90)
-        ax.set(title=title, xlabel="question: token replaced, token restored")
-    return figure
-
-
-def tracing_map(group: Group):
-    """(states, heads of columns, mean shares [state, column]) of a group, None without tracing."""
-    maps, states, heads = [], [], []
-    for run in group.runs:
-        found = lookup(run, "locate")
-        if not found:
-            continue
-        states = [f"{state['pass']} {state['part']}" for state in found["states"]]
-        heads, blocks = [], []
-        for effect in found["effects"]:
-            if not effect["top1"]:
-                continue
-            block = torch.tensor(effect["top1"])  # [state, token]
-            blocks.append(block)
-            for word in ("h", "r1", "r2")[: block.shape[1]]:
-                heads.append(f"{effect['query'][:4]}: {effect['corrupted']}, {word}")
-        if blocks:
-            maps.append(torch.cat(blocks, 1))
-    if not maps:
-        return None
-    return states, heads, torch.stack(maps).mean(0)
+def exceptions(groups: list[Group]):
+    """The same where the attention alone is ablated by K-FAC (minedit.py --ablate)."""
+    panels = Panels()
+    labels = {"recited": "exceptions recited", "true": "exceptions right", "one_hop": "facts"}
+    labels |= {"id": "ID", "ood": "OOD"}
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, "exceptions") or []:
+                if entry["method"] != "ekfac":
+                    for key, label in labels.items():
+                        panels.add(group.name, label, entry["keep"], entry.get(key))
+    return draw_lines(panels, "share of mass kept") if panels.values else None
 
 
 def mean_of(entries: list[dict], key: str) -> float:
@@ -258,54 +391,23 @@ def tradeoff(groups: list[Group]):
     return figure
 
 
-def many(groups: list[Group]):
-    """What follows of edits made in one update, against their number; a panel for each cell."""
-    panels = Panels()
-    labels = HOPS | {"both": "both hops edited"}
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "many") or []:
-                if (entry["method"], entry["target"]) == ("memit", "prototype"):
-                    for key, label in labels.items():
-                        panels.add(group.name, label, entry["n"], entry[key])
-                    moved = entry["unrelated_one_hop_moved"]
-                    panels.add(group.name, "other facts moved", entry["n"], moved)
-    xlabel = "facts edited at once"
-    return draw_lines(panels, xlabel, joined=True) if panels.values else None
+FIGURES = (grokking, edits, when, locate, early, covers, paths, many, mass, capacity, sequence)
+FIGURES += (retention, exceptions, tradeoff)
+PAGES = {  # {folder of runs: the figures of it that README.md and FINDINGS.md show}
+    "edits": (grokking, edits),
+    "main": (when, locate),
+    "circuits": (early, paths),
+    "many": (many,),
+    "mass": (mass,),
+    "capacity": (capacity,),
+    "ablate": (retention,),
+    "exceptions": (exceptions,),
+    "countries": (tradeoff,),
+}
 
 
-def capacity(groups: list[Group]):
-    """Score of n edits in one update against the slots of the store; a panel for each cell."""
-    panels = Panels()
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "capacity.edits") or []:
-                if entry["score"] is not None:
-                    score = entry["score"] / 100
-                    panels.add(group.arch, f"{entry['n']} facts", entry["slots"], score)
-    options = {"joined": True, "ylabel": "score / 100"}
-    return draw_lines(panels, "slots of the store", **options) if panels.values else None
-
-
-def sequence(groups: list[Group]):
-    """What is left of the first batch of edits, and of all so far, against the facts edited."""
-    panels = Panels()
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "sequence") or []:
-                way, n = entry["way"], entry["n"]
-                panels.add(group.arch, f"first batch, {way}", n, entry["first"])
-                if way != "forgotten":
-                    panels.add(group.arch, f"others kept, {way}", n, entry["specificity"])
-    return draw_lines(panels, "facts edited so far", joined=True) if panels.values else None
-
-
-FIGURES = (grokking, propagation, when, locate, mass, paths, retention, tradeoff, many, capacity)
-FIGURES += (sequence,)
-
-
-def draw(groups: list[Group], out: Path):
-    """Every figure that the runs have results for, into `out`."""
+def draw(groups: list[Group], out: Path, figures: tuple = FIGURES):
+    """Every one of the figures that the runs have results for, into `out`."""
     try:
         from matplotlib import rc_context
     except ImportError:
@@ -315,7 +417,7 @@ def draw(groups: list[Group], out: Path):
     out.mkdir(parents=True, exist_ok=True)
     style = {"svg.fonttype": "none", "svg.hashsalt": "minedit", "font.size": 9}
     style["font.sans-serif"] = "DejaVu Sans"
-    for make in FIGURES:
+    for make in figures:
         with rc_context(style):
             figure = make(groups)
             if figure is None:

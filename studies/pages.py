@@ -2,6 +2,7 @@
 
     python -m studies.pages            # writes the tables anew and says which numbers are in none
     python -m studies.pages --check    # says alone what would change; status 1 where there is any
+    python -m studies.pages --plot     # draws the figures of the pages anew, too (matplotlib)
 
 A block of a page says of which table it is a part, and of which runs:
 
@@ -191,7 +192,18 @@ def unknown_of(page: str, tables: Tables) -> dict[str, list[str]]:
 # --- Command line ---------------------------------------------------------------------------------
 
 
+def draw_figures():
+    """Those that the pages show, into results/figures."""
+    from studies import figures
+
+    results = HERE / "results"
+    for folder, makers in figures.PAGES.items():
+        figures.draw(read_groups([results / folder]), results / "figures", makers)
+
+
 def command(args):
+    if args.plot:
+        draw_figures()
     tables, changed, unknown = Tables(HERE), [], []
     for name in PAGES:
         file = HERE / name
@@ -213,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = minedit.Parser("python -m studies.pages", allow_abbrev=False)
     parser.description = __doc__.split("\n\n")[0]
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--plot", action="store_true", help="the figures, too (matplotlib)")
     return minedit.guarded(command, parser.parse_args(argv))
 
 
