@@ -36,21 +36,24 @@ def read_claims(file: Path) -> list[Claim]:
 
 def kind_of(group: Group) -> str:
     """The kind of training of a group: regime, share trained, and what else differs from the task
-    of the 2x2 table."""
+    of the 2x2 table: words, and the model's sizes as name=value."""
     config = group.runs[0]["config"]
     data, recipe, model = config["data"], config["recipe"], config["model"]
     words = [data.get("regime", "natural"), data.get("augment", 0), data["train_fraction"]]
     if "sha256" in data:
         words.append("triples")
     if recipe.get("label_noise"):
-        words.append("noise")
-    sizes = [f for f in fields(Config) if f.metadata] + [
-        Config.__dataclass_fields__["feed_forward"]
-    ]
-    if any((model.get(f.name) or 0) != (f.default or 0) for f in sizes):
-        store = model["slots"] if model["memory"] else model["d_ff"]
-        words.append("wide" if store >= 16384 else "resized")  # GPT-J's width, for mass edits
-    return " ".join(str(word) for word in words)
+        words.append(f"noise={recipe['label_noise']:g}")
+    sizes = []
+    for f in fields(Config):
+        if f.metadata or f.name == "feed_forward":
+            value = model.get(f.name) or 0
+            if value != (f.default or 0):
+                sizes.append(f"{f.name}={value}")
+    store = model["slots"] if model["memory"] else model["d_ff"]
+    if store >= 16384:  # GPT-J's width, for mass edits
+        sizes = ["wide"]
+    return " ".join(str(word) for word in words + sizes)
 
 
 def figure_of(run: dict, figure: str) -> float | None:

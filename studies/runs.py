@@ -5,6 +5,7 @@ Runs that differ in the seed alone are a group; what two folders hold of one run
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +29,22 @@ class Group:
 
 
 def lookup(result: dict, place: str):
-    """What a result holds at "key.key...", None where nothing is."""
-    for key in place.split("."):
-        result = (result or {}).get(key)
+    """What a result holds at "key.key...", None where nothing is; of a list the first entry that has
+    some values: "key[name=value,name=value].key"."""
+    for key in re.findall(r"\[.*?\]|[^.\[\]]+", place):
+        if key.startswith("["):
+            wanted = dict(pair.split("=") for pair in key[1:-1].split(","))
+            result = first_with(result or [], wanted)
+        else:
+            result = (result or {}).get(key)
     return result
+
+
+def first_with(entries: list[dict], wanted: dict[str, str]) -> dict | None:
+    for entry in entries:
+        if all(str(entry.get(name)) == value for name, value in wanted.items()):
+            return entry
+    return None
 
 
 def settings_of(result: dict) -> str:
@@ -85,10 +98,7 @@ def read_run(file: Path) -> dict:
 
 def main_edit(result: dict) -> dict:
     """The entry of ROME with a prototype at the a-priori site, {} where there is none."""
-    for entry in result["edits"]:
-        if entry["a_priori"] and (entry["method"], entry["target"]) == ("rome", "prototype"):
-            return entry
-    return {}
+    return lookup(result, "edits[a_priori=True,method=rome,target=prototype]") or {}
 
 
 def read_groups(folders: list[Path]) -> list[Group]:

@@ -1690,6 +1690,14 @@ def test_a_number_may_be_rounded_but_not_more(number, known):
     assert pages.is_known(number, known) and not pages.is_known(number, [1.1 * known[0] + 0.01])
 
 
+def test_a_place_in_a_result():
+    result = {"a": {"b": 1.0}, "c": [{"n": 1, "x": 2.0}, {"n": 2, "x": 3.0, "ok": True}]}
+    places = {"a.b": 1.0, "a.c": None, "d.b.c": None, "c[n=2].x": 3.0, "c[n=2,ok=True].x": 3.0}
+    places |= {"c[n=1,ok=True].x": None, "d[n=1].x": None, "c[n=1]": {"n": 1, "x": 2.0}}
+    for place, value in places.items():
+        assert runs.lookup(result, place) == value, place
+
+
 def test_a_mean_says_of_how_many_runs_it_is():
     made = [runs.Group("lmc", "lmc", [{"x": [{"a": 1.0}]}, {"x": [{"a": None}]}, {"x": []}])]
     found = runs.mean_table(made, lambda run: run["x"], {}, {"a": "a"}, "legend")
