@@ -39,9 +39,11 @@ class Panels:
             names |= dict.fromkeys(panel)
         return list(names)
 
-    def n_runs(self, panel: str) -> int:
-        lines = self.values[panel].values()
-        return max(len(found) for values in lines for found in values.values())
+    def n_runs(self, panel: str) -> str:
+        """Runs behind a point: "5", or "1 to 5"."""
+        counts = {len(found) for values in self.values[panel].values() for found in values.values()}
+        few, many = min(counts), max(counts)
+        return str(many) if few == many else f"{few} to {many}"
 
 
 # --- Three kinds of figure ------------------------------------------------------------------------
@@ -62,19 +64,26 @@ def new_figure(panels: Panels, columns: int, width: float, height: float):
 
 
 def ticks_of(lines: dict[str, dict[str, list[float]]]) -> list[str]:
-    """What is on the x axis of a panel: numbers ascend, words are in the order of their adding."""
+    """What is on the x axis of a panel: numbers in order, words as they were added. (Shares of a
+    mass go down, from all of it.)"""
     ticks = {}
     for values in lines.values():
         ticks |= dict.fromkeys(values)
-    return sorted(ticks, key=int) if all(map(str.isdigit, ticks)) else list(ticks)
+    try:
+        return sorted(ticks, key=float, reverse=any("." in tick for tick in ticks))
+    except ValueError:
+        return list(ticks)
 
 
 def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", columns: int = 4):
-    """Means as marks on a line, their range as a band; the lines' names at their right ends."""
+    """Means as marks on a line, their range as a band; the lines' names at their right ends, in the
+    last panel of a row that has the line."""
     figure, axes = new_figure(panels, columns, 2.9, 2.8)
     names = panels.lines()
+    titles = list(panels.values)
     for place, (panel, lines) in enumerate(panels.values.items()):
         ax, ticks = axes[panel], ticks_of(lines)
+        to_the_right = titles[place + 1 : (place // columns + 1) * columns]
         ends = {}
         for name, values in lines.items():
             i = names.index(name) % 8
@@ -85,13 +94,13 @@ def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", co
             ax.plot(x, middle, ls=DASHES[i], **style)
             low, high = [min(several) for several in found], [max(several) for several in found]
             ax.fill_between(x, low, high, color=COLOURS[i], alpha=0.15, lw=0)
-            ends[name] = middle[-1]
+            if not any(name in panels.values[title] for title in to_the_right):
+                ends[name] = (x[-1], middle[-1], COLOURS[i])
         label_ticks(ax, ticks)
         ax.set(xlabel=xlabel, ylim=(-0.04, 1.04))
         if place % columns == 0:
             ax.set_ylabel(ylabel)
-        if place % columns == columns - 1 or place == len(panels.values) - 1:
-            label_ends(ax, ends, names)
+        label_ends(ax, ends)
     return figure
 
 
@@ -102,18 +111,20 @@ def label_ticks(ax, ticks: list[str]):
     ax.set_xticks(range(0, len(ticks), every), ticks[::every], rotation=90 if is_long else 0)
 
 
-def label_ends(ax, ends: dict[str, float], names: list[str], gap: float = 0.075):
-    """The names of lines beside their last values, from below, moved apart by `gap` at least."""
-    order = sorted(ends, key=lambda name: (ends[name], -names.index(name)))
-    heights = []
-    for name in order:
-        lowest = heights[-1] + gap if heights else -1.0
-        heights.append(max(ends[name], lowest))
-    too_high = max(0.0, heights[-1] - 1.02)
-    for name, height in zip(order, heights):
-        place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
-        colour = COLOURS[names.index(name) % 8]
-        ax.annotate(name, (1.02, height - too_high), color=colour, annotation_clip=False, **place)
+def label_ends(ax, ends: dict[str, tuple[float, float, str]], gap: float = 0.075):
+    """The names of lines beside their last points, {name: (x, y, colour)}. Those that would overlap
+    are moved apart: each is `gap` below the one above it, at least."""
+    above = 1.1
+    heights = {}
+    for name in sorted(ends, key=lambda name: -ends[name][1]):
+        heights[name] = above = min(ends[name][1], above - gap)
+    below = -0.1
+    for name in reversed(heights):  # where they were moved out of the panel, up again
+        heights[name] = below = max(heights[name], below + gap)
+    for name, (x, _, colour) in ends.items():
+        place = {"va": "center", "fontsize": 8, "annotation_clip": False}
+        place |= {"xytext": (12, 0), "textcoords": "offset points"}
+        ax.annotate(name, (x, heights[name]), color=colour, **place)
 
 
 def draw_bars(panels: Panels, columns: int = 4):
@@ -376,7 +387,7 @@ def tradeoff(groups: list[Group]):
             moved, follows = [], []
             for entries in by_shrink.values():
                 moved.append(100 * mean_of(entries, "unrelated_one_hop_moved"))
-                follows.append(mean_of(entries, "direct") * mean_of(entries, hop))
+                follows.append(mean_of(entries, hop))
             style = {"color": COLOURS[i // 2 % 8], "marker": MARKS[i // 2 % 8], "ms": 4, "lw": 1}
             dash = "-" if key == "own" else ":"
             ax.plot(moved, follows, ls=dash, label=f"{cell}, {key} key", **style)
@@ -385,7 +396,7 @@ def tradeoff(groups: list[Group]):
                     label = {"fontsize": 7, "xytext": (2, -9), "textcoords": "offset points"}
                     ax.annotate(f"{shrink:g}", (x, y), **label)
         ax.set(title=f"{HOPS[hop]}; at the marks: s", xlabel="other facts moved, percent")
-    first.set_ylabel("edited fact x hop: share right")
+    first.set_ylabel("share right, of edits that succeed")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
@@ -393,7 +404,7 @@ def tradeoff(groups: list[Group]):
 
 FIGURES = (grokking, edits, when, locate, early, covers, paths, many, mass, capacity, sequence)
 FIGURES += (retention, exceptions, tradeoff)
-PAGES = {  # {folder of runs: the figures of it that README.md and FINDINGS.md show}
+SHOWN = {  # {folder of runs: the figures of it that README.md and FINDINGS.md show}
     "edits": (grokking, edits),
     "main": (when, locate),
     "circuits": (early, paths),

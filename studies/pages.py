@@ -8,13 +8,15 @@ A block of a page says of which table it is a part, and of which runs:
 
     ```text results/main edits method=rome|row pass=0 columns=arch|method|hop_2
 
-the function edits_table of studies/report.py, of the runs in results/main, those of its rows that
-have one of these words in a column, and those of its columns (blanks are written _, and hop_2 is
-"hop 2 (lowest)", too). `bare` leaves out the legend. In the same words a comment, <!-- results/main
-edits ... -->, names a table that a paragraph takes numbers from without showing it.
+edits_table of studies/report.py, of the runs in results/main: its rows in which the column "method"
+has "rome" or "row" and "pass" has "0", and of these three columns. Blanks are written _, and hop_2
+is also the column "hop 2 (lowest)". `bare` leaves out the legend. In the same words a comment of one
+line, <!-- results/main edits ... -->, names a table that a paragraph takes numbers from without
+showing it.
 
-Every number of a page's prose with a decimal point or a percent sign is to be in a table of its
-section, rounded or not. What the papers say stands in quotes (> ...), settings in `code`.
+A number of a page's text with a decimal point or a percent sign is to be in a table of its section,
+rounded or not. What the papers say stands in quotes (> ...), settings in `code`: these are not
+looked up, nor are whole numbers.
 """
 
 import re
@@ -25,14 +27,14 @@ from pathlib import Path
 import minedit
 from minedit import require
 from studies import report
-from studies.claims import read_claims, summary_table
+from studies.claims import Results, read_claims, summary_table
 from studies.runs import Table, read_groups, table_of
 
 HERE = Path(__file__).parent.parent
 PAGES = ("README.md", "results/FINDINGS.md")
 BLOCK = re.compile(r"```text (results\S*.*)\n((?:(?!```).*\n)*)```\n")
 COMMENT = re.compile(r"<!-- (results\S*.*?) -->")
-NUMBER = re.compile(r"(?<![\w.,])-?\d+(?:\.\d+)?(?: ?%)?(?![\w%])(?!\.\d)")
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:\s?%)?")
 
 
 # --- A part of a table ----------------------------------------------------------------------------
@@ -68,30 +70,34 @@ def parse(text: str) -> Part:
 
 
 def worded(cell) -> str:
-    """What a cell is called in the first line of a block."""
-    return str(cell).removesuffix(" (lowest)").replace(" ", "_")
+    """What a cell is called in the first line of a block; without "(lowest)" and "(1 of 2)"."""
+    text = re.sub(r" \((lowest|\d+ of \d+)\)$", "", str(cell))
+    return text.replace(" ", "_")
 
 
-def number_of(column: str, heads: list[str], text: str) -> int:
-    """Which of the heads a name means."""
-    for i, head in enumerate(heads):
-        if column == worded(head):
-            return i
-    raise minedit.UserError(
-        f"{text}: no column {column}; there are {', '.join(map(worded, heads))}"
-    )
+def column_index(column: str, heads: list[str], text: str) -> int:
+    """`text`: the first line of the block, for the message."""
+    found = [i for i, head in enumerate(heads) if worded(head) == column]
+    have = ", ".join(map(worded, heads))
+    require(found, f"{text}: no column {column}; there are {have}")
+    require(len(found) == 1, f"{text}: several columns {column}")
+    return found[0]
 
 
 def cut(whole: Table, part: Part, text: str) -> Table:
-    """The rows and columns that are asked for; UserError where no row is left."""
+    """The rows and columns that are asked for; UserError where a word is in no row, or none is
+    left."""
     heads = [str(head) for head in whole.rows[0]]
     rows = whole.rows[1:]
     for column, words in part.rows.items():
-        i = number_of(column, heads, text)
+        i = column_index(column, heads, text)
+        there = {worded(row[i]) for row in rows}
+        for word in words:
+            require(word in there, f"{text}: no row with {column} {word or 'empty'}")
         rows = [row for row in rows if worded(row[i]) in words]
     kept = range(len(heads))
     if part.columns is not None:
-        kept = [number_of(column, heads, text) for column in part.columns]
+        kept = [column_index(column, heads, text) for column in part.columns]
     cells = [tuple(row[i] for i in kept) for row in [tuple(heads), *rows]]
     made = table_of(cells, whole.legend)
     require(made is not None, f"{text}: no row of the table is so")
@@ -103,45 +109,59 @@ class Tables:
 
     def __init__(self, root: Path):
         self.root, self.groups = root, {}
+        self.makers = {make.__name__.removesuffix("_table"): make for make in report.TABLES}
 
     def whole(self, folder: str, name: str, text: str) -> Table:
         path = self.root / folder
         if name in report.FILES:
             found = report.FILES[name](path)
+        elif name == "claims":
+            found = summary_table(read_claims(path / "claims.tsv"), Results(path))
         else:
+            require(name in self.makers, f"{text}: studies/report.py has no {name}_table")
             if folder not in self.groups:
                 self.groups[folder] = read_groups([path])
-            if name == "claims":
-                claims = read_claims(HERE / "results" / "claims.tsv")
-                found = summary_table(claims, self.groups[folder])
-            else:
-                make = getattr(report, f"{name}_table", None)
-                require(make is not None, f"{text}: studies/report.py has no {name}_table")
-                found = make(self.groups[folder])
+            found = self.makers[name](self.groups[folder])
         require(found is not None, f"{text}: the runs have nothing for this table")
         return found
 
-    def made(self, text: str) -> str:
-        """The lines of the part that a text asks for."""
+    def part(self, text: str) -> tuple[Table, Part]:
+        """What a block's first line, or a comment, asks for."""
         part = parse(text)
-        made = cut(self.whole(part.folder, part.table, text), part, text)
+        return cut(self.whole(part.folder, part.table, text), part, text), part
+
+    def made(self, text: str) -> str:
+        """The lines of a block."""
+        made, part = self.part(text)
         return minedit.table(made.rows) if part.bare else str(made)
+
+    def numbers(self, text: str) -> list[float]:
+        """Those with a decimal point in the cells below the heads."""
+        made, _ = self.part(text)
+        found = []
+        for row in made.rows[1:]:
+            for cell in row:
+                found += [float(x) for x in re.findall(r"-?\d+\.\d+", str(cell))]
+        return found
 
 
 # --- A page ---------------------------------------------------------------------------------------
 
 
 def written_anew(page: str, tables: Tables) -> str:
-    """The page with its blocks made anew."""
+    """The page with its blocks made anew. UserError where one is not of the form."""
 
     def block(found: re.Match) -> str:
         return f"```text {found[1]}\n{tables.made(found[1])}\n```\n"
 
-    return BLOCK.sub(block, page)
+    anew, n = BLOCK.subn(block, page)
+    require(n == page.count("```text"), "a block ```text is not closed, or is not of results")
+    require(len(COMMENT.findall(page)) == page.count("<!--"), "a comment <!-- names no results")
+    return anew
 
 
 def sections(page: str) -> dict[str, str]:
-    """{heading: what stands below it}, down to the next one."""
+    """{heading: it and what stands below it}, down to the next one."""
     found, heading = {}, ""
     in_code = False
     for line in page.splitlines():
@@ -153,32 +173,26 @@ def sections(page: str) -> dict[str, str]:
 
 
 def prose_of(section: str) -> str:
-    """Without tables, code, quotes, links, comments and what is no text."""
+    """Without tables, code, quotes, comments, and where links lead to."""
     text = re.sub(r"```.*?```", "", section, flags=re.S)
-    text = re.sub(r"<!--.*?-->|`[^`]*`|!?\[[^\]]*\]\([^)]*\)|https?://\S+", "", text, flags=re.S)
-    text = re.sub(r"\d{4}\.\d{5}", "", text)  # of arXiv
-    lines = [line for line in text.splitlines() if not line.startswith(("#", ">", "    "))]
-    return "\n".join(lines)
+    text = re.sub(r"<!--.*?-->|`[^`\n]*`|\]\([^)]*\)|https?://\S+", "", text)
+    text = re.sub(r"\d{4}\.\d{5}", "", text)  # numbers of arXiv
+    return "\n".join(line for line in text.splitlines() if not line.startswith(">"))
 
 
 def is_known(number: str, known: list[float]) -> bool:
-    """Whether one of the known numbers is this one, rounded to as many digits."""
-    text = number.rstrip(" %")
+    """Whether one of the known numbers is this one, rounded to as many digits; known are shares,
+    of which percent are a hundredth."""
+    text = number.rstrip(" %").replace(",", "")
     digits = len(text.partition(".")[2])
     scale = 100 if number.endswith("%") else 1
-    value = float(text)
-    for x in known:
-        candidates = (x, 100 * x) if scale == 100 else (x,)
-        if any(abs(c - value) <= 0.5 * 10**-digits + 1e-9 for c in candidates):
-            return True
-    return False
+    return any(abs(scale * x - float(text)) <= 0.5 * 10**-digits + 1e-9 for x in known)
 
 
 def unknown_numbers(section: str, tables: Tables) -> list[str]:
-    """The numbers of a section's prose that are in none of its tables."""
-    shown = [tables.made(found[1]) for found in BLOCK.finditer(section)]
-    shown += [tables.made(text) for text in COMMENT.findall(section)]
-    known = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", "\n".join(shown))]
+    """The numbers of a section's text that are in none of its tables."""
+    named = [found[1] for found in BLOCK.finditer(section)] + COMMENT.findall(section)
+    known = [x for text in named for x in tables.numbers(text)]
     asked = [x for x in NUMBER.findall(prose_of(section)) if "." in x or x.endswith("%")]
     return [x for x in asked if not is_known(x, known)]
 
@@ -197,11 +211,12 @@ def draw_figures():
     from studies import figures
 
     results = HERE / "results"
-    for folder, makers in figures.PAGES.items():
+    for folder, makers in figures.SHOWN.items():
         figures.draw(read_groups([results / folder]), results / "figures", makers)
 
 
 def command(args):
+    require(not (args.plot and args.check), "--plot: not with --check, which writes nothing")
     if args.plot:
         draw_figures()
     tables, changed, unknown = Tables(HERE), [], []

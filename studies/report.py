@@ -2,7 +2,7 @@
 
     python -m studies.report results/main                 # every table of the runs in or below it
     python -m studies.report results --claims             # the papers' claims beside ours
-    python -m studies.report results/main --plot --out results/figures
+    python -m studies.report results/main --plot --out runs/figures
 
 A row is the mean over runs that differ in the seed alone. A table is a function below, with its
 legend in it; studies/claims.py has the claims, studies/figures.py the figures.
@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import minedit
-from minedit import cell, mean
+from minedit import cell, mean, require
 from studies import gpt2
-from studies.claims import claims_table, read_claims, summary_table
+from studies.claims import Results, claims_table, read_claims, summary_table
 from studies.runs import Group, Table, lookup, mean_table, named, read_groups, same, table_of
 from studies.times import times_table
 from studies.transfer import RATES
@@ -105,7 +105,7 @@ calls of the layer (call t: pass t). Hops: among edits with direct success when 
 def held_table(groups: list[Group]) -> Table | None:
     shares = {}
     for name, head in HOPS.items():
-        shares |= {name: head, f"{name}_random": "random"}
+        shares |= {name: head, f"{name}_random": f"{head} random"}
     legend = """\
 the edit at the a-priori site, always acting: share of its right answers that stay right while the
 stream after a pass (at r1; hop 2: r2) is held as unedited in the answers' plane or a random one."""
@@ -464,20 +464,19 @@ FILES = {  # tables of what is no run
 }
 
 
-def report(groups: list[Group], folders: list[Path]):
+ENTRIES = ("edits", "locate", "when", "second_moment", "many", "tradeoff", "mass", "capacity")
+ENTRIES += ("sequence", "ablate", "exceptions", "circuits", "transfer")
+
+
+def report(groups: list[Group]):
     """Every table that the runs have figures for, and what was not run."""
     for make in TABLES:
         made = make(groups)
         if made is not None:
             print(f"\n{made}")
-    for find in FILES.values():
-        for folder in folders:
-            made = find(folder)
-            if made is not None:
-                print(f"\n{made}")
     runs = all_runs(groups)
     absent = []
-    for key in ("edits", "locate", "when", "mass", "ablate", "circuits", "transfer"):
+    for key in ENTRIES:
         n = sum(not run.get(key) for run in runs)
         if n:
             absent.append(f"{key} {n}")
@@ -495,13 +494,20 @@ def all_runs(groups: list[Group]) -> list[dict]:
 
 
 def command(args):
-    groups = read_groups(args.folders)
     if args.claims:
-        file = Path(__file__).parent.parent / "results" / "claims.tsv"
-        known = read_claims(file)
-        print(f"{summary_table(known, groups)}\n\n{claims_table(known, groups)}")
-    else:
-        report(groups, args.folders)
+        require(len(args.folders) == 1, "--claims: give one folder, in the layout of results/")
+        known = read_claims(Path(__file__).parent.parent / "results" / "claims.tsv")
+        results = Results(args.folders[0])
+        print(f"{summary_table(known, results)}\n\n{claims_table(known, results)}")
+        return
+    other = [find(folder) for find in FILES.values() for folder in args.folders]
+    other = [str(made) for made in other if made is not None]
+    if other and not any(list(folder.rglob("results.json")) for folder in args.folders):
+        print("\n\n".join(other))  # no run
+        return
+    groups = read_groups(args.folders)
+    report(groups)
+    print("".join(f"\n{text}\n" for text in other), end="")
     if args.plot:
         from studies import figures
 

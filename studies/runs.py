@@ -83,10 +83,10 @@ def read_run(file: Path) -> dict:
             entry.setdefault("a_priori", True)
             if entry.get("near"):
                 entry["target"] = "near"
-        if "ablation" in result:  # of the study; "ablate" is the core's, or an older study's
-            result["ablate"] = result["ablation"]
-        if not isinstance(result.get("ablate"), dict):
-            result["exceptions"] = result.pop("ablate", None)
+        result["exceptions"] = result.get("ablate")  # of the core; "ablation" is the study's
+        result["ablate"] = result.get("ablation")
+        if isinstance(result["exceptions"], dict):  # of an early version of the study
+            result["ablate"], result["exceptions"] = result["exceptions"], None
         result["edit"] = main_edit(result)
         for name, level in (("train", 0.99), ("id", 0.99), ("ood", 0.9)):
             result[f"step_{name}"] = minedit.first_step(result["history"], **{name: level})
@@ -103,29 +103,51 @@ def main_edit(result: dict) -> dict:
 
 def read_groups(folders: list[Path]) -> list[Group]:
     """All runs in or below the folders, in the order of the cells."""
+    folders = [folder.resolve() for folder in folders]
     files = set()
     for folder in folders:
         files |= set(folder.rglob("results.json"))
     require(files, f"{folders[0]}: no results.json in it or below it; train a run there first")
     root = os.path.commonpath(folders)
-    found = defaultdict(dict)  # {settings: {seed: result}}
+    found = defaultdict(list)  # {settings: [{seed: result}]}
     for file in sorted(files):
         result = read_run(file)
         result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
-        group = found[settings_of(result)]
-        known = group.get(result["seed"], {})
-        here = {key: value for key, value in result.items() if value or key not in known}
-        group[result["seed"]] = known | here
+        put(result, found[settings_of(result)])
     groups = []
-    for by_seed in found.values():
-        runs = [by_seed[seed] for seed in sorted(by_seed)]
-        groups.append(Group(runs[0]["folder"], runs[0]["arch"], runs))
-    archs = Counter(group.arch for group in groups)
-    for group in groups:
-        if archs[group.arch] == 1:
-            group.name = group.arch
+    for several in found.values():
+        for by_seed in several:
+            runs = [by_seed[seed] for seed in sorted(by_seed)]
+            groups.append(Group(runs[0]["folder"], runs[0]["arch"], runs))
+    name_groups(groups)
     order = list(ARCHS)
     return sorted(groups, key=lambda group: order.index(group.arch))
+
+
+def put(result: dict, groups: list[dict[int, dict]]):
+    """A result into the first of the groups {seed: result} that has not this seed, or has it of the
+    same training; then what both hold is put together."""
+    seed = result["seed"]
+    for by_seed in groups:
+        known = by_seed.get(seed, {"accuracy": result["accuracy"]})
+        if known["accuracy"] == result["accuracy"]:
+            here = {key: value for key, value in result.items() if value or key not in known}
+            by_seed[seed] = known | here
+            return
+    groups.append({seed: result})
+
+
+def name_groups(groups: list[Group]):
+    """By the cell where there is one group of each, or where the folder is named so; else by the
+    folder; with the seeds where this names several."""
+    archs = Counter(group.arch for group in groups)
+    for group in groups:
+        if max(archs.values()) == 1:
+            group.name = group.arch
+    names = Counter(group.name for group in groups)
+    for group in groups:
+        if names[group.name] > 1:
+            group.name += f", seed {' '.join(str(run['seed']) for run in group.runs)}"
 
 
 # --- Rows of means --------------------------------------------------------------------------------
@@ -179,13 +201,13 @@ def mean_table(
             n_runs += bool(found)
             for entry in found:
                 kinds[tuple(short(lookup(entry, place)) for place in words)].append(entry)
-        for kind, same in kinds.items():
+        for kind, alike in kinds.items():
             name = group.name
-            if len(same) < n_runs:
-                name += f" ({len(same)} of {n_runs})"
+            if len(alike) < n_runs:
+                name += f" ({len(alike)} of {n_runs})"
             row = [name, *kind]
             for place in shares:
-                values = [lookup(entry, place) for entry in same]
+                values = [lookup(entry, place) for entry in alike]
                 row.append(mean(values, None, place in lowest))
             rows.append(tuple(row))
     return table_of(rows, legend)

@@ -3,8 +3,8 @@
 An edited weight acts at every call of its layer, and every kind of input comes by. Edits by ROME at
 the site of --edit, of the same facts, with C over:
 
-    here         what --edit takes: the paths at the call that is edited, and the facts' own
-                 questions at every call
+    here         what --edit takes, without shrinkage: the paths at the call that is edited, and the
+                 facts' own questions at every call
     paths        the paths at the call that is edited
     questions    the facts' questions at every call
     all          paths and questions at every call, those among them at which a composition is to

@@ -259,6 +259,23 @@ def test_the_second_moment_study_and_its_table(tmp_path, capsys):
     assert [entries[0][name] for name in names] == [core[name] for name in names]
 
 
+def test_every_edit_of_the_second_moment_study_has_the_C_that_it_names(tmp_path, monkeypatch):
+    run, used, make_edits = toy_run(tmp_path), [], minedit.make_edits
+    model = run.train()
+
+    def noted(model, paths, known, requests, at, *rest):
+        used.append(at.C)
+        return make_edits(model, paths, known, requests, at, *rest)
+
+    monkeypatch.setattr(minedit, "make_edits", noted)
+    entries = second_moment.second_moment_stage(run, model, 3)
+    site = next(site for site in models.stores(run.config))
+    found = second_moment.moments(run, model, minedit.gather(run, model, site))
+    assert len({C.sum().item() for C in used}) == len(found) == 5
+    for C, entry in zip(used, entries):
+        assert torch.equal(C, found[entry["covers"]])
+
+
 def test_what_C_covers_against_a_slow_reference(tmp_path):
     run = toy_run(tmp_path)
     model, call = run.train(), 1
@@ -1399,7 +1416,11 @@ def test_transfer_starts_from_the_old_weights(tmp_path, monkeypatch):
         return further(child, weights, *rest)
 
     monkeypatch.setattr(transfer, "further", noted)
-    assert list(transfer.transfer_stage(run, found, 2, 1.0)) == ["scratch", "end", "memorized"]
+    made = transfer.transfer_stage(run, found, 2, 1.0)
+    assert list(made) == ["scratch", "end", "memorized"]
+    for entry in made.values():
+        assert [record["step"] for record in entry["curve"]] == [0, 1, 2] and entry["step"] == 2
+        assert {key: entry[key] for key in entry["curve"][-1]} == entry["curve"][-1]
     scratch, end = starts[0]["embedding.weight"], starts[1]["embedding.weight"]
     old = found["end"][1]["embedding.weight"]
     assert torch.equal(end[:10], old[:10]), "the old entities"
@@ -1541,19 +1562,13 @@ def made_up_loop(seed, **more):
     return run | more
 
 
-def other_kind(part, **settings):
-    """A larger group of another kind of training: claims must not take its figures."""
-    group = []
-    for seed in range(3):
-        run = made_up_loop(seed, step_id=1000)
-        run["config"] = run["config"] | {part: run["config"][part] | settings}
-        group.append(run)
-    return runs.Group("other", "loop", group)
+def results_with(name, several):
+    """claims.Results that has these runs and no others."""
+    made = claims.Results(HERE)
+    made.runs = lambda asked: several if asked == name else []
+    return made
 
 
-OTHERS = [("recipe", {"label_noise": 0.1}), ("data", {"train_fraction": 0.5})]
-OTHERS += [("data", {"regime": "first-hop"}), ("data", {"sha256": "a"})]
-OTHERS += [("model", {"depth": 4}), ("model", {"feed_forward": True})]
 VERDICTS = {
     "[2] ID steps / train": ("2.000", "2.000..2.000", "-", "differs"),
     "[2] OOD steps / ID": ("3.750", "3.500..4.000", "-", "agrees"),
@@ -1565,29 +1580,57 @@ VERDICTS = {
 }
 
 
-@pytest.mark.parametrize("text", VERDICTS)
-def test_verdicts_follow_from_the_figures(text):
+def claim_of(text):
     known = claims.read_claims(HERE / "results" / "claims.tsv")
     (claim,) = [c for c in known if c.text.startswith(text) and "loop" in c.cells]
-    groups = [other_kind(part, **settings) for part, settings in OTHERS]
-    mine = [made_up_loop(0), made_up_loop(1, step_ood=70)]
-    groups += [runs.Group("one", "loop", [made_up_loop(0, step_id=10)])]
-    groups += [runs.Group("loop", "loop", mine)]
-    tested = claims.tested_by(claim, groups)
-    assert claims.verdict_row(claim, "loop", tested["loop"])[3:] == VERDICTS[text]
-    assert claims.tested_by(replace_cells(claim, "dense"), groups) == {}
+    return claim
 
 
-def replace_cells(claim, cells):
-    return replace(claim, cells=cells)
+@pytest.mark.parametrize("text", VERDICTS)
+def test_verdicts_follow_from_the_figures(text):
+    claim, mine = claim_of(text), [made_up_loop(0), made_up_loop(1, step_ood=70)]
+    tested = claims.tested_by(claim, results_with(claim.runs.format("loop"), mine))
+    assert list(tested) == ["loop"]
+    assert claims.verdict_of(claim, "loop", tested["loop"])[3:] == VERDICTS[text]
+    assert claims.tested_by(claim, results_with(claim.runs.format("dense"), [])) == {}
 
 
 def test_one_run_of_a_mean_has_no_interval():
+    claim = claim_of("[2] ID steps / train")
+    verdict = claims.verdict_of(claim, "loop", claims.Tested([50.0], [None]))
+    assert verdict.verdict == "agrees ?"
+
+
+@pytest.mark.parametrize(
+    "values, verdict",
+    [
+        ([0.91, 0.97], "agrees"),
+        ([0.85, 0.99], "agrees ?"),
+        ([0.8, 0.85], "differs"),
+        ([0.7, 0.95], "differs ?"),
+        ([0.7, 1.5], "differs ?"),  # the range lies within the interval
+        ([1.1, 1.2], "differs"),
+    ],
+)
+def test_a_verdict_says_whether_the_interval_crosses_an_end(values, verdict):
+    claim = replace(claim_of("[11] ID paths"), low="0.9", high="1")
+    found = claims.verdict_of(claim, "loop", claims.Tested(values, [None, None]))
+    assert found.verdict == verdict
+
+
+def test_claims_read_the_folder_that_they_name(tmp_path):
+    source = HERE / "results" / "edits"
+    for seed in (0, 1):
+        shutil.copytree(source / f"lmc-seed{seed}", tmp_path / "edits" / f"lmc-seed{seed}")
+    shutil.copytree(source / "lmc-seed2", tmp_path / "edits" / "lmc-few-seed2")
+    shutil.copytree(source / "lmc-seed3", tmp_path / "main" / "lmc-seed3")
+    results = claims.Results(tmp_path)
+    assert [run["seed"] for run in results.runs("edits/lmc")] == [0, 1]
     known = claims.read_claims(HERE / "results" / "claims.tsv")
-    (claim,) = [c for c in known if c.text.startswith("[2] ID steps / train")]
-    one = [runs.Group("loop", "loop", [made_up_loop(0, step_id=500)])]
-    tested = claims.tested_by(claim, one)["loop"]
-    assert claims.verdict_row(claim, "loop", tested)[-1] == "agrees ?"
+    rows = {row[0]: row for row in claims.summary_table(known, results).rows}
+    assert rows["[1] composes OOD facts"][3:5] == ("no run", "no run")
+    assert rows["[1] composes OOD facts"][5].endswith(("+", "-", "?"))
+    assert rows["[7] 10 000 edits of GPT-J"][2:] == ("-",) * 4
 
 
 @pytest.fixture(scope="module")
@@ -1609,6 +1652,27 @@ def test_runs_of_many_folders_merge(tmp_path, main_groups):
     assert [run["seed"] for run in group.runs] == [0, 1] and group.name == "lmc"
     assert "mass" in group.runs[0] and "locate" in group.runs[0]
     assert [g.arch for g in main_groups] == list(ARCHS)
+    kept["accuracy"] = kept["accuracy"] | {"ood": 0.5}  # another training of the same settings
+    (again / "results.json").write_text(json.dumps(kept))
+    both = runs.read_groups([tmp_path / "job0", tmp_path / "job1"])
+    assert sorted(len(group.runs) for group in both) == [1, 2]
+    assert len({group.name for group in both}) == 2
+
+
+def test_a_group_alone_of_its_cell_keeps_the_name_of_its_folder(tmp_path):
+    for source, name in (
+        ("loop-seed0", "loop-few"),
+        ("lmc-seed0", "lmc"),
+        ("lmc-seed0", "lmc-few"),
+    ):
+        folder = tmp_path / f"{name}-seed0"
+        shutil.copytree(HERE / "results" / "edits" / source, folder)
+        if name == "lmc-few":
+            result = json.loads((folder / "results.json").read_text())
+            result["config"]["recipe"]["label_noise"] = 0.02
+            (folder / "results.json").write_text(json.dumps(result))
+    names = [group.name for group in runs.read_groups([tmp_path])]
+    assert names == ["loop-few", "lmc-few", "lmc"]
 
 
 @pytest.mark.parametrize("text", ["not JSON", "[]", '{"arch": "lmc"}', '{"arch": {}, "seed": 0}'])
@@ -1656,12 +1720,14 @@ def tables_of(rows):
 
 def test_a_page_is_written_anew_and_its_numbers_are_looked_up():
     heads = ("arch", "seeds", "hop 2 (lowest)")
-    tables = tables_of([heads, ("dense", 5, "0.9812"), ("loop", 5, "1.000 (0.976)")])
+    rows = [("dense", 5, "0.9812"), ("loop", 5, "1.000 (0.976)"), ("lmc", 5, "0.500")]
+    tables = tables_of([heads, *rows])
     anew = pages.written_anew(PAGE, tables)
     (block,) = [found[2].splitlines() for found in pages.BLOCK.finditer(anew)]
     assert [line.split() for line in block if "--" not in line] == [
         ["arch", "hop", "2", "(lowest)"],
         ["loop", "1.000", "(0.976)"],
+        ["lmc", "0.500"],
     ]
     assert pages.written_anew(anew, tables) == anew
     assert list(pages.sections(anew)) == ["# A page", "## Below"]
@@ -1674,7 +1740,9 @@ def test_a_page_is_written_anew_and_its_numbers_are_looked_up():
     [
         ("results/edits", "names no table"),
         ("results/edits nothing", "no nothing_table"),
-        ("results/edits headline arch=none", "no row"),
+        ("results/edits mean", "no mean_table"),
+        ("results/edits headline arch=none", "no row with arch none"),
+        ("results/edits headline arch=lmc|lmx", "no row with arch lmx"),
         ("results/edits headline cell=lmc", "no column cell; there are arch, seeds"),
         ("results/edits headline lmc", "neither bare nor"),
         ("results/edits many", "nothing for this table"),
@@ -1685,9 +1753,52 @@ def test_a_block_that_asks_for_no_table_is_refused(text, words):
         pages.Tables(HERE).made(text)
 
 
-@pytest.mark.parametrize("number, known", [("0.98", [0.984]), ("3 %", [0.034]), ("1.5", [1.53])])
+@pytest.mark.parametrize("number, known", [("0.98", 0.984), ("3 %", 0.034), ("1,234.5", 1234.53)])
 def test_a_number_may_be_rounded_but_not_more(number, known):
-    assert pages.is_known(number, known) and not pages.is_known(number, [1.1 * known[0] + 0.01])
+    assert pages.is_known(number, [5.0, known])
+    assert not pages.is_known(number, [1.1 * known + 0.01, 100 * known])
+
+
+def test_which_numbers_of_a_text_are_looked_up():
+    text = "## 0.1 of\n- 0.2x\n    - 0.3, 4.5 %, 6 7 %\n| 0.8 |\n[0.9 a](b-1.1.md) `1.2`\n> 1.3\n"
+    text += "<!-- results 1.4 -->\n```text\n1.5\n```\narXiv 2405.15071, 10,000 and 1,234.5 v2.5"
+    looked_up = []
+    for number in pages.NUMBER.findall(pages.prose_of(text)):
+        if "." in number or number.endswith("%"):
+            looked_up.append(number)
+    assert looked_up == ["0.1", "0.2", "0.3", "4.5 %", "7 %", "0.8", "0.9", "1,234.5"]
+
+
+def test_wholes_heads_and_legends_know_no_number():
+    rows = [("arch", "0.9"), ("dense (1 of 2)", "0.123 (0.111)"), ("loop", "5"), ("lmc", "1.000")]
+    tables = tables_of(rows)
+    assert tables.numbers("results/edits headline bare") == [0.123, 0.111, 1.0]
+    assert tables.numbers("results/edits headline arch=dense") == [0.123, 0.111]
+
+
+@pytest.mark.parametrize("text", ["```text results/edits headline\nopen", "```text\na\n```\n"])
+def test_a_block_that_is_no_block_is_refused(text):
+    with pytest.raises(minedit.UserError, match="not closed, or is not of results"):
+        pages.written_anew(text, tables_of([("arch",), ("lmc",)]))
+
+
+def test_a_page_is_checked_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "HERE", tmp_path)
+    monkeypatch.setattr(pages, "PAGES", ("page.md",))
+    shutil.copytree(HERE / "results" / "edits", tmp_path / "results" / "edits")
+    block = "```text results/edits headline columns=arch|seeds bare\n{}```\n"
+    page = tmp_path / "page.md"
+    page.write_text(block.format("old\n"))
+    assert run_study(pages, "--check") == 1 and page.read_text() == block.format("old\n")
+    assert "would change" in capsys.readouterr().out
+    assert run_study(pages) == 0 and "dense          5\n" in page.read_text()
+    assert run_study(pages, "--check") == 0
+    page.write_text(page.read_text() + "0.77\n")
+    capsys.readouterr()
+    for options in ([], ["--check"]):
+        assert run_study(pages, *options) == 1
+        assert "page.md, top: in no table: 0.77" in capsys.readouterr().out
+    assert "--plot" in refused(capsys, pages, "--check", "--plot")
 
 
 def test_a_place_in_a_result():
@@ -1724,7 +1835,7 @@ def test_every_figure_of_the_pages_is_one_that_is_drawn():
     for name in pages.PAGES:
         found = re.findall(r"!\[[^\]]*\]\((\S+)\)", (HERE / name).read_text())
         shown |= {((HERE / name).parent / file).resolve() for file in found}
-    drawn = [make.__name__ for makers in figures.PAGES.values() for make in makers]
+    drawn = [make.__name__ for makers in figures.SHOWN.values() for make in makers]
     assert {file.stem for file in shown} == set(drawn)
     assert all(file.exists() for file in shown)
     assert {file.stem for file in (HERE / "results" / "figures").iterdir()} == set(drawn)
@@ -1733,12 +1844,129 @@ def test_every_figure_of_the_pages_is_one_that_is_drawn():
 def test_names_at_the_ends_of_lines_do_not_overlap():
     matplotlib = pytest.importorskip("matplotlib.figure")
     ax = matplotlib.Figure().add_subplot()
-    ends = {"a": 1.0, "b": 1.0, "c": 0.99, "d": 0.2}
-    figures.label_ends(ax, ends, list(ends))
-    heights = {text.get_text(): text.xy[1] for text in ax.texts}
-    assert heights["a"] > heights["b"] > heights["c"] > heights["d"]
-    places = sorted(heights.values())
-    assert min(b - a for a, b in zip(places, places[1:])) > 0.07 and places[-1] <= 1.05
+    heights = {"a": 1.0, "b": 1.0, "c": 0.99, "d": 0.2, "e": 0.0, "f": 0.01}
+    figures.label_ends(ax, {name: (3, y, "black") for name, y in heights.items()})
+    found = {text.get_text(): text.xy[1] for text in ax.texts}
+    assert found["a"] == 1.0 and found["d"] == 0.2, "where there is room they stay"
+    assert found["f"] > found["e"] > -0.05
+    places = sorted(found.values())
+    assert min(b - a for a, b in zip(places, places[1:])) > 0.07 and places[-1] < 1.1
+
+
+def is_share(name, value):
+    return isinstance(value, float) and value < 1 and name != "keep"
+
+
+def two_runs(name, key, entries):
+    """A group of two runs, of which the second has 0.1 less of every figure below 1."""
+    lower = []
+    for entry in entries:
+        less = {name: value - 0.1 for name, value in entry.items() if is_share(name, value)}
+        lower.append(entry | less)
+    made = []
+    for several in (entries, lower):
+        run = {"history": [], "edit": {}}
+        made.append(run | {key: several})
+    return [runs.Group(name, "lmc", made)]
+
+
+def drawn(make, groups):
+    """{panel: {line: (y, colour)}} of a figure of lines, by the names at their ends."""
+    figure = make(groups)
+    names, found = {}, {}
+    for ax in figure.axes:
+        names |= {text.get_color(): text.get_text() for text in ax.texts}
+    for ax in figure.axes:
+        lines = {names[line.get_color()]: list(line.get_ydata()) for line in ax.lines}
+        bands = [band.get_paths()[0].get_extents().height for band in ax.collections]
+        found[ax.get_title()] = (lines, bands)
+    return found
+
+
+def test_a_figure_of_lines_shows_means_and_ranges():
+    pytest.importorskip("matplotlib")
+    entry = {"method": "memit", "target": "prototype", "direct": 1.0, "hop1": 0.9, "hop2": 0.5}
+    entry |= {"both": 0.7, "unrelated_one_hop_moved": 0.2}
+    entries = [entry | {"n": 1}, entry | {"n": 10, "hop2": 0.3}]
+    entries.append(entry | {"n": 1, "method": "rome", "hop2": 0.0})
+    entries.append(entry | {"n": 1, "target": "gradient", "hop2": 0.0})
+    ((title, (lines, bands)),) = drawn(figures.many, two_runs("lmc", "many", entries)).items()
+    assert title == "lmc (n = 2)"
+    assert lines["edited fact"] == [1.0, 1.0] and lines["hop 1"] == pytest.approx([0.85, 0.85])
+    assert lines["hop 2"] == pytest.approx([0.45, 0.25])
+    assert lines["both edited"] == pytest.approx([0.65, 0.65])
+    assert lines["facts moved"] == pytest.approx([0.15, 0.15])
+    assert sorted(bands)[1:-1] == pytest.approx([0.1] * 3) and max(bands) == pytest.approx(0.3)
+
+
+def test_figures_of_mass_edits_show_the_scores():
+    pytest.importorskip("matplotlib")
+    edit = {"method": "memit", "target": "gradient", "score": 50.0, "efficacy": 0.9}
+    mass = {"edits": [edit | {"n": 1}, edit | {"n": 10, "score": 20.0}]}
+    groups = [runs.Group("lmc", "lmc", [{"mass": mass, "capacity": {"edits": []}}])]
+    assert drawn(figures.mass, groups)["lmc (n = 1)"][0] == {"memit, gradient": [0.5, 0.2]}
+    one = {"n": 10, "score": 80.0, "slots": 64}
+    edits = {"edits": [one, one | {"slots": 8, "score": 30.0}]}
+    groups = [runs.Group("lmc-64", "lmc", [{"capacity": edits}])]
+    assert drawn(figures.capacity, groups)["lmc (n = 1)"][0] == {"10 facts": [0.3, 0.8]}
+    entry = {"way": "carried", "first": 0.7, "specificity": 0.9}
+    entries = [entry | {"n": 10}, entry | {"n": 20, "first": 0.4}]
+    found = drawn(figures.sequence, two_runs("lmc", "sequence", entries))
+    assert found["lmc, first batch (n = 2)"][0]["carried"] == pytest.approx([0.65, 0.35])
+    assert found["lmc, other facts (n = 2)"][0]["carried"] == pytest.approx([0.85, 0.85])
+
+
+def test_figures_of_ablations_tell_recited_from_right():
+    pytest.importorskip("matplotlib")
+    entry = {"recited": 0.9, "true": 0.2, "id": 0.8, "one_hop": 1.0, "ood": 0.5}
+    entry |= {"rare": 0.7, "arithmetic": 0.6, "open_book": 0.4}
+    rows = [entry | {"method": "kfac", "keep": 0.9, "true": 0.6}, entry | {"keep": 0.99}]
+    rows[1]["method"] = "kfac"
+    rows.append(entry | {"method": "ekfac", "keep": 0.95, "recited": 0.1})
+    found = drawn(figures.exceptions, two_runs("lmc", "exceptions", rows))["lmc (n = 2)"][0]
+    assert found["exceptions recited"] == pytest.approx([0.85, 0.85]), "K-FAC's alone"
+    assert found["exceptions right"] == pytest.approx(
+        [0.15, 0.55]
+    ), "the less is kept, to the right"
+    groups = two_runs("lmc", "x", rows)
+    for run in groups[0].runs:
+        run["ablate"] = {"sweep": run["x"][:2]}
+    found = drawn(figures.retention, groups)["lmc (n = 2)"][0]
+    assert found["exceptions right"] == pytest.approx([0.15, 0.55])
+    assert found["rare facts"] == pytest.approx([0.65, 0.65])
+
+
+def test_a_line_is_named_in_the_last_panel_that_has_it():
+    pytest.importorskip("matplotlib")
+    panels = figures.Panels()
+    for panel, line in (("a", "x"), ("a", "y"), ("b", "x")):
+        panels.add(panel, line, 1, 0.5)
+    panels.add("b", "x", 1, 0.7)
+    panels.add("b", "x", 2, 0.7)
+    first, second = figures.draw_lines(panels, "").axes
+    assert [text.get_text() for text in first.texts] == ["y"]
+    assert [text.get_text() for text in second.texts] == ["x"]
+    assert second.get_title() == "b (n = 1 to 2)"
+    assert first.lines[0].get_color() == second.lines[0].get_color(), "one style in all panels"
+
+
+def test_bars_and_tiles_say_their_means():
+    pytest.importorskip("matplotlib")
+    edit = {"direct": 1.0, "hop1": 0.8, "hop2": 0.2}
+    group = runs.Group("lmc", "lmc", [{"edit": edit}, {"edit": edit | {"hop2": 0.4}}])
+    (ax,) = figures.edits([group]).axes
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([1.0, 0.8, 0.3])
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == ["1.00", "edited fact", "0.80", "hop 1", "0.30", "hop 2"]
+
+    entry = {"covers": "here", "target": "prototype", "direct": 1.0, "hop1": 0.75, "hop2": None}
+    entry |= {"unrelated_one_hop_moved": 0.25, "unrelated_two_hop_moved": 0.0}
+    other = entry | {"target": "gradient", "hop1": 0.0}
+    group = runs.Group("lmc", "lmc", [{"second_moment": [entry, other]}])
+    (ax,) = figures.covers([group]).axes
+    assert [text.get_text() for text in ax.texts] == ["1.00", "0.75", "0.25", "0.00"]
+    greys = [patch.get_facecolor()[0] for patch in ax.patches]
+    assert greys == sorted(greys) and greys[0] < 0.2 and greys[-1] == 1, "black is 1"
 
 
 def test_figures_without_matplotlib_are_one_line(capsys, monkeypatch):
@@ -1833,19 +2061,37 @@ def test_a_job_is_run_once_and_its_small_files_are_kept(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
+def test_a_job_is_done_when_all_its_runs_have_all_their_entries(tmp_path):
+    job = everything.Job("g", "g-seed0", "g", ("g/a", "g/b"), ("",), ("edits", "locate"), 1)
+    config = {"environment": {"version": "abc"}}
+    for folder, entries in (("g/a", {"edits": [], "locate": {}}), ("g/b", {"edits": []})):
+        assert not everything.is_done(job, tmp_path)
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "results.json").write_text(json.dumps(entries))
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    assert not everything.is_done(job, tmp_path), "one has no locate"
+    (tmp_path / "g/b" / "results.json").write_text(json.dumps({"edits": [], "locate": {}}))
+    assert everything.is_done(job, tmp_path)
+    (tmp_path / "g/a" / "config.json").write_text(json.dumps({"environment": {}}))
+    assert not everything.is_done(job, tmp_path), "of no commit that it names"
+
+
+@pytest.mark.slow
 def test_a_job_that_fails_is_named_and_nothing_of_it_is_kept(tmp_path, monkeypatch, capsys):
-    tiny_plan(monkeypatch, "-m studies.nothing")
+    tiny_plan(monkeypatch, "-m studies.nothing", f"-m studies.second_moment {' '.join(TINY)}")
     where = ["--work", tmp_path / "work", "--results", tmp_path / "results"]
     assert run_study(everything, *where) == 1
     said = capsys.readouterr()
     assert "real-lmc-seed0.txt" in said.err and said.err.count("\n") == 1
     assert not (tmp_path / "results").exists()
+    made = results_of(tmp_path / "work" / "real" / "lmc-seed0")
+    assert made["edits"] and "second_moment" not in made, "nothing is run after what failed"
 
 
 def test_parts_hold_every_job_once():
     jobs = list(range(11))
-    parts = [everything.part_of(jobs, f"{i}/4") for i in (1, 2, 3, 4)]
-    assert sorted(sum(parts, [])) == jobs
+    parts = [everything.part_of(jobs, f"{i}/2") for i in (1, 2)]
+    assert parts == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
 
 
 @pytest.mark.parametrize(

@@ -98,13 +98,13 @@ def mebibytes(usage: resource.struct_rusage) -> int:
 
 def times_table(found: dict[str, dict]) -> Table | None:
     rows = [("command", "seconds", "MiB", "of it")]
+    machines = {}
     for entry in found.values():
         stages = ", ".join(f"{name} {s:.0f} s" for name, s in entry["stages"].items())
         rows.append((entry["command"], f"{entry['seconds']:.0f}", entry["peak_mib"], stages))
-    entry = next(iter(found.values()))
-    return table_of(
-        rows, f"{entry['threads']} threads, {entry['processor']}, torch {entry['torch']}"
-    )
+        machine = f"{entry['threads']} threads, {entry['processor']}, torch {entry['torch']}"
+        machines[machine] = None
+    return table_of(rows, "; ".join(machines))
 
 
 def command(args):
