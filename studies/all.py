@@ -97,6 +97,27 @@ def every_cell(options: str = "", name: str = "") -> dict[str, str]:
     return {f"{arch}{name}": f"--arch {arch} {options}".strip() for arch in CELLS}
 
 
+def capacities() -> list[Job]:
+    """Stores of several widths. All peers of MEMIT in one of 8192 slots; in the widest, where 10 000
+    edits hold, those that need no eigendecomposition of C, and batches one after another, LMC."""
+    peers = "-m studies.mass_edit --counts 10000"
+    few_peers = f"{peers} --methods memit emmet rome finetune"
+    jobs = []
+    for slots, arch, commands, wants, minutes in (
+        (2048, "lmc", [], "capacity", 3),
+        (2048, "dense", [], "capacity", 3),
+        (4096, "lmc", [], "capacity", 6),
+        (4096, "dense", [], "capacity", 6),
+        (8192, "lmc", [peers], "capacity mass", 45),
+        (8192, "dense", [peers], "capacity mass", 45),
+        (16384, "lmc", [few_peers, "-m studies.sequence"], "capacity mass sequence", 110),
+        (16384, "dense", [], "capacity", 25),
+    ):
+        runs = {f"{arch}-{slots}": f"--arch {arch} --slots {slots} --d-ff {slots}"}
+        jobs += each("capacity", runs, 3, ["-m studies.capacity", *commands], wants, minutes)
+    return jobs
+
+
 def plan(umls: Path | None) -> list[Job]:
     """All jobs, in the order in which they are run."""
     circuits = "-m studies.circuits --eval-every 50"
@@ -110,18 +131,7 @@ def plan(umls: Path | None) -> list[Job]:
     jobs += each("exceptions", exceptions, 3, ["minedit.py --ablate"], "ablate", 3)
     narrow = every_cell("--slots 2048 --d-ff 2048")
     jobs += each("mass", narrow, 5, ["-m studies.mass_edit"], "mass", 20)
-    peers = "-m studies.mass_edit --counts 10000"
-    few_peers = f"{peers} --methods memit emmet rome finetune"  # no AlphaEdit: see its docstring
-    for slots, commands, wants, minutes in (
-        (2048, [], "capacity", 2),
-        (4096, [], "capacity", 3),
-        (8192, [peers], "capacity mass", 25),
-        (16384, [few_peers, "-m studies.sequence"], "capacity mass sequence", 110),
-    ):
-        runs = {}
-        for arch in ("lmc", "dense"):
-            runs[f"{arch}-{slots}"] = f"--arch {arch} --slots {slots} --d-ff {slots}"
-        jobs += each("capacity", runs, 3, ["-m studies.capacity", *commands], wants, minutes)
+    jobs += capacities()
     spread = "-m studies.mass_edit --counts 1000 10000 --methods memit"
     runs = {"dense-4x4096": "--arch dense --depth 4 --d-ff 4096"}
     jobs += each("spread", runs, 3, [spread], "mass", 25)
