@@ -794,6 +794,11 @@ def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
     for name in ("direct", "hop1", "hop2", "facts", "compositions"):
         asked = getattr(probes, name)
         hit[name] = ask(model, edits, asked) == asked.answer
+    return record_of(edits, probes, hit)
+
+
+def record_of(edits: Edits, probes: EditProbes, hit: dict[str, Tensor]) -> EditRecord:
+    """hit: of each kind of probe [m], whether it was answered as it should be."""
     success = hit["direct"]
     counts1, counts2 = success[probes.hop1.edit], success[probes.hop2.edit]
     hop1, hop2 = hit["hop1"][counts1], hit["hop2"][counts2]

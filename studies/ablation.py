@@ -37,8 +37,8 @@ from studies.controls import Outcome, compare, edited, learned_mask, outcome, se
 from studies.images import images_stage
 from studies.training import further
 
-KEEPS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7)
-REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+KEEPS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7, 0.5)
+REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.8, 0.9)
 GROUPS = {  # layers that take one strength, by the ends of their names
     "q+k": ("attention.query", "attention.key"),
     "v+out": ("attention.value", "attention.out"),
@@ -233,7 +233,7 @@ def learned_outcome(
     targets = F.pad(paths.two_hop[rows][:, None], (2, 0), value=-100)
     forget = [(paths.tokens[rows], targets)]
     options = {}
-    for share in (0.99, 0.95, 0.85):
+    for share in (0.998, 0.995, 0.99, 0.95, 0.85):
         options[share] = learned_mask(
             model, forget, mixture, F.cross_entropy, layers, share, steps=50
         )

@@ -139,6 +139,9 @@ class InferencePath:
     bridge: float | None = None  # the lens at r1 has the bridge first of all entities
     answer: float | None = None
     relation: float | None = None  # the lens at r2 has the second relation first
+    unread: float | None = (
+        None  # of what is right: the bridge is first at r1 in no pass but the last
+    )
     trace: dict = field(default_factory=dict)  # {token replaced: share back, [site][token]}
     swap: list = field(default_factory=list)  # of each pass: {part: share redirected}
     whole: float | None = None
@@ -196,6 +199,10 @@ def read_with_lens(
             "p": p.mean(-1).tolist(),
         }
         setattr(path, name, max((first[i][token] for i in streams), default=None))
+        if name == "bridge" and streams:
+            is_read = (rank[streams, token] == 0).any(0)  # [n]
+            is_right = minedit.last_answers(model, tokens) == paths.two_hop[rows]
+            path.unread = share_of(~is_read[is_right])
 
 
 def trace_paths(

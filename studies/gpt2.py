@@ -42,7 +42,7 @@ from studies.runs import Table, table_of
 PHRASINGS = ("the {r} of {h} is", "we know that the {r} of {h} is", "{r} of {h} :")
 PAD = 0
 N_REPEATED = 16  # sentences of random words
-LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 KEEPS = (0.99, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.91, 0.9, 0.89, 0.88, 0.87, 0.85, 0.8, 0.7)
 
 

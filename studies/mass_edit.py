@@ -53,7 +53,7 @@ COUNTS = (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)
 TARGETS = ("prototype", "gradient", "official")
 STRENGTHS = {
     "memit": (10, 100, 300, 1000, 3000, 10_000, 30_000),  # lam
-    "alphaedit": (0.01, 0.03, 0.1, 0.3, 1.0),  # threshold, times the mean eigenvalue of C
+    "alphaedit": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),  # threshold, times the mean eigenvalue of C
     "alphaedit-official": (2e-2,),  # threshold, absolute
     "emmet": (0.0,),  # it has none
     "rome": (0.0,),

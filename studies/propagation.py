@@ -3,7 +3,8 @@
 Three parts, in the cells and at the sizes that the training options name:
 
     edits   every store and pass, by ROME, MEMIT and the single-row edit, with a prototype or a
-            sought value; neighbours that moved; what all cells of a seed answer right, apart
+            sought value, and all stores at once; neighbours that moved; what all cells of a seed
+            answer right, apart
     locate  causal tracing of facts and compositions: which state carries the answer [2]
     when    edits that act at some calls of their layer alone; and the answer held as it was, our
             reading of the interchange of a held answer subspace in [1]
@@ -136,6 +137,40 @@ def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
     return entries
 
 
+def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
+    """The entry of edits by ROME with a prototype in all stores at once, each with the key and the
+    value of its first read; None for a model with one store."""
+    first_reads = {}
+    for state in stores(run.config):
+        first_reads.setdefault(state.module, state)
+    if len(first_reads) < 2:
+        return None
+    several = []
+    for site in first_reads.values():
+        at = minedit.gather(run, model, site)
+        arguments = (model, run.paths, case.known.facts, case.requests, at, site.at_pass)
+        several.append(minedit.make_edits(*arguments))
+    hit = {}
+    for name in ("direct", "hop1", "hop2", "facts", "compositions"):
+        probes = getattr(case.probes, name)
+        hit[name] = ask_under_all(model, several, probes) == probes.answer
+    entry = minedit.record_of(several[0], case.probes, hit).entry()
+    return entry | {"site": "every store", "pass": None, "a_priori": False, "near": False}
+
+
+def ask_under_all(
+    model: Model, several: list[minedit.Edits], probes: kg.Probes, chunk: int = 512
+) -> Tensor:
+    """minedit.ask with the probe's edit in several layers at once."""
+    answers = []
+    for i, tokens in zip(probes.edit.split(chunk), probes.tokens.split(chunk)):
+        with torch.no_grad(), ExitStack() as edits:
+            for one in several:
+                edits.enter_context(editing.rank_one(one.at.layer, one.u[i], one.r[i]))
+            answers.append(model(tokens)[:, -1].argmax(-1))
+    return torch.cat(answers)
+
+
 def edits_of_kind(
     model: Model,
     paths: kg.Paths,
@@ -181,12 +216,15 @@ def edits_stage(run: Run, model: Model, case: Case) -> dict:
     entries = []
     for site in stores(run.config):
         entries += edit_site(run, model, case, site)
+    everywhere = edit_every_store(run, model, case)
+    if everywhere is not None:
+        entries.append(everywhere)
     rows = [tuple(EDIT_COLUMNS.values())]
     for entry in entries:
         shown = entry | {"at_pass": entry["pass"]}
         if entry["near"]:
             shown["target"] = "near"
-        values = [shown[name] for name in EDIT_COLUMNS]
+        values = [shown.get(name) for name in EDIT_COLUMNS]
         rows.append([x if isinstance(x, (str, int)) else minedit.cell(x) for x in values])
     print(
         f"\nedits of {len(case.requests)} facts; left out: {minedit.listed(case.probes.left_out)}"

@@ -360,10 +360,11 @@ def paths_table(groups: list[Group]) -> Table | None:
                 found.append(entry | {"of": queries})
         return found
 
-    shares = same("right", "bridge", "relation", "whole", "visible", "rest")
+    shares = same("right", "bridge", "unread", "relation", "whole", "visible", "rest")
     legend = """\
 right: accuracy; else shares, the largest over passes (but the last). bridge: the lens at r1 has the
-bridge first of all entities; relation: at r2, the second one. whole, visible, rest: with the stream
+bridge first of all entities; unread: of what is right, the bridge first nowhere; relation: at r2,
+the second one. whole, visible, rest: with the stream
 at r1 of a query with the same r2, or its part in (out of) the plane of both bridges, its answer."""
     return mean_table(groups, entries, same("of", "at"), shares, legend, ("visible",))
 

@@ -117,7 +117,10 @@ def test_an_abbreviated_option_is_refused(capsys):
 def test_propagation_edits_every_store_and_pass(tmp_path, arch):
     assert run_study(propagation, *TINY, "--arch", arch, "--out", tmp_path / "p") == 0
     found = results_of(tmp_path / "p")
-    entries = found["propagation"]["edits"]
+    *entries, last = found["propagation"]["edits"]
+    assert (last["site"] == "every store") == (arch == "dense")
+    if arch != "dense":
+        entries.append(last)
     assert len(entries) == 2 * 5 + 1 and [e["near"] for e in entries].count(True) == 1
     sites = {(e["site"], e["pass"]) for e in entries}
     config = Config(**ARCHS[arch], depth=2)
@@ -129,6 +132,32 @@ def test_propagation_edits_every_store_and_pass(tmp_path, arch):
     assert found["when"]["held"][0].keys() >= {"direct", "direct_random", "hop2"}
 
 
+def test_edits_of_every_store_against_weights_edited_one_by_one(tmp_path):
+    run = toy_run(tmp_path, "--arch", "dense")
+    model = run.train()
+    case = propagation.make_case(run, model, 3, None)
+    entry = propagation.edit_every_store(run, model, case)
+    made = []
+    for site in models.stores(run.config):
+        at = minedit.gather(run, model, site)
+        made.append(minedit.make_edits(model, run.paths, case.known.facts, case.requests, at, 0))
+    assert len(made) == run.config.depth
+    right, asked = {}, {}
+    for i in range(3):
+        dW = {one.at.name: torch.outer(one.r[i], one.u[i]) for one in made}
+        with editing.edited(model, dW):
+            for name in ("direct", "facts", "compositions"):
+                probes = getattr(case.probes, name)
+                mine = probes.edit == i
+                answers = minedit.last_answers(model, probes.tokens[mine])
+                right[name] = right.get(name, 0) + int((answers == probes.answer[mine]).sum())
+                asked[name] = asked.get(name, 0) + int(mine.sum())
+    assert entry["direct"] == right["direct"] / 3
+    for name, key in (("facts", "one_hop"), ("compositions", "two_hop")):
+        assert entry[f"unrelated_{key}_moved"] == pytest.approx(1 - right[name] / asked[name])
+    assert propagation.edit_every_store(toy_run(tmp_path / "b"), model, case) is None
+
+
 @pytest.mark.slow
 def test_what_all_four_cells_know_is_scored_apart(tmp_path):
     assert run_study(propagation, *TINY, "--arch", "all", "--out", tmp_path) == 0
@@ -136,7 +165,8 @@ def test_what_all_four_cells_know_is_scored_apart(tmp_path):
     for arch in ARCHS:
         entries = results_of(tmp_path / f"{arch}-seed0")["propagation"]["edits"]
         for e in entries:
-            assert 0 <= e["probes_hop1_shared"] <= e["probes_hop1"]
+            if e["site"] != "every store":
+                assert 0 <= e["probes_hop1_shared"] <= e["probes_hop1"]
         shared.append(entries)
     assert len(shared) == 4
 
@@ -1354,6 +1384,7 @@ def test_the_circuits_study(tmp_path, arch):
     assert len(path["lens"]["bridge"]["rank"]) == len(found["circuits"]["states"]) == 6
     for row in path["lens"]["bridge"]["rank"]:
         assert all(1 <= rank <= 10 for rank in row)
+    assert path["unread"] is None or 0 <= path["unread"] <= 1
     assert len(path["swap"]) == 1 and found["circuits"]["fake"] in (True, False, None)
     assert found["circuits"]["worth"]["end"].keys() >= {"step", "id", "hop2", "ablated"}
     for name in transfer.RATES:
@@ -1366,6 +1397,32 @@ def test_the_circuits_study(tmp_path, arch):
     )
     said = [tables_in(tmp_path / name) for name in ("run", "kept")]
     assert said[0] == said[1]
+
+
+def test_the_bridge_of_right_answers_is_looked_for_answer_by_answer(tmp_path):
+    run = toy_run(tmp_path)
+    model, paths = run.train(), run.paths
+    answers = minedit.last_answers(model, paths.tokens)
+    half = torch.arange(len(answers)) % 2 == 0  # every other one is right
+    run.paths = replace(paths, two_hop=torch.where(half, answers, (answers + 1) % 10))
+    rows = torch.arange(8)
+    every = models.states(run.config)
+    sites = [(state.module, state.call) for state in every]
+    streams = [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+    path = circuits.InferencePath()
+    circuits.read_with_lens(path, run, model, rows, sites, streams)
+    unread = []
+    for row in rows[half[rows]].tolist():
+        read = False
+        for i in streams:
+            state = editing.at_call(model, *sites[i], paths.tokens[[row]])[1][0, 1]
+            logits = model.embedding.weight[:10] @ model.norm(state)
+            read |= int(logits.argmax()) == int(paths.one_hop[row])
+        unread.append(not read)
+    assert path.unread == sum(unread) / len(unread)
+    run.paths = replace(paths, two_hop=(answers + 1) % 10)
+    circuits.read_with_lens(path, run, model, rows, sites, streams)
+    assert path.unread is None, "nothing is right"
 
 
 def test_circuits_where_there_is_nothing_to_ask(tmp_path):

@@ -85,7 +85,7 @@ def transfer_stage(run: Run, moments: dict, steps: int, share: float) -> dict:
     for name, (_, weights) in moments.items():
         if name != "before":
             starts[name] = enlarged(weights)
-    at = list(range(0, steps + 1, max(1, steps // 12)))
+    at = sorted({*range(0, steps, max(1, steps // 12)), steps})
     found = {}
     for name, start in starts.items():
         curve = []
