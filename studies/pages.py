@@ -141,7 +141,7 @@ class Tables:
         found = []
         for row in made.rows[1:]:
             for cell in row:
-                found += [float(x) for x in re.findall(r"-?\d+\.\d+", str(cell))]
+                found += [float(x) for x in re.findall(r"(?<!\d)-?\d+\.\d+", str(cell))]
         return found
 
 

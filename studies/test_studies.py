@@ -1632,8 +1632,8 @@ VERDICTS = {
     "[2] OOD comes": ("0.990", "0.985..0.994", "2000", "agrees"),
     "[2] r2 at r2": ("0.000", "0.000..0.000", "-", "differs"),
     "[2] ungrokked": ("0.000", "0.000..0.019", "200", "agrees ?"),
-    "[11] ID paths": ("0.950", "0.950..0.950", "-", "agrees"),
-    "[11] after grokking: old->new": ("0.500", "0.478..0.522", "2000", "differs"),
+    "[8] ID paths": ("0.950", "0.950..0.950", "-", "agrees"),
+    "[8] after grokking: old->new": ("0.500", "0.478..0.522", "2000", "differs"),
 }
 
 
@@ -1670,7 +1670,7 @@ def test_one_run_of_a_mean_has_no_interval():
     ],
 )
 def test_a_verdict_says_whether_the_interval_crosses_an_end(values, verdict):
-    claim = replace(claim_of("[11] ID paths"), low="0.9", high="1")
+    claim = replace(claim_of("[8] ID paths"), low="0.9", high="1")
     found = claims.verdict_of(claim, "loop", claims.Tested(values, [None, None]))
     assert found.verdict == verdict
 
@@ -1687,7 +1687,7 @@ def test_claims_read_the_folder_that_they_name(tmp_path):
     rows = {row[0]: row for row in claims.summary_table(known, results).rows}
     assert rows["[1] composes OOD facts"][3:5] == ("no run", "no run")
     assert rows["[1] composes OOD facts"][5].endswith(("+", "-", "?"))
-    assert rows["[7] 10 000 edits of GPT-J"][2:] == ("-",) * 4
+    assert rows["[5] 10 000 edits of GPT-J"][2:] == ("-",) * 4
 
 
 @pytest.fixture(scope="module")
