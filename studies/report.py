@@ -303,6 +303,30 @@ paths); as many components (parts), as large a change (norm) as kfac or ekfac; o
     return mean_table(groups, entries, same("method", "matched"), REMAINING, legend, ("true",))
 
 
+def controls_table(groups: list[Group]) -> Table | None:
+    """The better of K-FAC and EK-FAC against each control, run by run: a seed's runs are pairs."""
+    rows = [("arch", "control", "matched", "true", "lowest", "highest", "ahead in", "ID", "book")]
+    for group in groups:
+        found = {}  # {(control, matched): [differences of a run]}
+        for run in group.runs:
+            chosen = lookup(run, "ablate.chosen")
+            for entry in lookup(run, "ablate.entries") or []:
+                if entry["method"] not in ("before", "kfac", "ekfac"):
+                    kind = (entry["method"], entry.get("matched") or "")
+                    gain = {key: chosen[key] - entry[key] for key in ("true", "id", "open_book")}
+                    found.setdefault(kind, []).append(gain)
+        for kind, gains in found.items():
+            true = [gain["true"] for gain in gains]
+            row = [group.name, *kind, mean(true), cell(min(true)), cell(max(true))]
+            row.append(f"{sum(x > 0 for x in true)} of {len(true)}")
+            row += [mean([gain[key] for gain in gains]) for key in ("id", "open_book")]
+            rows.append(tuple(row))
+    legend = """\
+what the better of K-FAC and EK-FAC has more than a control: of exceptions answered right after all
+(mean, lowest, highest run, runs in which it is ahead), of ID and open-book answers; matched: above"""
+    return table_of(rows, legend)
+
+
 def exceptions_table(groups: list[Group]) -> Table | None:
     """Of `minedit.py --ablate`."""
     words = {"method": "method", "keep": "keep"}
@@ -442,6 +466,7 @@ TABLES += [
     scores_table,
     mass_table,
     ablation_table,
+    controls_table,
 ]
 TABLES += [exceptions_table, retention_table, relearning_table]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]

@@ -1866,6 +1866,18 @@ def test_a_place_in_a_result():
         assert runs.lookup(result, place) == value, place
 
 
+def test_controls_are_compared_run_by_run():
+    entry = {"method": "svd", "matched": "own", "true": 0.5, "id": 0.75, "open_book": 1.0}
+    same = [entry | {"method": method} for method in ("before", "kfac", "ekfac")]
+    several = []
+    for true in (0.75, 0.25):
+        chosen = {"true": true, "id": 1.0, "open_book": 0.5}
+        several.append({"ablate": {"chosen": chosen, "entries": [*same, entry]}})
+    found = report.controls_table([runs.Group("lmc", "lmc", several)])
+    kind = ("lmc", "svd", "own")
+    assert found.rows[1:] == [(*kind, "0.000", "-0.250", "0.250", "1 of 2", "0.250", "-0.500")]
+
+
 def test_a_mean_says_of_how_many_runs_it_is():
     made = [runs.Group("lmc", "lmc", [{"x": [{"a": 1.0}]}, {"x": [{"a": None}]}, {"x": []}])]
     found = runs.mean_table(made, lambda run: run["x"], {}, {"a": "a"}, "legend")
