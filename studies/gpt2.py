@@ -36,13 +36,13 @@ from torch.nn.utils.rnn import pad_sequence
 import curvature
 import edit as editing
 import minedit
-from minedit import UserError, cell, require, share_of, table
+from minedit import UserError, cell, mean, require, share_of, table
 from studies.runs import Table, table_of
 
 PHRASINGS = ("the {r} of {h} is", "we know that the {r} of {h} is", "{r} of {h} :")
 PAD = 0
 N_REPEATED = 16  # sentences of random words
-LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 KEEPS = (0.99, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.91, 0.9, 0.89, 0.88, 0.87, 0.85, 0.8, 0.7)
 
 
@@ -315,21 +315,29 @@ def ablate_repeated(editor: Editor, sentences: Tensor, repeated: Tensor) -> tupl
         return before, measure(best.keep, halves[1])
 
 
-def edits_table(found: dict) -> Table | None:
-    """Of gpt2.json."""
-    rows = [("MEMIT", "lam", "efficacy", "paraphrase", "specificity", "score")]
-    for entry in found["edits"]:
-        shares = (cell(entry[name]) for name in ("efficacy", "paraphrase", "specificity"))
-        rows.append((entry["method"], f"{entry['lam']:g}", *shares, f"{entry['score']:.1f}"))
+def edits_table(runs: list[dict]) -> Table | None:
+    """Of the gpt2.json of several seeds."""
+    names = ("lam", "efficacy", "paraphrase", "specificity", "score")
+    rows = [("MEMIT", "runs", "lam", *(f"{name} (lowest)" for name in names[1:]))]
+    for entries in zip(*(run["edits"] for run in runs)):
+        row = [entries[0]["method"], len(runs)]
+        for name in names:
+            row.append(mean([entry[name] for entry in entries], None, name != "lam"))
+        rows.append(tuple(row))
+    known = mean([run["known"] for run in runs], ".0f")
     legend = "paraphrase: asked in words in which no key was read; score: harmonic mean, percent"
-    return table_of(rows, f"{found['known']} of {found['facts']} facts known; {legend}")
+    return table_of(rows, f"{known} of {runs[0]['facts']} facts known; {legend}")
 
 
-def ablation_table(found: dict) -> Table | None:
-    """Of gpt2.json."""
-    rows = [("K-FAC", "keep", "recited", "facts")]
-    for name, entry in found["ablation"].items():
-        rows.append((name, *(cell(entry[key]) for key in ("keep", "recited", "facts"))))
+def ablation_table(runs: list[dict]) -> Table | None:
+    """Of the gpt2.json of several seeds."""
+    rows = [("K-FAC", "runs", "keep", "recited", "facts (lowest)")]
+    for name in runs[0]["ablation"]:
+        entries = [run["ablation"][name] for run in runs]
+        row = [name, len(runs)]
+        for key in ("keep", "recited", "facts"):
+            row.append(mean([entry[key] for entry in entries], lowest=key == "facts"))
+        rows.append(tuple(row))
     return table_of(rows, "recited: repeated random sentences; facts: known ones still right")
 
 
@@ -359,7 +367,8 @@ def study(args) -> dict:
     n_words, width = len(words.number), sentences.shape[1]
     repeated = torch.randint(1, n_words, (N_REPEATED, width), generator=generator)
     sizes = {"vocab_size": n_words, "n_positions": width, "n_embd": 128, "n_layer": 3, "n_head": 4}
-    config = transformers.GPT2Config(**sizes, pad_token_id=PAD)
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # of the global generator
+    config = transformers.GPT2Config(**sizes, **none, pad_token_id=PAD)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         model = transformers.GPT2LMHeadModel(config)

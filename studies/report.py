@@ -473,20 +473,22 @@ TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, r
 TABLES += [seeds_table, paired_table]
 
 
-def of_file(name: str, make: Callable[[dict], Table | None]) -> Callable[[Path], Table | None]:
-    """The table of what stands in a file of a folder; None where there is no such file."""
+def of_files(
+    pattern: str, make: Callable[[list[dict]], Table | None]
+) -> Callable[[Path], Table | None]:
+    """The table of what stands in such files of a folder; None where there is none."""
 
     def found(folder: Path) -> Table | None:
-        file = folder / name
-        return make(minedit.read_json(file, "remove it")) if file.exists() else None
+        read = [minedit.read_json(file, "remove it") for file in sorted(folder.glob(pattern))]
+        return make(read) if read else None
 
     return found
 
 
 FILES = {  # tables of what is no run
-    "times": of_file("times.json", times_table),
-    "gpt2_edits": of_file("gpt2.json", gpt2.edits_table),
-    "gpt2_ablation": of_file("gpt2.json", gpt2.ablation_table),
+    "times": of_files("times.json", times_table),
+    "gpt2_edits": of_files("gpt2*.json", gpt2.edits_table),
+    "gpt2_ablation": of_files("gpt2*.json", gpt2.ablation_table),
 }
 
 

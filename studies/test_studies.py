@@ -2055,6 +2055,12 @@ def test_the_gpt2_study_runs_and_edits_the_model_that_it_saved(tmp_path, capsys)
     assert run_study(gpt2, *out, "--steps", "80", "--edits", "5") == 0
     found = json.loads((tmp_path / "out" / "gpt2.json").read_text())
     assert found["known"] > 10 and len(found["edits"]) == 2
+    again = ["--out", tmp_path / "again", "--facts", tmp_path / "facts.tsv"]
+    assert run_study(gpt2, *again, "--steps", "80", "--edits", "5") == 0
+    repeated = json.loads((tmp_path / "again" / "gpt2.json").read_text())
+    assert repeated["trace"] == found["trace"] and repeated["ablation"] == found["ablation"]
+    tables = [make([found, repeated]) for make in (gpt2.edits_table, gpt2.ablation_table)]
+    assert [row[1] for table in tables for row in table.rows[1:]] == [2, 2, 2, 2]
     (tmp_path / "prompts.tsv").write_text("the country of city3 is\tcity3\tland1\n")
     prompts = ["--prompts", tmp_path / "prompts.tsv", "--at", "last"]
     assert run_study(gpt2, "--model", tmp_path / "out", *prompts) == 0

@@ -96,10 +96,11 @@ def mebibytes(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
-def times_table(found: dict[str, dict]) -> Table | None:
+def times_table(files: list[dict[str, dict]]) -> Table | None:
+    """Of times.json, the only file."""
     rows = [("command", "seconds", "MiB", "of it")]
     machines = {}
-    for entry in found.values():
+    for entry in files[0].values():
         stages = ", ".join(f"{name} {s:.0f} s" for name, s in entry["stages"].items())
         rows.append((entry["command"], f"{entry['seconds']:.0f}", entry["peak_mib"], stages))
         machine = f"{entry['threads']} threads, {entry['processor']}, torch {entry['torch']}"
@@ -115,7 +116,7 @@ def command(args):
         found[name] = asdict(took(COMMANDS[name]))
         minedit.write_atomically(file, found)
         print(f"{name}: {found[name]['seconds']:.0f} s", flush=True)
-    print(f"\n{times_table(found)}")
+    print(f"\n{times_table([found])}")
 
 
 def main(argv: list[str] | None = None) -> int:
