@@ -406,7 +406,7 @@ FIGURES = (grokking, edits, when, locate, early, covers, paths, many, mass, capa
 FIGURES += (retention, exceptions, tradeoff)
 SHOWN = {  # {folder of runs: the figures of it that README.md and FINDINGS.md show}
     "edits": (grokking, edits),
-    "main": (when, locate),
+    "main": (when, locate, covers),
     "circuits": (early, paths),
     "many": (many,),
     "mass": (mass,),
