@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -790,15 +791,17 @@ def ask(model: Model, edits: Edits, probes: kg.Probes, calls=None) -> Tensor:
 
 def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
     """Hop 1 and hop 2 of the edits with direct success; and what moved that should not."""
+    return record_of(edits, probes, lambda asked: ask(model, edits, asked))
+
+
+def record_of(
+    edits: Edits, probes: EditProbes, answers: Callable[[kg.Probes], Tensor]
+) -> EditRecord:
+    """`score` by answers(probes) [m] to each kind of probe."""
     hit = {}
     for name in ("direct", "hop1", "hop2", "facts", "compositions"):
         asked = getattr(probes, name)
-        hit[name] = ask(model, edits, asked) == asked.answer
-    return record_of(edits, probes, hit)
-
-
-def record_of(edits: Edits, probes: EditProbes, hit: dict[str, Tensor]) -> EditRecord:
-    """hit: of each kind of probe [m], whether it was answered as it should be."""
+        hit[name] = answers(asked) == asked.answer
     success = hit["direct"]
     counts1, counts2 = success[probes.hop1.edit], success[probes.hop2.edit]
     hop1, hop2 = hit["hop1"][counts1], hit["hop2"][counts2]
@@ -1387,7 +1390,11 @@ def peak_memory_mib(device: torch.device) -> int:
         return 0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return mebibytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def mebibytes(peak: int) -> int:
+    """Of a ru_maxrss, which macOS counts in bytes and others in KiB."""
     return peak >> (20 if sys.platform == "darwin" else 10)
 
 

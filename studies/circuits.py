@@ -139,9 +139,7 @@ class InferencePath:
     bridge: float | None = None  # the lens at r1 has the bridge first of all entities
     answer: float | None = None
     relation: float | None = None  # the lens at r2 has the second relation first
-    unread: float | None = (
-        None  # of what is right: the bridge is first at r1 in no pass but the last
-    )
+    unread: float | None = None  # of what is right: the bridge is first in none of these passes
     trace: dict = field(default_factory=dict)  # {token replaced: share back, [site][token]}
     swap: list = field(default_factory=list)  # of each pass: {part: share redirected}
     whole: float | None = None
@@ -167,7 +165,6 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[InferencePath,
     every = states(run.config)
     sites = [(state.module, state.call) for state in every]
     streams = [i for i, state in enumerate(every) if state.part == "stream"][:-1]
-    path.right = share_of(minedit.last_answers(model, paths.tokens[rows]) == paths.two_hop[rows])
     read_with_lens(path, run, model, rows, sites, streams)
     traced = trace_paths(run, model, queries, sites, generator)
     for place, found in traced.items():
@@ -180,7 +177,7 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[InferencePath,
 def read_with_lens(
     path: InferencePath, run: Run, model: Model, rows: Tensor, sites: list, streams: list[int]
 ):
-    """Fill in the lens of bridge, answer and second relation."""
+    """Fill in what is right, and the lens of bridge, answer and second relation."""
     paths, E = run.paths, model.embedding.weight
     n, n_relations = run.task.graph.n_entities, run.task.graph.n_relations
     tokens = paths.tokens[rows]
@@ -190,6 +187,8 @@ def read_with_lens(
         "answer": (paths.two_hop[rows], entities, 2),
         "relation": (tokens[:, 2] - n, relations, 2),
     }
+    is_right = minedit.last_answers(model, tokens) == words["answer"][0]
+    path.right = share_of(is_right)
     for name, (wanted, vocabulary, token) in words.items():
         rank, p = lens(model, tokens, wanted, sites, vocabulary)
         first = (rank == 0).double().mean(-1).tolist()
@@ -201,7 +200,6 @@ def read_with_lens(
         setattr(path, name, max((first[i][token] for i in streams), default=None))
         if name == "bridge" and streams:
             is_read = (rank[streams, token] == 0).any(0)  # [n]
-            is_right = minedit.last_answers(model, tokens) == paths.two_hop[rows]
             path.unread = share_of(~is_read[is_right])
 
 

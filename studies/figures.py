@@ -32,6 +32,11 @@ class Panels:
         if value is not None:
             self.values[panel][line][str(x)].append(value)
 
+    def add_all(self, panel: str, labels: dict[str, str], x, entry: dict):
+        """Of an entry, a value for each line {key: its label}."""
+        for key, label in labels.items():
+            self.add(panel, label, x, entry.get(key))
+
     def lines(self) -> list[str]:
         """The names of all lines: one has the same style in all panels."""
         names = {}
@@ -200,8 +205,7 @@ def grokking(groups: list[Group]):
     for group in groups:
         for run in group.runs:
             for record in run["history"]:
-                for key, label in labels.items():
-                    panels.add(group.name, label, record["step"], record[key])
+                panels.add_all(group.name, labels, record["step"], record)
     return draw_lines(panels, "training step") if panels.values else None
 
 
@@ -253,8 +257,7 @@ def early(groups: list[Group]):
     for group in groups:
         for run in group.runs:
             for moment, entry in (lookup(run, "circuits.worth") or {}).items():
-                for key, label in labels.items():
-                    panels.add(group.name, label, moment, entry.get(key))
+                panels.add_all(group.name, labels, moment, entry)
     return draw_lines(panels, "weights") if panels.values else None
 
 
@@ -294,8 +297,7 @@ def many(groups: list[Group]):
         for run in group.runs:
             for entry in lookup(run, "many") or []:
                 if (entry["method"], entry["target"]) == ("memit", "prototype"):
-                    for key, label in labels.items():
-                        panels.add(group.name, label, entry["n"], entry[key])
+                    panels.add_all(group.name, labels, entry["n"], entry)
     return draw_lines(panels, "facts edited at once") if panels.values else None
 
 
@@ -343,8 +345,7 @@ def retention(groups: list[Group]):
     for group in groups:
         for run in group.runs:
             for entry in lookup(run, "ablate.sweep") or []:
-                for key, label in labels.items():
-                    panels.add(group.name, label, entry["keep"], entry.get(key))
+                panels.add_all(group.name, labels, entry["keep"], entry)
     return draw_lines(panels, "share of mass kept") if panels.values else None
 
 
@@ -357,8 +358,7 @@ def exceptions(groups: list[Group]):
         for run in group.runs:
             for entry in lookup(run, "exceptions") or []:
                 if entry["method"] != "ekfac":
-                    for key, label in labels.items():
-                        panels.add(group.name, label, entry["keep"], entry.get(key))
+                    panels.add_all(group.name, labels, entry["keep"], entry)
     return draw_lines(panels, "share of mass kept") if panels.values else None
 
 

@@ -50,6 +50,7 @@ def make_case(run: Run, model: Model, n_edits: int, common: tuple[Tensor, Tensor
     paths, generator = run.paths, run.stream()
     known = minedit.what_is_known(model, paths)
     fact, new, _ = kg.draw_edits(paths, n_edits, generator)
+    minedit.require(len(fact), "no fact can be edited: every relation has one tail only")
     probes = minedit.edit_probes(paths, known, fact, new, 100, generator)
     shared = None
     if common is not None:
@@ -150,11 +151,11 @@ def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
         at = minedit.gather(run, model, site)
         arguments = (model, run.paths, case.known.facts, case.requests, at, site.at_pass)
         several.append(minedit.make_edits(*arguments))
-    hit = {}
-    for name in ("direct", "hop1", "hop2", "facts", "compositions"):
-        probes = getattr(case.probes, name)
-        hit[name] = ask_under_all(model, several, probes) == probes.answer
-    entry = minedit.record_of(several[0], case.probes, hit).entry()
+
+    def answers(probes: kg.Probes) -> Tensor:
+        return ask_under_all(model, several, probes)
+
+    entry = minedit.record_of(several[0], case.probes, answers).entry()
     return entry | {"site": "every store", "pass": None, "a_priori": False, "near": False}
 
 
@@ -440,7 +441,6 @@ def study(run: Run, model: Model, args, common: tuple[Tensor, Tensor] | None):
     site = case.chosen.site
     run.results["a_priori"] = {"site": site.module, "call": site.call, "pass": site.at_pass}
     run.results["a_priori"] |= {"effects": case.chosen.effects, "n": case.chosen.n}
-    minedit.require(len(case.requests), "no fact can be edited: every relation has one tail only")
     run.add_results("propagation", edits_stage(run, model, case), began)
     began = time.perf_counter()
     run.add_results("locate", locate_stage(run, model, case.known, args.n_edits), began)

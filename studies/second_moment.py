@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 import edit as editing
-import kg
 import minedit
 from minedit import Run
 from models import Model
+from studies.propagation import make_case
 from studies.training import trained
 
 TARGETS = ("prototype", "gradient")
@@ -52,20 +52,15 @@ def moments(run: Run, model: Model, at: editing.Site) -> dict[str, Tensor]:
 
 def second_moment_stage(run: Run, model: Model, n_edits: int) -> list[dict]:
     """An entry for each C and each target, of edits of the same facts."""
-    paths, generator = run.paths, run.stream()
-    known = minedit.what_is_known(model, paths)
-    fact, new, _ = kg.draw_edits(paths, n_edits, generator)
-    minedit.require(len(fact), "no fact can be edited: every relation has one tail only")
-    probes = minedit.edit_probes(paths, known, fact, new, 100, generator)
-    requests = minedit.requests_for(paths, fact, new)
-    chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream()).site
-    at = minedit.gather(run, model, chosen)
+    case = make_case(run, model, n_edits, None)
+    site = case.chosen.site
+    at = minedit.gather(run, model, site)
     entries = []
     for covers, C in moments(run, model, at).items():
         there = replace(at, C=C)
         for target in TARGETS:
-            made = (known.facts, requests, there, chosen.at_pass, "rome", target)
-            record = minedit.score(model, minedit.make_edits(model, paths, *made), probes)
+            made = (case.known.facts, case.requests, there, site.at_pass, "rome", target)
+            record = minedit.score(model, minedit.make_edits(model, run.paths, *made), case.probes)
             entries.append({"covers": covers} | record.entry())
     return entries
 

@@ -11,7 +11,6 @@ Linux and macOS.
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -82,18 +81,13 @@ def took(command: str) -> Took:
     return Took(
         "python " + command.replace(" --out {out}", ""),
         round(seconds, 1),
-        mebibytes(usage),
+        minedit.mebibytes(usage.ru_maxrss),
         stages,
         str(minedit.version()),
         torch.get_num_threads(),
         platform.machine(),
         torch.__version__,
     )
-
-
-def mebibytes(usage: resource.struct_rusage) -> int:
-    """Of the peak, which Linux counts in KiB and macOS in bytes."""
-    return usage.ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def times_table(files: list[dict[str, dict]]) -> Table | None:
