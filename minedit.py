@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1564,9 +1564,9 @@ def read_graph(args) -> kg.KnowledgeGraph:
     return graph
 
 
-def prepare(args, make_task=make_task, make_batches=None) -> list[Run]:
-    """All runs that were asked for, each checked against its folder; UserError before anything is
-    trained. A study may make its own task and batches."""
+def prepare(args, make_task=make_task, make_batches=None, check=None) -> list[Run]:
+    """All runs that were asked for, each checked, by check(run) too, and then against its folder;
+    UserError before anything is trained. A study may make its own task and batches."""
     check_options(args)
     if make_batches is None:
         make_batches = Batches if args.branches else FactBatches
@@ -1592,6 +1592,9 @@ def prepare(args, make_task=make_task, make_batches=None) -> list[Run]:
     except (ValueError, MemoryError, RuntimeError) as error:  # of kg.py, models.py; too large
         message = str(error).split("\n")[0] or "not enough memory for these sizes"
         raise UserError(message) from None
+    if check is not None:
+        for run in runs:
+            check(run)
     retrain = args.retrain or (args.quick and args.out is None and not args.resume)
     for run in runs:
         run.open_folder(args.resume, retrain)
@@ -1648,26 +1651,22 @@ def run_stages(run: Run, model: Model, args):
         run.add_results("ablate", [asdict(record) for record in records], began)
 
 
-def check_stages(args, runs: list[Run]):
+def check_stages(args, run: Run):
     """UserError for stages that have nothing to work on, before any training."""
     if args.ablate:
         message = "--ablate needs --label-noise and --branches above 0"
         require(args.label_noise > 0 and args.branches > 0, message)
-        for run in runs:
-            require(
-                run.n_paths["exceptions"] > 0, f"--label-noise {args.label_noise}: no exception"
-            )
+        message = f"--label-noise {args.label_noise}: no exception"
+        require(run.n_paths["exceptions"] > 0, message)
     require(0 < args.lam < math.inf, f"--lam must be positive and finite, got {args.lam}")
-    for run in runs:
-        named_edits(run.task.graph, run.paths, args.edit_fact or [])
+    named_edits(run.task.graph, run.paths, args.edit_fact or [])
 
 
 def command(args):
     if args.report:
         report(read_results(args.report))
         return
-    runs = prepare(args)
-    check_stages(args, runs)
+    runs = prepare(args, check=partial(check_stages, args))
     for run in runs:
         announce(run)
         model = run.train(compiled=args.compile)

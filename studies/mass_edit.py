@@ -93,7 +93,7 @@ def make_task(args, seed: int, graph) -> minedit.Task:
 
 def trained_runs(args) -> Iterator[tuple[Run, Model]]:
     """Each run that was asked for, on relations of two names, with its model."""
-    return trained(args, check_plan, make_task=make_task, make_batches=TwoNames)
+    return trained(args, check=check_plan, make_task=make_task, make_batches=TwoNames)
 
 
 def check_plan(run: Run):

@@ -34,6 +34,7 @@ import kg
 import minedit
 from minedit import EditRecord, Run
 from models import Model
+from studies.training import trained
 
 SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 MOST_CONTEXTS = 8  # compositions whose keys are averaged, of an edit
@@ -129,10 +130,7 @@ def study(run: Run, model: Model, n_edits: int):
 
 def command(args):
     minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
-    for run in minedit.prepare(args):
-        minedit.announce(run)
-        model = run.train(compiled=args.compile)
-        run.summarize()
+    for run, model in trained(args):
         study(run, model, args.n_edits)
 
 

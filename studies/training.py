@@ -19,14 +19,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def trained(args, check=None, **task) -> Iterator[tuple[Run, Model]]:
-    """Each run that was asked for, with its model, trained or loaded; `task`: see
-    `minedit.prepare`, which checks all before any is trained, as does check(run)."""
-    runs = minedit.prepare(args, **task)
-    if check is not None:
-        for run in runs:
-            check(run)
-    for run in runs:
+def trained(args, **options) -> Iterator[tuple[Run, Model]]:
+    """Each run that was asked for, with its model, trained or loaded; `options`: see
+    `minedit.prepare`, which checks all before any is trained."""
+    for run in minedit.prepare(args, **options):
         minedit.announce(run)
         model = run.train(compiled=args.compile)
         run.summarize()

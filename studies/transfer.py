@@ -1,8 +1,9 @@
 """New facts by fine-tuning, and what is composed with them, part of studies/circuits.py.
 
 After He et al. 2026, arXiv 2601.09049: the graph grows by 2/5 more entities and 1/5 more relations,
-as dense as before. All facts, old and new, and the old compositions are trained on, from scratch,
-from the weights that had memorized and from the last ones; compositions with new facts never are.
+and a question without a fact gets one as often as the old graph's questions have one. All facts,
+old and new, and the old compositions are trained on, from scratch, from the weights that had
+memorized and from the last ones; compositions with new facts never are.
 With the recipe's rates and weight decay, and with a tenth of them.
 """
 
