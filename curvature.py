@@ -10,12 +10,12 @@ Directions that many inputs share have much curvature, those of single memorized
 The edit of [1] rotates W into both eigenbases and keeps the pairs of directions that hold a share
 `keep` of the curvature mass:
 
-    C = U_G^T W U_A          mass_ij = lambda_i mu_j          W' = U_G (C * M) U_A^T
+    B = U_G^T W U_A          mass_ij = lambda_i mu_j          W' = U_G (B * M) U_A^T
 
 M is 1 on the pairs of most mass until their sum reaches keep * sum(lambda) * sum(mu), the crossing
-pair included; how large C_ij is plays no part. EK-FAC [3] puts the exact diagonal of the Fisher in
-the same basis in the place of lambda_i mu_j: E (u_i^T D v_j)^2, D the gradient of one example's
-loss in W.
+pair included; how large B_ij is plays no part. (A is what edit.py calls C.) EK-FAC [3] puts the
+exact diagonal of the Fisher in the same basis in the place of lambda_i mu_j: E (u_i^T D v_j)^2, D
+the gradient of one example's loss in W.
 
     >>> A = torch.diag(torch.tensor([3.0, 1.0])).double()
     >>> G = torch.diag(torch.tensor([2.0, 1.0])).double()
@@ -28,7 +28,7 @@ loss in W.
 
 A [d_in, d_in] and G [d_out, d_out] are uncentred second moments, or `eigen` of them, so that a
 sweep decomposes once; masses and mask [d_out, d_in] are in the eigenbasis, eigenvalues ascending. A
-**position** is a row that an `nn.Linear` is handed: a token, anew in each call of a loop. Any model
+**position** is a row that a linear layer is handed: a token, anew in each call of a loop. Any model
 called as `model(inputs) -> logits [..., classes]` will do. Left out: biases, convolutions.
 
 [1] Merullo et al. 2025, From Memorization to Reasoning, arXiv 2510.24256.
@@ -43,316 +43,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-# --- Positions: the inputs and the gradients of a layer -------------------------------------------
-
-
-class Layer(NamedTuple):
-    """A linear layer: it returns x W^T (+ bias), W [d_out, d_in] = weight, or weight^T where it is
-    the other way round, as in the `Conv1D` of GPT-2."""
-
-    module: nn.Module
-    weight: Tensor  # as the module holds it
-    matrix: Tensor  # [d_out, d_in], a view of it
-
-    @torch.no_grad()
-    def maps(self) -> bool:
-        """Whether the module maps by `matrix`, up to rounding."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.matrix.shape[1], generator=generator).to(self.weight)
-        both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
-        try:
-            with torch.autocast(x.device.type, enabled=False):
-                found, bias = self.module.forward(both)[0]
-        except (RuntimeError, TypeError, ValueError, IndexError):  # it wants another shape
-            return False
-        wanted = double(self.matrix) @ double(x)
-        left = (double(found) - double(bias) - wanted).norm()
-        eps = torch.finfo(x.dtype).eps
-        return bool(left <= 8 * eps**0.75 * wanted.norm() + 2 * eps * double(bias).norm())
-
-
-def linear(model: nn.Module, name: str) -> Layer:
-    """The layer of that name; ValueError for an unknown name, a weight that is computed, so that
-    what is written there would be lost, or one that another module uses too, TypeError for what is
-    no linear layer."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
-        raise ValueError(f"{name!r} is no layer of the model; such are {names[:8]}") from None
-    weight = module._parameters.get("weight")
-    if weight is None and isinstance(getattr(module, "weight", None), Tensor):
-        raise ValueError(f"the weight of {name!r} is computed (weight_norm, pruning, ...)")
-    for other, user in model.named_modules():
-        if user is not module and any(p is weight for p in user.parameters(recurse=False)):
-            raise ValueError(f"{name!r} shares its weight with {other!r}")
-    if weight is not None and weight.dim() == 2:
-        for matrix in (weight, weight.mT):
-            layer = Layer(module, weight, matrix)
-            if layer.maps():
-                return layer
-    raise TypeError(f"{name!r} is no linear layer: it has no weight that maps what it is handed")
-
-
-def logits_of(output) -> Tensor:
-    """The logits of what a model returns: a tensor, an object with `.logits`, or a tuple or list
-    that begins with them. TypeError for anything else, ValueError for a single class."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            "the model must return logits [..., classes], a tuple that begins with them or an object"
-            f" with .logits, not {type(found).__name__}"
-        )
-    if found.dim() == 0 or found.shape[-1] < 2:
-        raise ValueError(f"logits must be [..., classes >= 2], got {list(found.shape)}")
-    return found
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module):
-    """Inside, no dropout, no running statistics, and gradients can be taken; after it every module
-    has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.enable_grad():
-            yield model.eval()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def counted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, classes] and targets [N], both flattened, without those whose target is -100."""
-    if logits.shape[:-1].numel() != targets.numel():
-        shapes = f"{list(logits.shape)} and {list(targets.shape)}"
-        raise ValueError(f"logits must have one row for each of the targets, got {shapes}")
-    counts = targets.flatten() != -100
-    return logits.reshape(len(counts), -1)[counts], targets.flatten()[counts]
-
-
-class Call(NamedTuple):
-    """What one call of a layer is handed in one batch, and the gradient at what it returns."""
-
-    name: str
-    a: Tensor  # [..., d_in]
-    g: Tensor  # [..., d_out], of the sum of the losses; 0 where no loss depends on a position
-
-
-class Recorded(NamedTuple):
-    """All calls in one batch, in order."""
-
-    calls: list[Call]
-    counts: Tensor  # bool, in the shape of the logits without classes: targets that are not -100
-
-
-def record_batch(
-    model: nn.Module,
-    inputs,
-    targets: Tensor,
-    loss,
-    layers: list[str],
-    labels: str,
-    generator: torch.Generator | None,
-) -> Recorded:
-    """One forward and one backward pass: see `kronecker_factors`."""
-    seen = []
-
-    def watch(name, _, arguments, keywords, output):
-        zero = torch.zeros_like(output, requires_grad=True)  # g is the gradient at this zero
-        a = (*arguments, *keywords.values())[0]
-        seen.append((name, a.detach().clone(), zero))  # the model may overwrite it
-        return output + zero
-
-    with ExitStack() as undo:
-        for name in layers:
-            hook = partial(watch, name)
-            module = linear(model, name).module
-            undo.enter_context(module.register_forward_hook(hook, with_kwargs=True))
-        output = logits_of(model(inputs))
-    logits, gold = counted(output, targets)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not logits.detach().softmax(-1).isfinite().all():
-        raise ValueError("the logits are not finite; look for inf or nan in weights and inputs")
-    zeros = [zero for _, _, zero in seen]
-    gradients = [torch.zeros_like(zero) for zero in zeros]
-    if seen and len(logits):
-        if labels == "sampled":
-            gold = sample_labels(logits, generator)
-        total = len(logits) * loss(logits, gold)  # loss = 1/N sum_n loss_n, g is of the sum
-        gradients = torch.autograd.grad(total, zeros, materialize_grads=True)
-    calls = [Call(name, a, g) for (name, a, _), g in zip(seen, gradients)]
-    return Recorded(calls, (targets != -100).view(output.shape[:-1]))
-
-
-def sample_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Labels [N] from softmax(logits) [N, classes]: with these G is that of the true Fisher."""
-    device = logits.device if generator is None else generator.device
-    probability = logits.detach().softmax(-1).to(device)
-    return torch.multinomial(probability, 1, generator=generator)[:, 0].to(logits.device)
-
-
-def record_all(
-    model: nn.Module,
-    batches,
-    loss,
-    layers: list[str],
-    labels: str,
-    generator: torch.Generator | None,
-) -> Iterator[Recorded]:
-    """Every batch, recorded in evaluation mode; errors of `kronecker_factors`."""
-    if labels not in ("sampled", "gold"):
-        raise ValueError(f"labels are 'sampled' or 'gold', got {labels!r}")
-    called, n_counted = set(), 0
-    with evaluation_mode(model):
-        for inputs, targets in batches:
-            batch = record_batch(model, inputs, targets, loss, layers, labels, generator)
-            called |= {call.name for call in batch.calls if call.a.numel()}
-            n_counted += int(batch.counts.sum())
-            yield batch
-    if n_counted == 0:
-        raise ValueError("no batch has a target that counts (not -100), or an iterator is used up")
-    for name in layers:
-        if name not in called:
-            raise ValueError(f"the layer {name!r} is never called on these batches; leave it out")
-
-
-def layer_names(layers) -> list[str]:
-    """TypeError unless these are names, one at least; without repetitions."""
-    names = [] if isinstance(layers, str) else list(dict.fromkeys(layers))
-    if not names:
-        raise TypeError(f"layers must be a list of names of nn.Linear layers, got {layers!r}")
-    return names
-
-
-def check_finite(name: str, x: Tensor):
-    if not x.isfinite().all():
-        raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {x.dtype}")
-
-
-# --- Factors and masses ---------------------------------------------------------------------------
-
-
-def kronecker_factors(
-    model: nn.Module,
-    batches,
-    loss,
-    layers,
-    labels: str = "sampled",
-    generator: torch.Generator | None = None,
-    *,
-    positions: str = "all",
-    dtype: torch.dtype | None = None,
-    block: int = 8192,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (A, G)} of nn.Linear layers by name: A = E[a a^T] [d_in, d_in], G = E[g g^T] [d_out,
-    d_out], means over positions (K-FAC [2], "expand").
-
-    batches: pairs (inputs, targets). The logits are flattened to [N, classes], targets of -100 are
-    dropped, and loss(logits, targets) is a mean over the N that are left; g is the gradient of
-    their sum. labels: "sampled" by `generator` from softmax(logits) (the true Fisher), or "gold",
-    the targets themselves (the empirical Fisher). positions: "all" rows that the layer is handed,
-    at every call, or "counted", those alone whose own target counts (that of a whole example for
-    all its rows). Sums are in `dtype` (the model's, float32 at least), over blocks of positions.
-    ValueError on bad input, TypeError on bad names."""
-    if positions not in ("all", "counted"):
-        raise ValueError(f"positions are 'all' or 'counted', got {positions!r}")
-    names = layer_names(layers)
-    sums, n = {}, dict.fromkeys(names, 0)
-    for batch in record_all(model, batches, loss, names, labels, generator):
-        chosen = batch.counts if positions == "counted" else slice(None)
-        for name, a, g in batch.calls:
-            a, g = a[chosen].flatten(0, -2), g[chosen].flatten(0, -2)  # [n, d_in], [n, d_out]
-            wide = dtype or torch.promote_types(a.dtype, torch.float32)
-            n[name] += len(a)
-            for a, g in zip(a.to(wide).split(block), g.to(wide).split(block)):
-                with torch.autocast(a.device.type, enabled=False):
-                    A, G = a.T @ a, g.T @ g
-                if name in sums:
-                    A, G = sums[name][0].add_(A), sums[name][1].add_(G)
-                sums[name] = (A, G)
-    for name, (A, G) in sums.items():
-        check_finite(name, A)
-        check_finite(name, G)
-    return {name: (sums[name][0] / n[name], sums[name][1] / n[name]) for name in names}
-
-
-def corrected_masses(
-    model: nn.Module,
-    batches,
-    loss,
-    factors: dict,
-    labels: str = "sampled",
-    generator: torch.Generator | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """{name: masses [d_out, d_in]}, E_n (sum_s (u_i^T g_s) (v_j^T a_s))^2 for lambda_i mu_j: EK-FAC
-    [3], the diagonal of the Fisher in the bases of the `factors` {name: (A, G)}. n: examples, the
-    rows of the targets; s: the positions of one example, at every call, whose gradients the weight
-    sums. A second pass over the batches; options and errors as of `kronecker_factors`. A layer is
-    to be handed its positions example by example."""
-    names = layer_names(factors)
-    bases = {name: (eigen(factors[name][0]), eigen(factors[name][1])) for name in names}
-    sums, n_examples = {}, 0
-    for batch in record_all(model, batches, loss, names, labels, generator):
-        n_examples += len(batch.counts)
-        for name in names:
-            A, G = bases[name]
-            in_a, in_g = [], []  # of each call [example, position, d]
-            for call in batch.calls:
-                if call.name == name:
-                    wide = dtype or torch.promote_types(call.a.dtype, torch.float32)
-                    a, g = by_example(call, len(batch.counts))
-                    with torch.autocast(a.device.type, enabled=False):
-                        in_a.append(a.to(wide) @ A.vectors.to(a.device, wide))  # v_j^T a_s
-                        in_g.append(g.to(wide) @ G.vectors.to(g.device, wide))  # u_i^T g_s
-            if in_a:
-                with torch.autocast(in_a[0].device.type, enabled=False):
-                    mass = squared_sums(torch.cat(in_a, 1), torch.cat(in_g, 1))
-                sums[name] = sums[name] + mass if name in sums else mass
-    for name, mass in sums.items():
-        check_finite(name, mass)
-    return {name: sums[name] / n_examples for name in names}
-
-
-def by_example(call: Call, n: int) -> tuple[Tensor, Tensor]:
-    """a [n, position, d_in] and g [n, position, d_out] of a call on n examples."""
-    n_rows = call.a.shape[:-1].numel()
-    if n_rows % n:
-        raise ValueError(f"{call.name!r} is handed {n_rows} positions for {n} examples")
-    return call.a.reshape(n, -1, call.a.shape[-1]), call.g.reshape(n, -1, call.g.shape[-1])
-
-
-def squared_sums(a: Tensor, g: Tensor, most: int = 2**24) -> Tensor:
-    """sum_n (sum_s g_s a_s^T)^2 [d_out, d_in] for a [n, s, d_in], g [n, s, d_out], with at most
-    `most` entries at a time."""
-    total = a.new_zeros(g.shape[-1], a.shape[-1])
-    chunk = max(1, most // total.numel())
-    for a_part, g_part in zip(a.split(chunk), g.split(chunk)):
-        total += (g_part.mT @ a_part).square().sum(0)
-    return total
-
-
-class Spectrum(NamedTuple):
-    """Of layers by name."""
-
-    factors: dict  # {name: (eigen A, eigen G)}
-    masses: dict[str, Tensor]  # {name: [d_out, d_in]}, of EK-FAC
-
-
-def spectrum(model: nn.Module, batches, loss, layers, make_generator) -> Spectrum:
-    """Factors, decomposed, and EK-FAC's masses, both from the labels that a generator of
-    make_generator(), made anew for each pass, samples."""
-    factors = {}
-    found = kronecker_factors(model, batches, loss, layers, generator=make_generator())
-    for name, (A, G) in found.items():
-        factors[name] = (eigen(A), eigen(G))
-    masses = corrected_masses(model, batches, loss, factors, generator=make_generator())
-    return Spectrum(factors, masses)
-
 
 # --- The edit: float64 inside, the result in the dtype of the weights -----------------------------
 
@@ -396,18 +86,17 @@ def keep_mask(
         raise ValueError(f"keep must be a share of the curvature mass in (0, 1], got {keep}")
     plain = torch.outer(eigen(G).values, eigen(A).values)  # lambda_i mu_j
     masses = plain if masses is None else double(masses)
-    if masses.shape != plain.shape or not masses.isfinite().all() or masses.min() < 0:
-        wanted = f"finite, not negative and {list(plain.shape)}"
-        raise ValueError(f"masses must be {wanted}, got {list(masses.shape)}")
+    if masses.shape != plain.shape:
+        raise ValueError(f"masses must be {list(plain.shape)}, got {list(masses.shape)}")
+    if not masses.isfinite().all() or masses.min() < 0:
+        raise ValueError("masses must be finite and not negative")
     if not masses.any():
         raise ValueError("masses must not all be zero")
     if keep == 1:
         return torch.ones_like(masses, dtype=torch.bool)
     values, order = masses.flatten().sort(descending=True, stable=True)
     reached = values.cumsum(0)
-    enough = (
-        keep * reached[-1] * (1 - 1e-12)
-    )  # rounding must not decide: 3 of 10 equal ones are 0.3
+    enough = keep * reached[-1] * (1 - 1e-12)  # rounding must not decide: 3 of 10 equal are 0.3
     n_kept = int((reached < enough).sum()) + 1
     return mask_of(order[:n_kept], masses)
 
@@ -422,10 +111,12 @@ def mask_of(chosen: Tensor, like: Tensor) -> Tensor:
 def project(W: Tensor, A: Eigen, G: Eigen, mask: Tensor) -> Tensor:
     """U_G ((U_G^T W U_A) * M) U_A^T, in the dtype and on the device of W."""
     shape = (len(G.vectors), len(A.vectors))
-    if W.shape != shape or not W.isfinite().all():
-        raise ValueError(f"W must be finite and {list(shape)} to fit G and A, got {list(W.shape)}")
-    C = G.vectors.T @ double(W) @ A.vectors
-    return (G.vectors @ (C * mask) @ A.vectors.T).to(W)
+    if W.shape != shape:
+        raise ValueError(f"W must be {list(shape)} to fit G and A, got {list(W.shape)}")
+    if not W.isfinite().all():
+        raise ValueError("W holds a value that is not finite")
+    B = G.vectors.T @ double(W) @ A.vectors
+    return (G.vectors @ (B * mask) @ A.vectors.T).to(W)
 
 
 def ablate(
@@ -435,24 +126,349 @@ def ablate(
     keep: float,
     masses: Tensor | None = None,
 ) -> Tensor:
-    """W' = U_G (C * M) U_A^T [d_out, d_in], C = U_G^T W U_A, M = keep_mask(A, G, keep, masses): the
+    """W' = U_G (B * M) U_A^T [d_out, d_in], B = U_G^T W U_A, M = keep_mask(A, G, keep, masses): the
     edit of [1]; keep 1 returns W up to rounding. ValueError on what does not fit, is not finite or
     all zero, and on keep outside (0, 1]."""
     A, G = eigen(A), eigen(G)
     return project(W, A, G, keep_mask(A, G, keep, masses))
 
 
+# --- Positions: the inputs of a layer, and the gradients at its outputs ---------------------------
+
+
+def counted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, classes] and targets [N], both flattened, without those whose target is -100."""
+    if logits.shape[:-1].numel() != targets.numel():
+        shapes = f"{list(logits.shape)} and {list(targets.shape)}"
+        raise ValueError(f"logits must have one row for each of the targets, got {shapes}")
+    counts = targets.flatten() != -100
+    return logits.flatten(0, -2)[counts], targets.flatten()[counts]
+
+
+class Call(NamedTuple):
+    """What one call of a layer is handed in one batch, and the gradient at what it returns."""
+
+    name: str
+    a: Tensor  # [..., d_in]
+    g: Tensor  # [..., d_out], of the sum of the losses; 0 where no loss depends on a position
+
+
+class Recorded(NamedTuple):
+    """All calls in one batch, in order."""
+
+    calls: list[Call]
+    counts: Tensor  # bool, in the shape of the logits without classes: targets that are not -100
+
+
+def record_batch(
+    model: nn.Module,
+    inputs,
+    targets: Tensor,
+    loss,
+    layers: dict[str, nn.Module],
+    labels: str,
+    generator: torch.Generator | None,
+) -> Recorded:
+    """One forward and one backward pass: see `kronecker_factors`."""
+    seen = []
+
+    def watch(name, _, arguments, keywords, output):
+        zero = torch.zeros_like(output, requires_grad=True)  # g is the gradient at this zero
+        a = (*arguments, *keywords.values())[0]
+        seen.append((name, a.detach().clone(), zero))  # the model may overwrite it
+        return output + zero
+
+    with ExitStack() as undo:
+        for name, module in layers.items():
+            hook = partial(watch, name)
+            undo.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        output = logits_of(model(inputs))
+    logits, gold = counted(output, targets)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not logits.detach().softmax(-1).isfinite().all():
+        raise ValueError("the logits are not finite; look for inf or nan in weights and inputs")
+    zeros = [zero for _, _, zero in seen]
+    gradients = [torch.zeros_like(zero) for zero in zeros]
+    if seen and len(logits):
+        if labels == "sampled":
+            gold = sample_labels(logits, generator)
+        total = len(logits) * loss(logits, gold)  # loss = 1/N sum_n loss_n, g is of the sum
+        gradients = torch.autograd.grad(total, zeros, materialize_grads=True)
+    calls = [Call(name, a, g) for (name, a, _), g in zip(seen, gradients)]
+    return Recorded(calls, (targets != -100).reshape(output.shape[:-1]))
+
+
+def sample_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Labels [N] from softmax(logits) [N, classes]: with these G is that of the true Fisher."""
+    device = logits.device if generator is None else generator.device
+    probability = logits.detach().softmax(-1).to(device)
+    return torch.multinomial(probability, 1, generator=generator)[:, 0].to(logits.device)
+
+
+def record_all(
+    model: nn.Module,
+    batches,
+    loss,
+    names: list[str],
+    labels: str,
+    generator: torch.Generator | None,
+) -> Iterator[Recorded]:
+    """Every batch that is not empty, recorded in evaluation mode; errors of `kronecker_factors`."""
+    if labels not in ("sampled", "gold"):
+        raise ValueError(f"labels are 'sampled' or 'gold', got {labels!r}")
+    layers = {name: layer_of(model, name).module for name in names}
+    called, n_counted = set(), 0
+    with evaluation_mode(model):
+        for inputs, targets in batches:
+            if not targets.numel():
+                continue
+            batch = record_batch(model, inputs, targets, loss, layers, labels, generator)
+            called |= {call.name for call in batch.calls if call.a.numel()}
+            n_counted += int(batch.counts.sum())
+            yield batch
+    if n_counted == 0:
+        raise ValueError("no batch has a target that counts (not -100), or an iterator is used up")
+    for name in names:
+        if name not in called:
+            raise ValueError(f"the layer {name!r} is never called on these batches; leave it out")
+
+
+def layer_names(layers) -> list[str]:
+    """TypeError unless these are names, one at least; without repetitions."""
+    names = [] if isinstance(layers, str) else list(dict.fromkeys(layers))
+    if not names:
+        raise TypeError(f"layers must be a list of names of linear layers, got {layers!r}")
+    return names
+
+
+def check_finite(name: str, x: Tensor):
+    if not x.isfinite().all():
+        raise ValueError(f"inputs or gradients of {name!r} are not finite or overflow {x.dtype}")
+
+
+# --- Factors and masses ---------------------------------------------------------------------------
+
+
+def kronecker_factors(
+    model: nn.Module,
+    batches,
+    loss,
+    layers,
+    labels: str = "sampled",
+    generator: torch.Generator | None = None,
+    *,
+    positions: str = "all",
+    dtype: torch.dtype | None = None,
+    block: int = 8192,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (A, G)} of linear layers by name: A = E[a a^T] [d_in, d_in], G = E[g g^T] [d_out,
+    d_out], means over positions (K-FAC [2], "expand").
+
+    batches: pairs (inputs, targets). The logits are flattened to [N, classes], targets of -100 are
+    dropped, and loss(logits, targets) is a mean over the N that are left; g is the gradient of
+    their sum. labels: "sampled" by `generator` from softmax(logits) (the true Fisher), or "gold",
+    the targets themselves (the empirical Fisher). positions: "all" rows that the layer is handed,
+    in every call, or "counted", those alone whose own target counts; where there is one target for
+    an example, it decides for all rows of the example. Sums are in `dtype` (the model's, float32 at
+    least), over blocks of positions. ValueError on bad input, TypeError on bad names."""
+    if positions not in ("all", "counted"):
+        raise ValueError(f"positions are 'all' or 'counted', got {positions!r}")
+    names = layer_names(layers)
+    sums, n = {}, dict.fromkeys(names, 0)
+    for batch in record_all(model, batches, loss, names, labels, generator):
+        chosen = batch.counts if positions == "counted" else slice(None)
+        for name, a, g in batch.calls:
+            if positions == "counted" and a.shape[: chosen.dim()] != chosen.shape:
+                raise ValueError(
+                    f"positions='counted' wants {name!r} to be handed {list(chosen.shape)} rows, as "
+                    f"there are targets, got {list(a.shape)}"
+                )
+            a, g = a[chosen].flatten(0, -2), g[chosen].flatten(0, -2)  # [n, d_in], [n, d_out]
+            wide = dtype or torch.promote_types(a.dtype, torch.float32)
+            n[name] += len(a)
+            for part_a, part_g in zip(a.to(wide).split(block), g.to(wide).split(block)):
+                with torch.autocast(a.device.type, enabled=False):
+                    A, G = part_a.T @ part_a, part_g.T @ part_g
+                if name in sums:
+                    A, G = sums[name][0].add_(A), sums[name][1].add_(G)
+                sums[name] = (A, G)
+    for name, (A, G) in sums.items():
+        if not n[name]:
+            raise ValueError(f"{name!r} is handed no position whose target counts; leave it out")
+        check_finite(name, A)
+        check_finite(name, G)
+    return {name: (sums[name][0] / n[name], sums[name][1] / n[name]) for name in names}
+
+
+def corrected_masses(
+    model: nn.Module,
+    batches,
+    loss,
+    factors: dict,
+    labels: str = "sampled",
+    generator: torch.Generator | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """{name: masses [d_out, d_in]} of EK-FAC [3], for lambda_i mu_j: the mean over examples of
+    (u_i^T D v_j)^2, where D = sum_s g_s a_s^T over the positions of the example in all calls is the
+    gradient of its loss in W, and u_i, v_j are the bases of the `factors` {name: (A, G)}. An
+    example is a row of the targets; a layer is to be handed its positions example by example. A
+    second pass over the batches; options and errors as of `kronecker_factors`."""
+    names = layer_names(factors)
+    bases = {name: (eigen(factors[name][0]), eigen(factors[name][1])) for name in names}
+    sums, n_examples = {}, 0
+    for batch in record_all(model, batches, loss, names, labels, generator):
+        n_examples += len(batch.counts)
+        for name in names:
+            A, G = bases[name]
+            in_a, in_g = [], []  # of each call [example, position, d]
+            for call in batch.calls:
+                if call.name == name:
+                    wide = dtype or torch.promote_types(call.a.dtype, torch.float32)
+                    a, g = by_example(call, len(batch.counts))
+                    with torch.autocast(a.device.type, enabled=False):
+                        in_a.append(a.to(wide) @ A.vectors.to(a.device, wide))  # v_j^T a_s
+                        in_g.append(g.to(wide) @ G.vectors.to(g.device, wide))  # u_i^T g_s
+            if in_a:
+                with torch.autocast(in_a[0].device.type, enabled=False):
+                    mass = squared_sums(torch.cat(in_a, 1), torch.cat(in_g, 1))
+                sums[name] = sums[name] + mass if name in sums else mass
+    for name, mass in sums.items():
+        check_finite(name, mass)
+    return {name: sums[name] / n_examples for name in names}
+
+
+def by_example(call: Call, n: int) -> tuple[Tensor, Tensor]:
+    """a [n, position, d_in] and g [n, position, d_out] of a call on n examples."""
+    n_rows = call.a.shape[:-1].numel()
+    if n_rows % n:
+        raise ValueError(f"{call.name!r} is handed {n_rows} positions for {n} examples")
+    return call.a.reshape(n, -1, call.a.shape[-1]), call.g.reshape(n, -1, call.g.shape[-1])
+
+
+def squared_sums(a: Tensor, g: Tensor, most: int = 2**24) -> Tensor:
+    """sum_n (sum_s g_s a_s^T)^2 [d_out, d_in] for a [n, s, d_in], g [n, s, d_out], with at most
+    `most` entries at a time."""
+    total = a.new_zeros(g.shape[-1], a.shape[-1])
+    chunk = max(1, most // total.numel())
+    for a_part, g_part in zip(a.split(chunk), g.split(chunk)):
+        total += (g_part.mT @ a_part).square().sum(0)
+    return total
+
+
+class Spectrum(NamedTuple):
+    """Factors and masses of several layers, by name."""
+
+    factors: dict  # {name: (eigen A, eigen G)}
+    masses: dict[str, Tensor]  # {name: [d_out, d_in]}, of EK-FAC
+
+
+def spectrum(model: nn.Module, batches, loss, layers, make_generator) -> Spectrum:
+    """Factors, decomposed, and EK-FAC's masses. make_generator() is called before each of the two
+    passes, so that both sample the same labels."""
+    factors = {}
+    found = kronecker_factors(model, batches, loss, layers, generator=make_generator())
+    for name, (A, G) in found.items():
+        factors[name] = (eigen(A), eigen(G))
+    masses = corrected_masses(model, batches, loss, factors, generator=make_generator())
+    return Spectrum(factors, masses)
+
+
+# --- Models of others (much of it as in edit.py: each of the two files can be copied alone) -------
+
+
+class Layer(NamedTuple):
+    """A linear layer: it returns x W^T (+ bias), W [d_out, d_in] = weight, or weight^T where it is
+    the other way round, as in the `Conv1D` of GPT-2."""
+
+    module: nn.Module
+    weight: Tensor  # as the module holds it
+    matrix: Tensor  # [d_out, d_in], a view of it
+
+    @torch.no_grad()
+    def returns(self) -> bool:
+        """Whether the module maps by `matrix`, up to rounding."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.matrix.shape[1], generator=generator).to(self.weight)
+        both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
+        try:
+            with torch.autocast(x.device.type, enabled=False):
+                found, bias = self.module.forward(both)[0]
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it wants another shape
+            return False
+        wanted = double(self.matrix) @ double(x)
+        left = (double(found) - double(bias) - wanted).norm()
+        eps = torch.finfo(x.dtype).eps
+        return bool(left <= 8 * eps**0.75 * wanted.norm() + 2 * eps * double(bias).norm())
+
+
+def layer_of(model: nn.Module, name: str) -> Layer:
+    """The layer of that name. ValueError: the name is unknown, the weight is computed, so that what
+    is written there would be lost, or another module uses it too. TypeError: no linear layer."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise ValueError(f"{name!r} is no layer of the model; such are {names[:8]}") from None
+    weight = module._parameters.get("weight")
+    if weight is None and isinstance(getattr(module, "weight", None), Tensor):
+        raise ValueError(f"the weight of {name!r} is computed (weight_norm, pruning, ...)")
+    for other, user in model.named_modules():
+        if user is not module and any(p is weight for p in user.parameters(recurse=False)):
+            raise ValueError(f"{name!r} shares its weight with {other!r}")
+    if weight is not None and weight.dim() == 2:
+        for matrix in (weight, weight.mT):
+            layer = Layer(module, weight, matrix)
+            if layer.returns():
+                return layer
+    raise TypeError(f"{name!r} is no linear layer: it has no weight that maps what it is handed")
+
+
+def logits_of(output) -> Tensor:
+    """The logits of what a model returns: a tensor, an object with `.logits`, or a tuple or list
+    that begins with them. TypeError for anything else, ValueError for a single class."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "the model must return logits [..., classes], a tuple that begins with them or an object"
+            f" with .logits, not {type(found).__name__}"
+        )
+    if found.dim() == 0 or found.shape[-1] < 2:
+        raise ValueError(f"logits must be [..., classes >= 2], got {list(found.shape)}")
+    return found
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """Inside, no dropout, running statistics are used but not updated, and gradients can be taken;
+    after it every module has its own mode again. RuntimeError under torch.inference_mode."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("curvature needs gradients: use torch.no_grad, not torch.inference_mode")
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.enable_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @contextmanager
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the
-    old ones."""
-    layers = {name: linear(model, name) for name in weights}
+    old ones. ValueError, and no change, where a weight does not fit or is not finite."""
+    layers = {name: layer_of(model, name) for name in weights}
     old = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     for name, W in weights.items():
-        shape = layers[name].matrix.shape
-        if W.shape != shape or not W.to(layers[name].weight.dtype).isfinite().all():
-            wanted = f"finite and {list(shape)}"
-            raise ValueError(f"the weight of {name!r} must be {wanted}, got {list(W.shape)}")
+        shape, dtype = layers[name].matrix.shape, layers[name].weight.dtype
+        if W.shape != shape:
+            raise ValueError(f"the weight of {name!r} must be {list(shape)}, got {list(W.shape)}")
+        if not W.to(dtype).isfinite().all():
+            raise ValueError(f"the weight of {name!r} holds a value that is not finite in {dtype}")
     try:
         for name, W in weights.items():
             layers[name].matrix.data.copy_(W)

@@ -14,10 +14,10 @@ n residuals, the rows of R:
     MEMIT      dW = R^T (K P K^T + lam I)^-1 K P    P = C^-1: least squares, lam weighs C [4]
     AlphaEdit  dW = R^T (K P K^T + lam I)^-1 K P    P projects on the null space of C [6]
 
-Each checks what it is about to return against what it promises. The wanted value v* is the mean
-value that the layer returns for known facts with the wanted answer (prototype: closed form end to
-end), or r comes by gradient descent on -log p(wanted answer) of the model with the edit in place
-(gradient) [2].
+Each `..._update` checks what it is about to return against what it promises. The wanted value v* is
+the mean value that the layer returns for known facts with the wanted answer (prototype: closed form
+end to end), or r comes by gradient descent on -log p(wanted answer) of the model with the edit in
+place (gradient) [2].
 
     >>> W, C = torch.eye(2).double(), torch.diag(torch.tensor([1.0, 4.0])).double()
     >>> k, v = torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, 6.0]).double()
@@ -38,8 +38,8 @@ end), or r comes by gradient descent on -log p(wanted answer) of the model with 
 K: keys [n, d_in]; R: residuals [n, d_out]; C: `second_moment` E[k k^T] [d_in, d_in]; lam: its
 weight. A **site** is a linear layer by name and the number of its call in a forward pass. The file
 needs torch alone, and any model called as `model(tokens) -> logits [batch, token, answers]`
-(`Adapted` makes others so). Layers are `nn.Linear` or anything that maps by a 2-D weight, either way
-round; W and dW are [d_out, d_in] throughout, and values are without the bias.
+(`Adapted` makes others so). Layers are `nn.Linear` or anything that maps by a 2-D weight, either
+way round; W and dW are [d_out, d_in] throughout, and values are without the bias.
 
 [1] Niu 2026, arXiv 2606.20737 (the single-row edit).
 [2] Meng et al. 2022, ROME, arXiv 2202.05262, equation 2.
@@ -49,6 +49,7 @@ round; W and dW are [d_out, d_in] throughout, and values are without the bias.
 [5] Gupta et al. 2024, EMMET, arXiv 2403.14236.   [6] Fang et al. 2024, AlphaEdit, arXiv 2410.02355.
 """
 
+from collections.abc import Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -57,7 +58,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- One fact: float64 inside, the result in the dtype of the weights -----------------------------
+# --- One fact: float64 inside, the result in the dtype of the weights or residuals ---------------
 
 
 def double(x: Tensor) -> Tensor:
@@ -66,53 +67,34 @@ def double(x: Tensor) -> Tensor:
     return x.detach().to(device, torch.float64)
 
 
+def row_direction(K: Tensor) -> Tensor:
+    """u = e_j / k_j with j = argmax |k_j|, for every row of K [n, d_in]; u k = 1."""
+    K = double(K)
+    j = K.abs().argmax(-1, keepdim=True)
+    return torch.zeros_like(K).scatter(-1, j, 1 / K.gather(-1, j))
+
+
+def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
+    """dW [d_out, d_in] that changes one column, at the entry of k [d_in] of largest magnitude, so
+    that dW k = r [d_out] [1]. Raises ValueError for a bad request (`check_requests`)."""
+    check_requests(k[None], r[None])
+    dW = torch.outer(double(r), row_direction(k[None])[0])
+    check_values(dW, k[None], r[None])
+    dW = rounded(dW, r, k[None], r[None])
+    if diagnostics is not None:
+        diagnostics |= outcome(dW, k[None], r[None])
+    return dW
+
+
 def second_moment(K: Tensor) -> Tensor:
     """C = mean over the rows of k k^T, uncentred: [..., d_in] -> [d_in, d_in], float64 ([2], below
     equation 2). Raises ValueError where there is no key or one that is not finite."""
     return add_gram(None, K) / K.shape[:-1].numel()
 
 
-def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
-    """total + K^T K, in place where there is a total, float64. Where at most 1 in 32 entries of a
-    key of K [..., d_in] is not 0 (the addresses of models.py) by the products of these alone: m^2 a
-    key for m of them, not d_in^2. Raises ValueError as `second_moment`."""
-    parts = K.flatten(0, -2).split(1024) if K.dim() > 1 and K.numel() else ()
-    if not parts or not all(part.isfinite().all() for part in parts):
-        raise ValueError(
-            f"keys must be finite and [n, d_in] with n >= 1, got shape {list(K.shape)}"
-        )
-    K = K.flatten(0, -2)
-    if total is None:
-        d_in, device = K.shape[1], double(K[:1]).device
-        total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-    most = max(int(part.count_nonzero(1).max()) for part in parts)  # m
-    if SPARSE * most > K.shape[1]:
-        K = double(K)
-        return total.addmm_(K.T, K)
-    flat = (total if total.is_contiguous() else total.mT).view(-1)  # K^T K is symmetric
-    for part in K.split(max(1, min(1024, 2**22 // max(1, most) ** 2))):  # 32 MiB of products
-        place = (part != 0).byte().topk(most).indices  # [key, m], all entries that are not 0
-        value = double(part.gather(1, place))
-        place = place.to(total.device)
-        products = value[:, :, None] * value[:, None]  # [key, m, m]
-        where = place[:, :, None] * len(total) + place[:, None]
-        flat.index_add_(0, where.flatten(), products.flatten())
-    return total
-
-
-SPARSE = 32  # keys are used as sparse ones where 1 in so many entries, at most, is not 0
-
-
-def sparse(K: Tensor) -> Tensor:
-    """The keys K [n, d_in] in float64, for products with matrices: as a sparse tensor where they are
-    sparse."""
-    K = K.detach().to(double(K[:1]).device)
-    return double(K.to_sparse() if SPARSE * K.count_nonzero() <= K.numel() else K)
-
-
 class Whitening(NamedTuple):
-    """C = L L^T. With keys in whitened coordinates, X = K L^-T, ordinary ones have the second moment
-    I and K C^-1 K^T = X X^T: the wide spectrum of C is in L alone. No inverse is formed."""
+    """C = L L^T. With keys in whitened coordinates, X = K L^-T, ordinary ones have the second
+    moment I and K C^-1 K^T = X X^T: the wide spectrum of C is in L alone. No inverse is formed."""
 
     C: Tensor  # [d_in, d_in], as given or with the ridge
     L: Tensor  # [d_in, d_in], lower triangular
@@ -130,7 +112,8 @@ class Whitening(NamedTuple):
 def whiten(C: Tensor | Whitening) -> Whitening:
     """By Cholesky, once for all updates that are handed the result for C. Where C is numerically
     singular (dead or dependent inputs), only there, a ridge of 1e-8 trace(C) / d_in is added to its
-    diagonal. Raises ValueError where C has a negative eigenvalue."""
+    diagonal. Raises ValueError where C is no second moment: a negative eigenvalue, all zeros, NaN.
+    """
     if isinstance(C, Whitening):
         return C
     C = double(C)
@@ -141,31 +124,7 @@ def whiten(C: Tensor | Whitening) -> Whitening:
         L, failed = torch.linalg.cholesky_ex(C)
         if not failed and (ridge or not is_singular(L)):
             return Whitening(C, L, ridge)
-    raise ValueError("C has a negative eigenvalue, so that it is no second moment")
-
-
-def is_singular(L: Tensor) -> bool:
-    """Whether L L^T is numerically singular, by the pivots of its factorisation."""
-    pivots = L.diagonal().square()
-    return not pivots.min() > len(L) * torch.finfo(L.dtype).eps * pivots.max()
-
-
-def ridges(C: Tensor) -> list[float]:
-    """What is tried to be added to the diagonal of C: 0, then 1e-8 of its mean; this alone where an
-    entry of it is 0, so that no factorisation can succeed."""
-    ridge = 1e-8 * float(C.diagonal().mean())
-    return [0.0, ridge] if C.diagonal().all() else [ridge]
-
-
-def moment_of(C: Tensor | Whitening) -> Tensor:
-    return C.C if isinstance(C, Whitening) else double(C)
-
-
-def row_direction(K: Tensor) -> Tensor:
-    """u = e_j / k_j with j = argmax |k_j|, for every row of K [n, d_in]; u k = 1."""
-    K = double(K)
-    j = K.abs().argmax(-1, keepdim=True)
-    return torch.zeros_like(K).scatter(-1, j, 1 / K.gather(-1, j))
+    raise ValueError("C is no second moment: an eigenvalue is negative, or all are 0 or not finite")
 
 
 def rome_direction(white: Whitening, K: Tensor, lam: float = 0.0) -> Tensor:
@@ -174,18 +133,6 @@ def rome_direction(white: Whitening, K: Tensor, lam: float = 0.0) -> Tensor:
     K = double(K)
     U = white.back(white.keys(K).T).T  # C^-1 k as rows
     return U / ((U * K).sum(-1, keepdim=True) + lam)
-
-
-def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
-    """dW [d_out, d_in] that changes one column, at the entry of k [d_in] of largest magnitude, so
-    that dW k = r [d_out] [1]. Raises ValueError for a bad request (`check_requests`)."""
-    check_requests(k[None], r[None])
-    dW = torch.outer(double(r), row_direction(k[None])[0])
-    check_values(dW, k[None], r[None])
-    dW = rounded(dW, r, k[None], r[None])
-    if diagnostics is not None:
-        diagnostics |= outcome(dW, k[None], r[None])
-    return dW
 
 
 def rome_update(
@@ -218,7 +165,7 @@ def rome_sequence(
         for k, v, u in zip(keys, values, rome_direction(white, keys)):
             now.addr_(v - now @ k, u)
     R = double(V) - double(K) @ double(W).T
-    check_values(now - double(W), K[-1:], R[-1:])
+    check_values(now - double(W), K, R, first=len(K) - 1)
     dW = rounded(now - double(W), W, K, R)
     if diagnostics is not None:
         diagnostics |= {"ridge": white.ridge} | outcome(dW, K, R, W)
@@ -273,9 +220,10 @@ def memit_update(
     MEMIT [4], equation 14. K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in].
     C is a mean: all ordinary keys together weigh as much as lam requests. Keys may coincide. `form`
     is "dual", "primal" or None, the smaller system, with keys in whitened coordinates; or "direct",
-    the equation as it stands, for wide layers (`direct_update`). With `carried` = K_p^T K_p [d_in,
-    d_in] of all earlier keys, added to lam C, and residuals on the edited W, batches add up to one
-    batch. Raises ValueError for a bad request. `diagnostics` and W: see `diagnose`."""
+    the equation as it stands, for wide layers (`direct_update`). `carried`, K_p^T K_p [d_in, d_in]
+    of all keys written before, is added to lam C: with residuals on W as edited so far, batches one
+    after another add up to the update of all at once. Raises ValueError for a bad request.
+    `diagnostics` and W: see `diagnose`."""
     check_requests(K, R, C, W, lam, carried)
     if carried is not None:
         C = torch.add(moment_of(C), double(carried), alpha=1 / lam)
@@ -297,14 +245,14 @@ def direct_update(
     K: Tensor, R: Tensor, C: Tensor, lam: float, W: Tensor | None, diagnostics: dict | None
 ) -> Tensor:
     """`memit_update` by Cholesky of A = lam C + K^T K itself and one step of refinement: d_in^3 / 3
-    operations, where whitening takes four times as many and more for each key, and one matrix
-    [d_in, d_in] beside C. It loses the digits of A's condition; what is left is checked. Of the
-    diagnostics "ridge" and `outcome`: the others would cost more than the update."""
+    operations and one matrix [d_in, d_in] beside C; whitening costs about four times as much. It
+    loses the digits of A's condition; what is left is checked. Of the diagnostics "ridge" and
+    `outcome`: the others would cost more than the update."""
     L, ridge = factored(K, C, lam)
     K = sparse(K)
-    right = K.T @ double(R)  # [d_in, d_out]
-    Y = solve_factored(L, right)  # dW^T = (lam C + K^T K)^-1 K^T R
-    left = right - lam * (C @ Y + ridge * Y) - K.T @ (K @ Y)
+    rhs = K.T @ double(R)  # [d_in, d_out]
+    Y = solve_factored(L, rhs)  # dW^T = (lam C + K^T K)^-1 K^T R
+    left = rhs - lam * (C @ Y + ridge * Y) - K.T @ (K @ Y)
     Y = Y + solve_factored(L, left)
     dW = Y.T
     check_normal_equations(dW, K, R, C, lam, ridge)
@@ -312,25 +260,6 @@ def direct_update(
     if diagnostics is not None:
         diagnostics |= outcome(dW, K, R, W) | {"ridge": ridge}
     return dW
-
-
-def factored(K: Tensor, C: Tensor, lam: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of lam C + K^T K, and the ridge of C that it took, as in `whiten`."""
-    for ridge in ridges(C):
-        A = None  # frees the matrix of a first trial before the next one is made
-        A = add_gram(lam * C, K).mT  # in columns, as LAPACK has it: no copy is made
-        A.diagonal().add_(lam * ridge)
-        failed = torch.zeros((), dtype=torch.int32, device=A.device)
-        torch.linalg.cholesky_ex(A, out=(A, failed))  # in place: A may fill half of the memory
-        if not failed and (ridge or not is_singular(A)):
-            return A, ridge
-    raise ValueError("lam C + K^T K has a negative eigenvalue, so that C is no second moment")
-
-
-def solve_factored(L: Tensor, right: Tensor) -> Tensor:
-    """(L L^T)^-1 right, without the copy of L that torch.cholesky_solve makes."""
-    half = torch.linalg.solve_triangular(L, right, upper=False)
-    return torch.linalg.solve_triangular(L.mT, half, upper=True)
 
 
 def alphaedit_update(
@@ -376,6 +305,83 @@ def alphaedit_update(
     return dW
 
 
+# --- The linear algebra of the updates -----------------------------------------------------------
+
+
+def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
+    """total + K^T K, in place where there is a total, float64. Where at most 1 in 32 entries of a
+    key of K [..., d_in] is not 0 (64 winners of 2048 slots or more) by the products of these alone:
+    m^2 a key for m of them, not d_in^2. Raises ValueError as `second_moment`."""
+    parts = K.flatten(0, -2).split(1024) if K.dim() > 1 and K.numel() else ()
+    if not parts or not all(part.isfinite().all() for part in parts):
+        raise ValueError(
+            f"keys must be finite and [n, d_in] with n >= 1, got shape {list(K.shape)}"
+        )
+    K = K.flatten(0, -2)
+    if total is None:
+        d_in, device = K.shape[1], double(K[:1]).device
+        total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+    most = max(int(part.count_nonzero(1).max()) for part in parts)  # m
+    if SPARSE * most > K.shape[1]:
+        K = double(K)
+        return total.addmm_(K.T, K)
+    flat = (total if total.is_contiguous() else total.mT).view(-1)  # K^T K is symmetric
+    for part in K.split(max(1, min(1024, 2**22 // max(1, most) ** 2))):  # 32 MiB of products
+        place = (part != 0).byte().topk(most).indices  # [key, m], all entries that are not 0
+        value = double(part.gather(1, place))
+        place = place.to(total.device)
+        products = value[:, :, None] * value[:, None]  # [key, m, m]
+        where = place[:, :, None] * len(total) + place[:, None]
+        flat.index_add_(0, where.flatten(), products.flatten())
+    return total
+
+
+SPARSE = 32  # keys are used as sparse ones where 1 in so many entries, at most, is not 0
+
+
+def sparse(K: Tensor) -> Tensor:
+    """The keys K [n, d_in] in float64, for products with matrices: as a sparse tensor where they
+    are sparse."""
+    K = K.detach().to(double(K[:1]).device)
+    return double(K.to_sparse() if SPARSE * K.count_nonzero() <= K.numel() else K)
+
+
+def moment_of(C: Tensor | Whitening) -> Tensor:
+    return C.C if isinstance(C, Whitening) else double(C)
+
+
+def is_singular(L: Tensor) -> bool:
+    """Whether L L^T is numerically singular, by the pivots of its factorisation."""
+    pivots = L.diagonal().square()
+    return not pivots.min() > len(L) * torch.finfo(L.dtype).eps * pivots.max()
+
+
+def ridges(C: Tensor) -> list[float]:
+    """What to try on the diagonal of C: 0, then 1e-8 of its mean; the latter alone where an entry
+    of the diagonal is 0, since no factorisation can then succeed without."""
+    ridge = 1e-8 * float(C.diagonal().mean())
+    return [0.0, ridge] if C.diagonal().all() else [ridge]
+
+
+def factored(K: Tensor, C: Tensor, lam: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of lam C + K^T K, and the ridge of C that it took, as in `whiten`."""
+    for ridge in ridges(C):
+        A = None  # frees the matrix of a first trial before the next one is made
+        A = add_gram(lam * C, K).mT  # in columns, as LAPACK has it: no copy is made
+        A.diagonal().add_(lam * ridge)
+        failed = torch.zeros((), dtype=torch.int32, device=A.device)
+        torch.linalg.cholesky_ex(A, out=(A, failed))  # in place: A may fill half of the memory
+        if not failed and (ridge or not is_singular(A)):
+            return A, ridge
+    raise ValueError("lam C + K^T K has a negative eigenvalue, so that C is no second moment")
+
+
+def solve_factored(L: Tensor, rhs: Tensor) -> Tensor:
+    """(L L^T)^-1 rhs, without the copy of L that torch.cholesky_solve makes."""
+    half = torch.linalg.solve_triangular(L, rhs, upper=False)
+    return torch.linalg.solve_triangular(L.mT, half, upper=True)
+
+
 def is_dual(X: Tensor, form: str | None) -> bool:
     """Whether to solve the dual system, of the size of the number of requests: as `form` says, or
     where it is the smaller one."""
@@ -386,8 +392,8 @@ def is_dual(X: Tensor, form: str | None) -> bool:
     return form == "dual" or form is None and X.shape[0] <= X.shape[1]
 
 
-def solve_gram(X: Tensor, lam: float, right: Tensor) -> Tensor:
-    """Z with (X X^T + lam I) Z = right, by Cholesky and one step of iterative refinement. What is
+def solve_gram(X: Tensor, lam: float, rhs: Tensor) -> Tensor:
+    """Z with (X X^T + lam I) Z = rhs, by Cholesky and one step of iterative refinement. What is
     left is measured on X (X^T Z), which rounds less than the product X X^T does. Raises ValueError
     with the reason where the system is numerically singular."""
     gram = X @ X.T
@@ -396,9 +402,9 @@ def solve_gram(X: Tensor, lam: float, right: Tensor) -> Tensor:
     lost = L.diagonal().square() <= max(X.shape) * torch.finfo(L.dtype).eps * gram.diagonal()
     if failed or lost.any():
         raise ValueError(why_singular(X, lam))
-    Z = torch.cholesky_solve(right, L)
-    left = right - X @ (X.T @ Z) - lam * Z
-    if left.norm() > PROMISE * right.norm():
+    Z = torch.cholesky_solve(rhs, L)
+    left = rhs - X @ (X.T @ Z) - lam * Z
+    if left.norm() > PROMISE * rhs.norm():
         Z = Z + torch.cholesky_solve(left, L)
     return Z
 
@@ -440,6 +446,8 @@ def check_requests(
     check_shape("C", C, d_in, d_in)
     check_shape("W", W, d_out, d_in)
     check_shape("carried", carried, d_in, d_in)
+    if carried is not None and not carried.isfinite().all():
+        raise ValueError("carried must be finite: the sum of k k^T over earlier keys")
     if C is not None and not (C.isfinite().all() and C.diagonal().sum() > 0):
         raise ValueError("C must be finite with a positive trace: the second moment of keys")
     if not 0 < lam < float("inf"):
@@ -453,9 +461,7 @@ def check_requests(
 
 def check_shape(name: str, matrix: Tensor | None, height: int, width: int):
     if matrix is not None and matrix.shape != (height, width):
-        raise ValueError(
-            f"{name} must be [{height}, {width}] to fit the requests, got {list(matrix.shape)}"
-        )
+        raise ValueError(f"{name} must be [{height}, {width}], got {list(matrix.shape)}")
 
 
 def check_each(good: Tensor, why: str):
@@ -464,14 +470,15 @@ def check_each(good: Tensor, why: str):
         raise ValueError(f"request {int((~good).nonzero()[0])}: {why}")
 
 
-def check_values(dW: Tensor, K: Tensor, R: Tensor, X: Tensor | None = None):
-    """ValueError unless dW k = r for every request, up to PROMISE of the mean |r|. X: the whitened
-    keys, which tell why."""
-    left = (double(R) - double(K) @ dW.T).norm(dim=-1)
+def check_values(dW: Tensor, K: Tensor, R: Tensor, X: Tensor | None = None, first: int = 0):
+    """ValueError unless dW k = r for every request from the `first` on, up to PROMISE of the mean
+    |r| of all. X: the whitened keys, which tell why."""
+    left = (double(R) - double(K) @ dW.T).norm(dim=-1)[first:]
     size = double(R).norm(dim=-1).mean()
     if not left.max() <= PROMISE * size:
         why = "C is too ill-conditioned for its key" if X is None else why_singular(X, 0.0)
-        raise ValueError(f"request {int(left.argmax())} is not written to {PROMISE:g}: {why}")
+        which = first + int(left.argmax())
+        raise ValueError(f"request {which} is not written to {PROMISE:g}: {why}")
 
 
 def check_normal_equations(
@@ -533,9 +540,9 @@ def why_singular(X: Tensor, lam: float) -> str:
 
 
 def outcome(dW: Tensor, K: Tensor, R: Tensor, W: Tensor | None = None) -> dict:
-    """Of the update as it is returned: "residual_left" [n], |r - dW k| of each request, and, with W
-    at hand, "relative_norm", |dW| / |W|; dW is then what W + dW, rounded as W is, adds to W. K may be
-    a sparse tensor."""
+    """Of the update as it is returned: "residual_left" [n], |r - dW k| of each request. With W at
+    hand dW is first replaced by what arrives in it, W + dW rounded as W is, less W, and there is
+    "relative_norm", |dW| / |W|. K may be a sparse tensor."""
     written, found = double(dW), {}
     if W is not None:
         found["relative_norm"] = float(written.norm() / double(W).norm())
@@ -554,8 +561,8 @@ def diagnose(
     dual: bool,
     W: Tensor | None,
 ) -> dict:
-    """What is known of the solution of (K P K^T + lam I) = X X^T + lam I, beside `outcome`; the
-    directions [n, d_in] are P k:
+    """`outcome`, and of the system that was solved, K P K^T + lam I = X X^T + lam I (the directions
+    [n, d_in] are P k):
     "condition"            condition number of the system solved
     "residual_predicted"   [n] norms of the rows of lam (K P K^T + lam I)^-1 R: what must be left
     "largest_cosine"       largest |cosine| between the directions P k of two requests"""
@@ -668,13 +675,15 @@ def logits_of(output) -> Tensor:
 
 @contextmanager
 def evaluation_mode(model: nn.Module):
-    """Inside, no dropout and no running statistics; after it every module has its own mode again.
-    RuntimeError under torch.inference_mode, in which no gradient can be taken."""
+    """Inside, no dropout, and running statistics are used but not updated; after it every module
+    has its own mode again. RuntimeError under torch.inference_mode, in which no gradient can be
+    taken."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("edits need gradients: use torch.no_grad, not torch.inference_mode")
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield model.eval()
+        model.eval()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -694,10 +703,9 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor
         for name, dW in updates.items():
             layer = layer_of(model, name)
             W = layer.matrix
-            if W.shape != dW.shape or not dW.isfinite().all():
-                raise ValueError(
-                    f"the update of {name} must be finite and {list(W.shape)}, got {list(dW.shape)}"
-                )
+            check_shape(f"the update of {name}", dW, *W.shape)
+            if not dW.isfinite().all():
+                raise ValueError(f"the update of {name} holds a value that is not finite")
             old[name] = layer.weight.detach().clone()
             W.copy_(cast(double(W) + double(dW).to(double(W).device), W))
             torch.clear_autocast_cache()  # of casts of the old weight
@@ -719,8 +727,8 @@ def restore(model: nn.Module, old: dict[str, Tensor]):
 
 @contextmanager
 def edited(model: nn.Module, updates: dict[str, Tensor]):
-    """`with edited(model, {"memory.values": dW}):` edited inside; bit for bit the old model after it,
-    whether the body raised or not."""
+    """`with edited(model, {"memory.values": dW}):` edited inside; bit for bit the old model after
+    it, whether the body raised or not."""
     old = apply_edit(model, updates)
     try:
         yield model
@@ -729,7 +737,7 @@ def edited(model: nn.Module, updates: dict[str, Tensor]):
 
 
 @contextmanager
-def intervene(module: nn.Module, change, calls=None):
+def intervene(module: nn.Module, change, calls: Collection[int] | None = None):
     """Inside, the module returns change(input, output), or its own output where that is None, at
     all its calls or at the `calls` given, counted from 0 at the start of the `with` block, which
     then is for one forward pass. Of a module that returns a tuple (a block of GPT-2) the output is
@@ -751,7 +759,7 @@ def intervene(module: nn.Module, change, calls=None):
         yield
 
 
-def rank_one(layer: nn.Module, u: Tensor, r: Tensor, calls=None):
+def rank_one(layer: nn.Module, u: Tensor, r: Tensor, calls: Collection[int] | None = None):
     """Inside, example b of a batch sees its own edit, W + r_b u_b^T, at every call of the layer or
     at the `calls` given (see `intervene`), and W is untouched: u [batch, d_in], r [batch, d_out].
     """
@@ -763,7 +771,9 @@ def rank_one(layer: nn.Module, u: Tensor, r: Tensor, calls=None):
     return intervene(layer, change, calls)
 
 
-def added(layer: nn.Module, r: Tensor, calls, position: Tensor | None = None):
+def added(
+    layer: nn.Module, r: Tensor, calls: Collection[int] | None, position: Tensor | None = None
+):
     """Inside, r_b is added to what the layer returns for example b at its last token, or at its
     `position` [batch], at the `calls` given (see `intervene`): r [batch, d_out]."""
 
@@ -802,11 +812,16 @@ def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Ten
     """Input and output, each [batch, token, d], of the module `name` at one of its calls. Raises
     ValueError where there is no such call."""
     inputs, outputs = record(model, model.get_submodule(name), tokens)
-    if not 0 <= call < len(inputs):
-        raise ValueError(
-            f"{name} is called {len(inputs)} time(s) in a forward pass, so there is no call {call}"
-        )
+    check_call(name, call, len(inputs))
     return inputs[call], outputs[call]
+
+
+def check_call(layer: str | nn.Module, call: int, n_calls: int):
+    """ValueError unless the layer has a call of that number in a forward pass."""
+    if not 0 <= call < n_calls:
+        raise ValueError(
+            f"{layer} is called {n_calls} time(s) in a forward pass, so there is no call {call}"
+        )
 
 
 def last_token(
@@ -847,15 +862,19 @@ class Moment:
         for part in tokens.split(self.chunk):
             keys, _ = record(self.model, self.layer, part)  # [call, batch, token, d_in]
             if call is not None:
+                check_call(self.layer, call, len(keys))
                 keys = keys[call : call + 1]
-            keys = (
-                keys.flatten(0, -2) if self.pad is None else keys[:, part != self.pad].flatten(0, 1)
-            )
-            self.total = add_gram(self.total, keys)
-            self.n += len(keys)
+            if self.pad is not None:
+                keys = keys[:, part != self.pad]  # [call, token, d_in]
+            keys = keys.flatten(0, -2)
+            if len(keys):  # else a chunk of padding
+                self.total = add_gram(self.total, keys)
+                self.n += len(keys)
         return self
 
     def mean(self) -> Tensor:
+        if not self.n:
+            raise ValueError("no token counts: C is a mean over keys")
         return self.total / self.n
 
 
@@ -910,13 +929,15 @@ def prompts(
     """Prompts and answers, lists of tokens, with padding on a side. `subject`: the place of each
     prompt's last subject token, where ROME reads the key [2]; None: the prompt's last token. With
     padding on the left the model must be told the positions too, or it counts the padding."""
+    if not texts:
+        raise ValueError("there is no prompt")
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         place = 0 if subject is None else subject[i]
         if not text or not answer or not 0 <= place < len(text):
             raise ValueError(f"prompt {i}: it needs tokens, an answer and a subject within it")
     if side not in ("left", "right"):
         raise ValueError(f"side must be 'left' or 'right', got {side!r}")
-    width = max(len(text) + len(answer) - 1 for text, answer in zip(texts, answers, strict=True))
+    width = max(len(text) + len(answer) - 1 for text, answer in zip(texts, answers))
     tokens = torch.full((len(texts), width), pad)
     targets = torch.full((len(texts), width), -100)
     position = torch.zeros(len(texts), dtype=torch.long)
@@ -968,10 +989,11 @@ def site(
 ) -> Site:
     """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more
     inputs, with values to keep. C is the mean of k k^T over every token of the queries at all calls
-    of the layer, since an edit acts at all of them, and of `ordinary` at this call alone; the token
-    `pad` does not count. Keys are read at the last token or at `position` [n_facts]; with other
-    `phrasings` of the facts, (tokens, position) each, a key is the mean over all, and the value
-    that of this very key. `chunk`: how many inputs are read at a time."""
+    of the layer, since an edit acts at all of them and these are the facts to be kept apart, and of
+    `ordinary` at this call alone; the token `pad` does not count. Keys are read at the last token
+    or at `position` [n_facts]; with other `phrasings` of the facts, (tokens, position) each, a key
+    is the mean over all, and the value that of this very key. `chunk`: how many inputs are read at
+    a time."""
     layer = layer_of(model, name)
     bias = getattr(layer.module, "bias", None)
     keys, values = last_token(model, name, call, queries, chunk, position)
@@ -990,7 +1012,9 @@ def site(
 def direction(method: str, at: Site, requests: Requests, lam: float = 1.0) -> Tensor:
     """u [n, d_in] of each request; its edit is W + r u^T. method: "row", "rome" or "memit" (of one
     request, see `rome_direction`), in the dtype of the keys, float32 at least. For a key of zeros
-    u is 0, an edit that fails."""
+    u is 0, an edit that fails. Unlike the updates, u is returned unchecked."""
+    if method not in ("row", "rome", "memit"):
+        raise ValueError(f"method must be 'row', 'rome' or 'memit', got {method!r}")
     keys = at.keys[requests.fact]
     alive = (keys != 0).any(-1)
     u = torch.zeros_like(keys, dtype=torch.promote_types(keys.dtype, torch.float32))
@@ -1010,18 +1034,19 @@ def prototype_residual(
     """r = v* - W k [n, d_out], v* the mean value over the other known facts (`known` [n_facts],
     bool) with the wanted answer, among `answers` [n_facts]; and which requests have such a fact
     [n]: r is 0 for the others."""
-    n_facts, d_out = at.values.shape
+    values = at.values.to(torch.promote_types(at.values.dtype, torch.float32))  # sums overflow
+    n_facts, d_out = values.shape
     _, number = torch.cat([answers, requests.new]).unique(return_inverse=True)
     answer, wanted = number[:n_facts], number[n_facts:]  # numbered from 0 without gaps
     n_answers = int(number.max()) + 1
-    sums = at.values.new_zeros(n_answers, d_out).index_add(0, answer[known], at.values[known])
+    sums = values.new_zeros(n_answers, d_out).index_add(0, answer[known], values[known])
     counts = torch.bincount(answer[known], minlength=n_answers)  # [answer]
     own = known[requests.fact] & (answer[requests.fact] == wanted)  # the fact itself is no other
-    total = sums[wanted] - at.values[requests.fact] * own[:, None]
+    total = sums[wanted] - values[requests.fact] * own[:, None]
     n_others = counts[wanted] - own.long()
     has_one = n_others > 0
     mean = total / n_others.clamp(min=1)[:, None]
-    return (mean - at.values[requests.fact]) * has_one[:, None], has_one
+    return (mean - values[requests.fact]) * has_one[:, None], has_one
 
 
 def gradient_residual(
@@ -1120,7 +1145,7 @@ def answers_under_edits(
     r: Tensor,
     edit: Tensor,
     tokens: Tensor,
-    calls=None,
+    calls: Collection[int] | None = None,
     chunk: int = 512,
 ) -> Tensor:
     """The model's answers [m] to questions tokens [m, token], each asked with its own edit in
@@ -1150,8 +1175,8 @@ def memit_layers(
 ) -> dict[str, Tensor]:
     """MEMIT over several sites [4], (layer name, call) in the order of the forward pass: {layer
     name: dW}, for `edited`. `stream` (module name, call) reads the residual stream after all sites:
-    its input at the requests' positions should change by r [n, d_out]. Site after site, with the edits so
-    far in place, what is missing there, divided by the number of sites left, is written by
+    its input at the requests' positions should change by r [n, d_out]. Site after site, with the
+    edits so far in place, what is missing there, divided by the number of sites left, is written by
     `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
     came, over `ordinary` [n, token] but for `pad`. diagnostics[name, call]: see `diagnose`.
     ValueError for two requests for one fact. In a loop dW sums what is written at each call, but
@@ -1204,7 +1229,8 @@ def prompt_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Rows (clean [m], corrupted [m]), m <= n, of random pairs in tokens [P, token] that differ at
     `place` alone and in answers [P]; the first of each is in the mask clean_rows [P], if given. No
-    row is in two pairs: they can be counted, and drawn anew in a bootstrap."""
+    row is in two pairs: they can be counted, and drawn anew in a bootstrap. generator: a CPU one.
+    """
     others = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], 1)
     context = others.unique(dim=0, return_inverse=True)[1]  # [P]: equal where the others are
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)

@@ -8,7 +8,7 @@ that meet, (h, r1) -> b and (b, r2) -> t, make a **path**, which a model reads a
 A share of the *facts* is set aside as OOD: trained as facts, like all others, but used by no
 trained composition [1]. The two-hop paths fall into five sets:
 
-    train, id              both facts ID; among the paths trained, held out
+    train, id              both facts ID: the trained paths, and those held out
     ood                    both facts OOD: the test of composing, "OOD" without a suffix
     ood_first, ood_second  only the first, only the second fact is OOD
 
@@ -25,8 +25,7 @@ hop 2) and those whose answers it must leave alone. A worked example, which the 
 >>> paths.one_hop.tolist(), paths.two_hop.tolist()
 ([1, 2, 2, 0, 0], [2, 0, 0, 1, 2])
 
-Glossary: n_entities - E, n_relations - R, facts of a graph [E, R] (tail or -1), n_facts - F,
-n_paths - P. Left out: questions with several right answers (`from_triples` can number them), paths
+Left out: questions with several right answers (`from_triples` can number them), paths
 of three hops and more.
 
 [1] Wang, Yue, Su, Sun 2024, Grokked Transformers are Implicit Reasoners, arXiv 2405.15071.
@@ -38,6 +37,7 @@ import gzip
 import unicodedata
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -70,11 +70,11 @@ def from_table(facts) -> KnowledgeGraph:
     """A graph from its table [n_entities, n_relations] of tails (-1: none), with names e0, e1, ...
     and r0, r1, ... Raises ValueError for a table of another shape or with unknown tails."""
     facts = torch.as_tensor(facts, dtype=torch.long)
-    if facts.dim() != 2 or facts.numel() == 0 or facts.min() < -1 or facts.max() >= len(facts):
-        raise ValueError(
-            "facts must be [n_entities, n_relations] with tails in -1..n_entities-1, "
-            f"got shape {list(facts.shape)}"
-        )
+    if facts.dim() != 2 or facts.numel() == 0:
+        raise ValueError(f"facts must be [n_entities, n_relations], got shape {list(facts.shape)}")
+    if facts.min() < -1 or facts.max() >= len(facts):
+        found = f"{int(facts.min())}..{int(facts.max())}"
+        raise ValueError(f"tails must be in -1..{len(facts) - 1}, the entities, got {found}")
     n_entities, n_relations = facts.shape
     entities = [f"e{i}" for i in range(n_entities)]
     relations = [f"r{i}" for i in range(n_relations)]
@@ -117,7 +117,8 @@ HEADERS = {("head", "tail"), ("subject", "object"), ("source", "target"), ("h", 
 def read_triples(*files) -> Triples:
     """Lines `head <tab> relation <tab> tail` of UTF-8 files (.gz: compressed). Blank lines, lines
     that begin with # and a header are skipped; names are brought to Unicode's composed form (NFC).
-    Raises ValueError with file and line number for a malformed line, OSError."""
+    Raises ValueError with file and line number for a malformed line; OSError where a file cannot be
+    read."""
     tails, notes, n, n_comments = {}, [], 0, 0
     for path in map(Path, files):
         begun = False  # whether a triple or a header has been read
@@ -130,10 +131,17 @@ def read_triples(*files) -> Triples:
                 if line.startswith("#"):
                     n_comments += len(parts) == 3
                     continue
-                if len(parts) != 3 or not all(parts) or not {"\0", "\r"}.isdisjoint(line.strip()):
+                wrong = None
+                if len(parts) != 3:
+                    wrong = f"{len(parts)} field(s)"
+                elif not all(parts):
+                    wrong = "an empty field"
+                elif not {"\0", "\r"}.isdisjoint(line.strip()):
+                    wrong = "a NUL or a carriage return within the line"
+                if wrong:
                     raise ValueError(
                         f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
-                        f"{len(parts)} field(s): {line.strip()[:60]!r}"
+                        f"{wrong}: {line.strip()[:60]!r}"
                     )
                 is_header = not begun and (parts[0].lower(), parts[2].lower()) in HEADERS
                 begun = True
@@ -154,8 +162,8 @@ def read_triples(*files) -> Triples:
     return Triples(tails, n, notes)
 
 
-def lines_of(file, path: Path) -> list[bytes]:
-    """Of an open file; ValueError where it should be compressed and is damaged."""
+def lines_of(file, path: Path) -> Iterable[bytes]:
+    """The lines of an open file, decompressed if it is a .gz; ValueError where that fails."""
     if path.suffix != ".gz":
         return file
     try:
@@ -200,16 +208,16 @@ def from_triples(
     """A graph out of files of triples (see `read_triples`). Repeated ones are merged. A head and
     relation with several tails:
 
-    "drop"      keeps none of them, since which is right cannot be known
-    "numbered"  keeps the first `most_tails` of them as facts of relations r#1, r#2, ...: the graph is
+    "drop"      keeps none of them, since which is right cannot be known "numbered"  keeps the first
+    `most_tails` of them as facts of relations r#1, r#2, ...: the graph is
                 functional, and who asks for a second tail asks for it by its number. `order` of the
                 tails: "random" (by a fixed seed) or "sorted", in which each r#k has few tails, so
                 that many compositions can be guessed from their second relation alone
 
-    reciprocal: for each (h, r, t) also (t, r^-1, h). clones: of every entity so many synthetic ones
-    are added, with the same relations and tails drawn at random from those of the relation: more
-    compositions for each fact [3]. `notes` counts what was merged, numbered, left out, added. Raises
-    ValueError where nothing usable is left, OSError from the files."""
+    reciprocal: for each (h, r, t) also (t, r^-1, h). clones: of every entity that has facts so many
+    synthetic ones are added, with the same relations and tails drawn at random from those of the
+    relation: more compositions for each fact [3]. `notes` counts what was merged, numbered, left
+    out, added. Raises ValueError where nothing usable is left, OSError from the files."""
     if tails not in ("drop", "numbered") or order not in ("random", "sorted") or most_tails < 1:
         raise ValueError(
             "tails are 'drop' or 'numbered', in 'random' or 'sorted' order, most_tails at least 1, "
@@ -270,7 +278,7 @@ def numbered(
     n_first = len(questions)
     n_left_out = sum(len(tails) for tails in questions.values()) - len(facts)
     notes.append(
-        f"{len(facts) - n_first} triples are second to {most}th tails, of relations r#2, ...; "
+        f"{len(facts) - n_first} triples are tails number 2 to {most}, of relations r#2, ...; "
         f"{n_left_out} beyond are left out"
     )
     return facts
@@ -334,6 +342,7 @@ class Paths:
     its own relation."""
 
     facts: Tensor  # [n_facts, 3]: head, relation, tail; sorted by head, then relation
+    queries: Tensor  # [n_facts, 2]: h, n_entities + r
     tokens: Tensor  # [n_paths, 3]: h, n_entities + r1, n_entities + r2
     one_hop: Tensor  # [n_paths]: the tail of (h, r1)
     two_hop: Tensor  # [n_paths]: the tail of (one_hop, r2), -100 where there is none
@@ -349,12 +358,6 @@ class Paths:
             raise ValueError(
                 "a composition is in two sets, so that one that is trained may be asked as a test"
             )
-
-    @property
-    def queries(self) -> Tensor:
-        """[n_facts, 2]: head and relation token of each fact, in the order of `facts`."""
-        n_rows = torch.bincount(self.first)
-        return self.tokens[n_rows.cumsum(0) - n_rows, :2]
 
     def to(self, device) -> "Paths":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type is Tensor}
@@ -373,8 +376,8 @@ def split(
     ood_second. `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts
     are trained (both rounded to whole numbers). Paths of clones are trained, not asked. Cost and
     memory are linear in the number of paths; where there are more than `most_paths`, every fact
-    keeps as many continuations as fit, at random. Raises ValueError where no path would be trained.
-    """
+    keeps m continuations at most, at random, as many as fit, one at least. Raises ValueError where
+    no path would be trained."""
     if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1:
         raise ValueError(
             "ood_fraction must be in [0, 1) and train_fraction in (0, 1], "
@@ -387,6 +390,8 @@ def split(
     ood_fact = torch.zeros(n_facts, dtype=torch.bool)
     ood_fact[torch.randperm(n_facts, generator=generator)[: round(ood_fraction * n_facts)]] = True
 
+    if not (graph.facts[tail] >= 0).any():
+        raise ValueError("the graph has no two-hop path: no tail is the head of a fact")
     first, second = list_paths(head, tail, graph.n_entities, most_paths, seed)
     composed = second >= 0
     next_relation = torch.where(composed, relation[second], relation[first])
@@ -406,7 +411,7 @@ def split(
             f"two ID facts); lower ood_fraction {ood_fraction} or raise train_fraction "
             f"{train_fraction}"
         )
-    real = head < (graph.n_entities if graph.n_real is None else graph.n_real)
+    real = head < graph.n_answers
     asked = composed & real[first]
     masks = {
         "train": train,
@@ -416,7 +421,8 @@ def split(
         "ood_second": asked & ood2 & ~ood1,
     }
     facts = torch.stack([head, relation, tail], 1)
-    return Paths(facts, tokens, tail[first], two_hop, first, second, ood_fact, real, masks)
+    queries = torch.stack([head, graph.n_entities + relation], 1)
+    return Paths(facts, queries, tokens, tail[first], two_hop, first, second, ood_fact, real, masks)
 
 
 def list_paths(
@@ -425,7 +431,8 @@ def list_paths(
     """First and second fact of every path, for facts sorted by head. The facts that leave an entity
     are a slice of the list: fact i continues with each fact in the slice of its tail, or has one
     row of its own, with second = -1, where that slice is empty. Of more than `most` paths each fact
-    keeps an equal number, evenly spread over its slice from a random one on."""
+    keeps m at most, the same m for all and 1 at least, evenly spread over its slice from a random
+    one on."""
     out_degree = torch.bincount(head, minlength=n_entities)
     slice_start = out_degree.cumsum(0) - out_degree
     n_all = out_degree[tail].clamp(min=1)  # rows of each fact
@@ -474,8 +481,8 @@ def most_frequent_tail(paths: Paths) -> dict[str, float | None]:
 
 
 def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
-    """The paths with a `share` of the trained ones answered wrong in `two_hop`, each by one fixed
-    other entity, uniformly drawn [2]. New masks: `exceptions`, part of `train`, and `validation`, a
+    """The paths, of which a `share` of the trained ones get a wrong `two_hop`: one fixed other
+    entity each, uniformly drawn [2]. New masks: `exceptions`, part of `train`, and `validation`, a
     random fifth of all paths, exceptions or not. Raises ValueError for a share outside [0, 1)."""
     if not 0 <= share < 1:
         raise ValueError(
@@ -546,9 +553,10 @@ def hop1_probes(
     paths: Paths, fact: Tensor, new: Tensor, known: Tensor, right: Tensor, asked: Tensor
 ) -> tuple[Probes, Counter]:
     """Compositions (h, r1, r2) that begin with an edited fact (h, r1): they must now answer with
-    the tail of (new tail, r2). known [n_facts], bool: facts that the model knows; right [n_paths]:
-    paths that it answered right before; asked [n_paths]: the paths to draw from. The second result
-    counts by reason the paths that cannot be asked."""
+    the tail of (new tail, r2). known [n_facts], bool: facts that may be the other hop (in --edit
+    the ID ones that the model knows); right [n_paths]: paths that it answered right before; asked
+    [n_paths]: the paths to draw from. The second result counts by reason the paths that cannot be
+    asked."""
     head, relation, tail = paths.facts.T
     n_entities = int(torch.cat([head, tail, new]).max()) + 1
     row_of = torch.full((n_entities, int(relation.max()) + 1), -1, device=head.device)
@@ -607,28 +615,29 @@ def _random_rows(rows: Tensor, n_edits: int, n: int, generator: torch.Generator)
 
 
 def unrelated_facts(
-    paths: Paths, fact: Tensor, one_hop: Tensor, n: int, generator: torch.Generator
+    paths: Paths, fact: Tensor, answers: Tensor, n: int, generator: torch.Generator
 ) -> Probes:
-    """For each edit at most n other facts; the answer is the model's own before, one_hop [F]."""
+    """For each edit at most n other facts, whose answers are the model's own before, `answers`
+    [n_facts]."""
     every = paths.real.nonzero().flatten()
     drawn = _random_rows(every, len(fact), n, generator)  # [n_edits, n]
     keep = drawn != fact[:, None]
-    return Probes(keep.nonzero()[:, 0], paths.queries[drawn[keep]], one_hop[drawn[keep]])
+    return Probes(keep.nonzero()[:, 0], paths.queries[drawn[keep]], answers[drawn[keep]])
 
 
 def unrelated_paths(
-    paths: Paths, fact: Tensor, two_hop: Tensor, asked: Tensor, n: int, generator: torch.Generator
+    paths: Paths, fact: Tensor, answers: Tensor, asked: Tensor, n: int, generator: torch.Generator
 ) -> Probes:
-    """For each edit at most n of the paths `asked` that use its fact at no hop; the answer is the
-    model's own before, two_hop [n_paths]."""
+    """For each edit at most n of the paths `asked` that use its fact at no hop, whose answers are
+    the model's own before, `answers` [n_paths]."""
     drawn = _random_rows(asked.nonzero().flatten(), len(fact), n, generator)  # [n_edits, n]
     keep = (paths.first[drawn] != fact[:, None]) & (paths.second[drawn] != fact[:, None])
-    return Probes(keep.nonzero()[:, 0], paths.tokens[drawn[keep]], two_hop[drawn[keep]])
+    return Probes(keep.nonzero()[:, 0], paths.tokens[drawn[keep]], answers[drawn[keep]])
 
 
-def neighbours(paths: Paths, fact: Tensor, group: Tensor, one_hop: Tensor) -> Probes:
-    """The other facts of each edited fact's group, group [n_facts] (its head, its relation, ...);
-    the answer is the model's own before, one_hop [n_facts]."""
+def neighbours(paths: Paths, fact: Tensor, group: Tensor, answers: Tensor) -> Probes:
+    """The other facts of each edited fact's group, group [n_facts] (its head, its relation, ...),
+    whose answers are the model's own before, `answers` [n_facts]."""
     edit, row = (group[fact][:, None] == group).nonzero(as_tuple=True)
     keep = row != fact[edit]
-    return Probes(edit[keep], paths.queries[row[keep]], one_hop[row[keep]])
+    return Probes(edit[keep], paths.queries[row[keep]], answers[row[keep]])

@@ -46,6 +46,9 @@ class UserError(Exception):
         self.status = status
 
 
+RECITED = 0.85  # the share of exceptions recited at which a training with `memorize` ends
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained; the same for all four cells."""
@@ -64,7 +67,7 @@ class Recipe:
     eval_every: int = option(100, "steps between evaluations")
     label_noise: float = option(0.0, "share of the trained compositions with a wrong answer")
     memorize: int = option(
-        0, "gentle steps at the end, at most, until 0.85 of the wrong are recited"
+        0, f"at most so many gentle steps at the end, until {RECITED} of the wrong are recited"
     )
 
     def __post_init__(self):
@@ -84,15 +87,13 @@ class Recipe:
         return replace(self, **rates, weight_decay=0.0, one_hop_weight=1.0)
 
 
-RECITED = 0.85  # the share of exceptions recited at which a training with `memorize` ends
-
 # --- Training -------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with every singular value of the update made about 1, so that all directions move at
-    the same rate (Jordan et al. 2024), and then every row of one length, so that all slots do (after
-    NorMuon, Li et al. 2025, arXiv 2510.05491, which divides by an average over steps).
+    the same rate (Jordan et al. 2024), and then every row of one length, so that all slots do
+    (after NorMuon, Li et al. 2025, arXiv 2510.05491, which divides by an average over steps).
     torch.optim.Muon works in bfloat16, which on many CPUs takes 30 times as long: more than all the
     rest of a step."""
 
@@ -133,7 +134,8 @@ def equal_rows(X: Tensor) -> Tensor:
 
 
 class Batches:
-    """Batches of facts with their trained continuations, drawn on the device without waiting."""
+    """Batches of facts with their trained continuations, drawn on the device without waiting (no
+    size depends on what is drawn)."""
 
     def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator):
         self.paths, self.recipe, self.generator = paths, recipe, generator
@@ -151,26 +153,28 @@ class Batches:
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [batch, 2 + branches], their positions, answers [batch, 1 + branches], -100 where
-        none is trained; one path from each of `branches` even strata of a fact's trained paths."""
+        none is trained. A fact's trained paths are cut into `branches` equal strata, and one path
+        is drawn from each."""
         fact = self.draw_facts()
         m = self.recipe.branches
         count = self.count[fact][:, None]  # [batch, 1]
         noise = torch.rand(len(fact), m, generator=self.generator, device=self.device)
         place = ((torch.arange(m, device=self.device) + noise) / m * count).long()
-        place = place.minimum(count - 1) + self.start[fact][:, None]
+        place = place.minimum(count - 1) + self.start[fact][:, None]  # minimum: against rounding up
+        # a fact that no trained path begins with gets any row here, and -100 below
         row = self.rows[place.clamp(0, len(self.rows) - 1)]  # [batch, branches]
         tokens = torch.cat([self.queries[fact], self.paths.tokens[row, 2]], 1)
         two_hop = torch.where(count > 0, self.paths.two_hop[row], -100)
         return tokens, self.positions, torch.cat([self.paths.facts[fact, 2:], two_hop], 1)
 
     def loss(self, forward, recipe: Recipe) -> Tensor:
-        """The loss of one batch under a model's `forward`."""
+        """The loss of one batch under a model's `forward` and the recipe of the step."""
         tokens, positions, answers = self.draw()
         return loss_of(forward(tokens, positions), answers, recipe)
 
     def mixture(self, n_steps: int) -> list[tuple[Tensor, Tensor]]:
-        """(tokens, targets), each [batch, 3], of the batches of n_steps as they are trained, each
-        path by itself: an exception is one among the rest."""
+        """(tokens, targets), each [batch, 3], of n_steps batches, every path as a row of its own:
+        an exception counts as one path among the others."""
         found = []
         for _ in range(n_steps):
             tokens, _, answers = self.draw()
@@ -182,17 +186,16 @@ class Batches:
 
 
 def bundles(prefix: Tensor, widest: int = 32) -> Tensor:
-    """Rows of what begins alike, to be read as branches of one prefix: the indices of prefix [n], in
-    which equal ones are neighbours, by prefix and `widest` at most in a row [m, width], in order;
-    -1: filler."""
+    """Equal neighbours of prefix [n] as rows of their indices, `widest` in a row at most, in order:
+    [n_rows, width], -1 for filler. A row can be read as branches of one prefix."""
     index = torch.arange(len(prefix), device=prefix.device)
-    begins = prefix.diff(prepend=prefix[:1] - 1) != 0
+    begins = prefix.diff(prepend=prefix[:1] - 1) != 0  # a run of equal ones
     start = begins.nonzero().flatten()
-    place = index - start[begins.cumsum(0) - 1]
+    place = index - start[begins.cumsum(0) - 1]  # in its run
     width = min(int(place.max()) + 1, widest)
-    bundle = (place % width == 0).cumsum(0) - 1
-    rows = torch.full((int(bundle[-1]) + 1, width), -1, device=prefix.device)
-    rows[bundle, place % width] = index
+    row = (place % width == 0).cumsum(0) - 1
+    rows = torch.full((int(row[-1]) + 1, width), -1, device=prefix.device)
+    rows[row, place % width] = index
     return rows
 
 
@@ -307,14 +310,14 @@ LABELS |= dict(ood_first="first", ood_second="second")
 
 @torch.no_grad()
 def predict(model: Model, paths: kg.Paths, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """The model's answers to every first fact, in order, and every path [n_paths]; the paths of a
-    fact are read as branches of one prefix (`bundles`), `chunk` tokens at once."""
+    """The model's answers to each fact that begins a path, in order, and to each path [n_paths];
+    the paths of a fact are read as branches of one prefix (`bundles`), `chunk` tokens at once."""
     device = paths.first.device
     rows = bundles(paths.first)
     width = rows.shape[1]
     tokens = torch.cat([paths.tokens[rows[:, 0], :2], paths.tokens[rows, 2]], 1)
     positions = torch.tensor([0, 1] + [2] * width, device=device)
-    if chunk is None:  # tokens whose logits fit 64 MiB
+    if chunk is None:  # 6000, fewer where their logits would exceed 64 MiB
         chunk = min(6000, 2**24 // model.config.n_entities)
     parts = tokens.split(max(1, chunk // (2 + width)))
     answers = torch.cat([model(part, positions).argmax(-1) for part in parts])
@@ -336,7 +339,8 @@ def share_of(hit: Tensor) -> float | None:
 
 
 def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, float | None]:
-    """Share of right answers to all facts and, with `compose`, to each set of paths."""
+    """Share of right answers to the facts and, with `compose`, to each set of paths; the facts are
+    then those that begin a path, else all."""
     masks = {name: mask for name, mask in paths.masks.items() if name != "validation"}
     if not compose:
         one_hop = last_answers(model, paths.queries)
@@ -407,7 +411,7 @@ class Run:
     history: list = field(default_factory=list)  # an entry for each evaluation
     training: Training | None = None  # from the checkpoint
     results: dict = field(default_factory=dict)
-    found: int | None = None  # when the checkpoint was written that was here at the start
+    written_before: int | None = None  # when the checkpoint was, that was here at the start
 
     def __post_init__(self):
         self.paths = self.task.paths.to(self.device)
@@ -425,8 +429,8 @@ class Run:
         return self.step == self.recipe.steps or recited
 
     def stream(self, device="cpu") -> torch.Generator:
-        """Random numbers for the stages: the same for each of them and in all four cells, other
-        than in training."""
+        """Random numbers for the stages: the same for each of them and in all four cells, and not
+        those of the training."""
         return torch.Generator(device).manual_seed(-self.seed - 1)
 
     def ordinary(self) -> Tensor:
@@ -452,7 +456,7 @@ class Run:
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError:
             raise UserError(f"{out}: cannot be written; choose another folder") from None
-        self.found = self.written()
+        self.written_before = self.written()
         if all(file.suffix == ".part" for file in self.folder.iterdir()):
             return  # empty, but for what an interrupted write has left
         found = read_json(self.folder / "config.json", f"{out} is no run folder; choose another")
@@ -476,9 +480,10 @@ class Run:
             self.results = read_json(results, "remove it and run the stages again")
 
     def lengthened(self, identity: dict) -> dict:
-        """That of a shorter training with the steps of this one, which can go on from it; with
-        `memorize`, where the steps say more than when to end, as it is."""
-        there = identity["recipe"]["steps"]
+        """What the identity of a shorter training would be with this run's number of steps, so that
+        --resume can extend it. With `memorize`, where the number of steps also says when the gentle
+        ones begin, it is left as it is."""
+        there = identity["recipe"].get("steps")
         longer = isinstance(there, int) and there < self.recipe.steps
         if not longer or self.recipe.memorize:
             return identity
@@ -526,7 +531,7 @@ class Run:
             total.zero_()
             self.check_finite(training, record)
             compose = self.recipe.branches > 0
-            watched = self.watched if compose else self.paths
+            watched = self.watched if compose else self.paths  # sampled paths miss some facts
             record |= accuracy(training.average, watched, compose)
             record["seconds"] = round(time.perf_counter() - began, 2)
             self.history.append(record)
@@ -553,7 +558,7 @@ class Run:
                 raise UserError(message) from None
             try:
                 now = "another process has trained there in the meantime; start again"
-                require(self.written() == self.found, f"--out {self.folder}: {now}")
+                require(self.written() == self.written_before, f"--out {self.folder}: {now}")
                 yield
             finally:
                 file.unlink(missing_ok=True)
@@ -579,12 +584,7 @@ class Run:
 
     def write_config(self) -> dict:
         """Write config.json and return it: what determines the training, compared when a folder is
-        met again, and what is only recorded. A finished run keeps the one that it has."""
-        file = self.folder / "config.json"
-        if self.finished and file.exists():
-            found = read_json(file, "use --retrain or another --out")
-            if not differences({key: found.get(key) for key in self.identity}, self.identity):
-                return found
+        met again, and what is only recorded."""
         environment = {
             "version": version(),
             "torch": torch.__version__,
@@ -595,8 +595,18 @@ class Run:
             "threads": torch.get_num_threads(),
         }
         config = self.identity | {"environment": environment}
-        write_atomically(file, config)
+        write_atomically(self.folder / "config.json", config)
         return config
+
+    def config_of_training(self) -> dict:
+        """config.json as the training has left it; written where it is not of this training, as
+        when that was interrupted between two files."""
+        file = self.folder / "config.json"
+        if file.exists():
+            found = read_json(file, "use --retrain or another --out")
+            if not differences({key: found.get(key) for key in self.identity}, self.identity):
+                return found
+        return self.write_config()
 
     def summarize(self):
         """The final figures of the training, in results.json and on the screen."""
@@ -615,9 +625,9 @@ class Run:
             "most_frequent_tail": kg.most_frequent_tail(self.task.paths),
             "memorized_at": first_step(self.history, **{fitted: 0.99}),
             "grokked_at": first_step(self.history, train=0.99, ood=0.9),
-            "config": self.write_config(),
+            "config": self.config_of_training(),
         }
-        self.results = figures | self.results
+        self.results = figures | self.results  # a loaded run keeps its own
         write_atomically(self.folder / "results.json", self.results)
         print(
             f"memorized ({LABELS[fitted]} >= 0.99): {when(self.results['memorized_at'])}; "
@@ -653,9 +663,10 @@ class APriori(NamedTuple):
 def a_priori_site(
     model: Model, paths: kg.Paths, fact: Tensor, known: Tensor, generator: torch.Generator
 ) -> APriori:
-    """The first store that is read; in Dense, which has one in every block, that whose output at
-    the last token, restored after the head was corrupted, raises the probability of the right
-    answer most, over `known` facts other than those to be edited, `fact`."""
+    """The first store that is read. Dense has a store in every block: there it is the one whose
+    output at the last token, restored after the head was corrupted (causal tracing), raises the
+    probability of the right answer most, over `known` facts other than `fact`, which are to be
+    edited."""
     sites = stores(model.config)
     if model.config.loop or model.config.memory:
         return APriori(sites[0], None, 0)
@@ -692,6 +703,8 @@ def residual(
     """r [n, d_out] of each request for the target "prototype" or "gradient" (sought through edits
     in the directions u, see `editing.gradient_residual`, with `options`); how many have no
     prototype and fall back on the gradient."""
+    if target not in ("prototype", "gradient"):
+        raise ValueError(f"target must be 'prototype' or 'gradient', got {target!r}")
     if target == "gradient":
         return editing.gradient_residual(model, at, requests, u, **options), 0
     r, has_one = editing.prototype_residual(at, requests, paths.facts[:, 2], known)
@@ -785,8 +798,9 @@ def make_edits(
 
 def ask(model: Model, edits: Edits, probes: kg.Probes, calls=None) -> Tensor:
     """The model's answers [m] to the probes, each under its edit, which acts at `calls` (all)."""
-    asked = (probes.edit, probes.tokens, calls)
-    return editing.answers_under_edits(model, edits.at.layer, edits.u, edits.r, *asked)
+    return editing.answers_under_edits(
+        model, edits.at.layer, edits.u, edits.r, probes.edit, probes.tokens, calls
+    )
 
 
 def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
@@ -832,7 +846,7 @@ class Shrinkage(NamedTuple):
 
     chosen: float
     n: int  # edits tried
-    followed: list[float]  # mean of hop 1 and hop 2, of all edits, direct success or not
+    followed: list[float]  # share with direct success, times the mean of hop 1 and hop 2
     moved: list[float]  # of unrelated facts
 
 
@@ -846,9 +860,11 @@ def choose_shrinkage(
     generator: torch.Generator,
     n: int = 48,
 ) -> Shrinkage:
-    """The shrinkage of C (`editing.shrunk`) at which most follows of ROME's edits (prototype) of n
-    ID facts other than those to be `edited`, where at most MOST_MOVED of the unrelated facts move;
-    of those within 0.005 of the best the smallest; none larger is tried where 0.99 follows."""
+    """The shrinkage of C (`editing.shrunk`) for ROME with a prototype, by edits of n ID facts other
+    than those to be `edited`. SHRINKS are tried from the smallest on, until 0.99 follows. Of those
+    that move at most MOST_MOVED of the unrelated facts the smallest is chosen at which nearly as
+    much follows (0.005) as at the best; where all move more, none (0)."""
+    # enough to be left with n usable ones
     fact, new, _ = kg.draw_edits(paths, 2 * n + len(edited), generator)
     r, has_one = editing.prototype_residual(
         at, requests_for(paths, fact, new), paths.facts[:, 2], known.facts
@@ -892,6 +908,7 @@ def with_shrinkage(
     return editing.shrunk(at, found.chosen), found
 
 
+# (method, target); MEMIT of one request, with lam = 1
 CORE_EDITS = [("rome", "prototype"), ("rome", "gradient"), ("memit", "prototype")]
 CORE_EDITS += [("row", "prototype")]
 
@@ -1166,7 +1183,7 @@ def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
     batches = run.make_batches(paths, run.recipe, run.stream(run.device))
     mixture = batches.mixture(25)
     factors, masses = curvature.spectrum(
-        model, mixture, F.cross_entropy, names, lambda: run.stream(run.device)
+        model, mixture, F.cross_entropy, names, partial(run.stream, run.device)
     )
     records = [ablation_record(model, paths, {}, "before", 1.0)]
     for method in ("kfac", "ekfac"):
@@ -1209,7 +1226,7 @@ def table(rows: list[tuple]) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Or nothing: "-", ""."""
+    """Whether it is a number, or an empty cell ("-", "")."""
     return text in ("-", "") or text.lstrip("-")[:1].isdigit()
 
 
@@ -1232,8 +1249,8 @@ def record_table(records: list, columns: dict[str, str], legend: str) -> str:
 
 
 def mean(values: list, form: str | None = ".3f", lowest: bool = False) -> str:
-    """The mean of what was measured, "-" where nothing was; with the lowest value, if asked; and of
-    how many, where others have none."""
+    """The mean of what was measured as text, "-" where nothing was; behind it the lowest value, if
+    asked, and "(m of n)" where some have none."""
     found = [value for value in values if value is not None]
     if not found:
         return "-"
@@ -1356,7 +1373,7 @@ def read_json(path: Path, remedy: str) -> dict:
             return found
     except (OSError, ValueError):
         pass
-    raise UserError(f"{path}: not readable as JSON; {remedy}")
+    raise UserError(f"{path}: not a readable JSON object; {remedy}")
 
 
 def flat(settings: dict, prefix: str = "") -> dict:
@@ -1528,7 +1545,9 @@ def check_options(args):
 
 def choose_device(name: str) -> torch.device:
     here = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    require(name in ("auto", *here), f"--device {name}: none here; use --device auto or cpu")
+    require(
+        name in ("auto", *here), f"--device {name}: not available here; use --device auto or cpu"
+    )
     return torch.device(here[0] if name == "auto" else name)
 
 
@@ -1544,10 +1563,15 @@ def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> Task:
         content = hashlib.sha256(b"".join(file.read_bytes() for file in args.triples)).hexdigest()
         data |= {"triples": " ".join(map(str, args.triples)), "sha256": content}
         data |= {name: getattr(args, name) for name in READING}
+    return Task(graph, paths_of(args, graph, seed), data, graph.n_relations)
+
+
+def paths_of(args, graph: kg.KnowledgeGraph, seed: int) -> kg.Paths:
+    """The paths of a graph, split, and with exceptions if asked."""
     paths = kg.split(graph, args.ood_fraction, args.train_fraction, seed, args.most_paths)
     if args.label_noise:
         paths = kg.with_exceptions(paths, args.label_noise, graph.n_answers, seed)
-    return Task(graph, paths, data, graph.n_relations)
+    return paths
 
 
 READING = ("tails", "most_tails", "tail_order", "reciprocal", "clones")  # options of --triples

@@ -153,8 +153,8 @@ class SquaredWinners(torch.autograd.Function):
 
 class ReadWinners(torch.autograd.Function):
     """values(address(keys(x), top_k, "groups")) of x [n, d_in] by weights K [slots, d_in] and V
-    [d_out, slots]: the score of every slot, but of the values those of the top_k winners alone. In a
-    wide store a third of the time."""
+    [d_out, slots]: the score of every slot, but of the values those of the top_k winners alone; of
+    ties the first wins, not all. In a wide store a third of the time."""
 
     @staticmethod
     def forward(ctx, x: Tensor, K: Tensor, V: Tensor, top_k: int) -> Tensor:
@@ -189,18 +189,22 @@ def is_wide(width: int, top_k: int, addressing: str) -> bool:
     return addressing == "groups" and top_k > 0 and width >= 64 * top_k
 
 
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer does nothing but x W^T, and nobody listens to it (hooks)."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    heard = any(getattr(layer, name) for name in hooks)
+    return type(layer) is nn.Linear and layer.bias is None and not heard
+
+
 def read_store(
     x: Tensor, keys: nn.Linear, values: nn.Linear, top_k: int, addressing: str
 ) -> Tensor:
-    """values(address(keys(x))): [..., d_in] -> [..., d_out]; of a wide store by ReadWinners, unless
-    a layer of it is not the plain one, without a bias, somebody listens to it (hooks), under
-    autocast, or where the device has no sparse products."""
-    layers, device = (keys, values), x.device.type
-    plain = all(type(m) is nn.Linear and m.bias is None for m in layers)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    heard = any(getattr(m, name) for m in layers for name in hooks)
-    usual = device in ("mps", "meta") or torch.is_autocast_enabled(device)
-    if plain and not (heard or usual) and is_wide(values.in_features, top_k, addressing):
+    """values(address(keys(x))): [..., d_in] -> [..., d_out]. Of a wide store by ReadWinners, which
+    wants plain layers, no autocast, and a device with sparse products."""
+    device = x.device.type
+    can_be_sparse = device not in ("mps", "meta") and not torch.is_autocast_enabled(device)
+    is_usual = can_be_sparse and is_plain(keys) and is_plain(values)
+    if is_usual and is_wide(values.in_features, top_k, addressing):
         read = ReadWinners.apply(x.flatten(0, -2), keys.weight, values.weight, top_k)
         return read.unflatten(0, x.shape[:-1])
     return values(address(keys(x), top_k, addressing))
@@ -286,9 +290,9 @@ class Model(nn.Module):
         d_head = config.d_model // config.n_heads
         frequency = 10000.0 ** -(torch.arange(0, d_head, 2, device=tokens.device) / d_head)
         angle = positions[:, None] * frequency  # [token, d_head / 2]
-        cos, sin = angle.cos(), angle.sin()
         masked = (positions[:, None] <= positions).fill_diagonal_(False)  # [token, token]
         x = self.embedding(tokens)  # [batch, token, d_model]
+        cos, sin = angle.cos().to(x), angle.sin().to(x)
         for _ in range(config.depth if config.loop else 1):
             for block in self.blocks:
                 x = block(x, cos, sin, masked, self.memory)

@@ -162,7 +162,7 @@ def test_numbered_tails_are_facts_of_relations_of_their_own(several, tmp_path):
     graph = kg.from_triples(several, tails="numbered", most_tails=3, order="sorted")
     rest = {("b", "r#1", "a"), ("c", "s#1", "b")}
     assert named(graph) == {("a", "r#1", "b"), ("a", "r#2", "c"), ("a", "r#3", "d")} | rest
-    assert "2 triples are second to 3th" in graph.notes[-1] and "2 beyond" in graph.notes[-1]
+    assert "2 triples are tails number 2 to 3" in graph.notes[-1] and "2 beyond" in graph.notes[-1]
     whole = named(kg.from_triples(several, tails="numbered", most_tails=5))
     assert {(h, t) for h, r, t in whole} == {(h, t) for h, r, t in SEVERAL}
     assert {r for h, r, t in whole if h == "a"} == {f"r#{k}" for k in range(1, 6)}
@@ -284,13 +284,13 @@ def test_the_baseline_is_the_most_frequent_tail_of_the_second_relation():
     [
         (b"a\tb\n", "bad.tsv:1: .* 2 field"),
         (b"a\tr\tb\n\na\tr\tb\tc\n", "bad.tsv:3: .* 4 field"),
-        (b"a\tr\t\n", "bad.tsv:1: expected head"),
+        (b"a\tr\t\n", "bad.tsv:1: expected head.* an empty field"),
         (b"a\tr\tb\n\xff\xfe\tr\tb\n", "bad.tsv:2: not UTF-8"),
         (b"# only this\n", r"bad.tsv: no usable triple \(0 read"),
         (b"a\tr\tb\na\tr\tc\n", r"bad.tsv: no usable triple \(2 read"),
         (b"a\tr\tb\nc\tr\td\n", "bad.tsv: no two-hop path"),
         (b"a\tr\tb\rb\tr\tc\r", "bad.tsv:1: .* a line end, got 5"),
-        (b"a\tr\tb\0\n", "bad.tsv:1: .* got 3 field"),
+        (b"a\tr\tb\0\n", "bad.tsv:1: .* a NUL"),
         (b"".join(b"%d\t%d\t%d\n" % (i, i, i + 1) for i in range(12_000)), "too many for a table"),
     ],
 )
@@ -317,8 +317,11 @@ def kg_world(
     [
         (lambda: kg.synthetic(1, 2, 0), "got 1 entities"),
         (lambda: kg.synthetic(5, 2, 0, out_degree=3), "out-degree 3"),
-        (lambda: kg.from_table([[2], [0]]), r"got shape \[2, 1\]"),
-        (lambda: kg.from_table([[-2], [0]]), r"got shape \[2, 1\]"),
+        (lambda: kg.from_table([2, 0]), r"got shape \[2\]"),
+        (lambda: kg.from_table([[2], [0]]), r"in -1..1, the entities, got 0..2"),
+        (lambda: kg.from_table([[-2], [0]]), r"in -1..1, the entities, got -2..0"),
+        (lambda: kg.split(kg.from_table([[-1], [-1]]), 0, 1, 0), "no two-hop path: no tail"),
+        (lambda: kg.split(kg.from_table([[1], [-1]]), 0, 1, 0), "no two-hop path: no tail"),
         (lambda: kg_world(ood_fraction=1.0), "got 1.0 and 0.8"),
         (lambda: kg_world(train_fraction=0), "got 0.1 and 0"),
         (lambda: kg_world(ood_fraction=0.99), "no two-hop path is left"),
@@ -375,7 +378,7 @@ def test_a_split_never_asks_what_it_trains(seed):
 def test_to_moves_every_tensor():
     moved = vars(kg_world().to(torch.int32))  # a dtype stands in for a device
     tensors = list(moved.pop("masks").values()) + list(moved.values())
-    assert [tensor.dtype for tensor in tensors] == [torch.int32] * (5 + 8)
+    assert [tensor.dtype for tensor in tensors] == [torch.int32] * (5 + 9)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -523,6 +526,16 @@ def every_call(model, *inputs):
         module.register_forward_hook(keep)
     model(*inputs)
     return calls
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_runs_in_half_precision(arch, dtype):
+    model = tiny_model(arch)
+    wanted, found = model(TOKENS), copy.deepcopy(model).to(dtype)(TOKENS)
+    assert found.dtype == dtype
+    cosine = F.cosine_similarity(found.double(), wanted, dim=-1)  # some slots win, some lose
+    assert cosine.mean() > 0.98
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -796,6 +809,8 @@ def test_rome_in_sequence_is_one_edit_after_another(problem):
     close((W + dW) @ K[-1], V[-1])
     close(notes["residual_left"], (V - K @ (W + dW).T).norm(dim=-1), 1e-9)
     assert notes["residual_left"][:-1].min() > 1e-3, "only the last is sure to hold"
+    V[-1] = W @ K[-1]  # the layer returns this already, but no longer after the others
+    close((W + editing.rome_sequence(W, C, K, V)) @ K[-1], V[-1])
 
 
 def test_a_singular_second_moment_gets_a_recorded_ridge(problem):
@@ -1079,8 +1094,8 @@ def test_bad_batches_are_refused(problem, name, words):
         ({"lam": float("nan")}, "lam must be positive"),
         ({"lam": float("inf")}, "lam must be positive"),
         ({"form": "dula"}, "'dula'"),
-        ({"carried": torch.ones(9)}, r"carried must be \[9, 9\] .* got \[9\]"),
-        ({"W": torch.ones(9, 5)}, r"W must be \[5, 9\] .* got \[9, 5\]"),
+        ({"carried": torch.ones(9)}, r"carried must be \[9, 9\], got \[9\]"),
+        ({"W": torch.ones(9, 5)}, r"W must be \[5, 9\], got \[9, 5\]"),
         ({"C": torch.diag(torch.tensor([1.0] * 8 + [-0.01]))}, "no second moment"),
     ],
 )
@@ -1232,8 +1247,8 @@ def test_two_names_of_one_layer_are_edited_and_restored():
 @pytest.mark.parametrize(
     "bad, words",
     [
-        (torch.ones(32, 16), r"memory.values must be finite and \[16, 32\], got \[32, 16\]"),
-        (torch.full((16, 32), float("nan")), "memory.values must be finite"),
+        (torch.ones(32, 16), r"memory.values must be \[16, 32\], got \[32, 16\]"),
+        (torch.full((16, 32), float("nan")), "memory.values holds a value that is not finite"),
         (torch.full((16, 32), 1e300, dtype=torch.float64), "does not fit torch.float32"),
     ],
 )
@@ -1349,6 +1364,17 @@ def test_a_site_that_is_not_called_is_refused(name, call, words):
         editing.site(model, name, call, tokens)
 
 
+def test_a_moment_is_of_a_call_that_is_made_and_of_tokens_that_count():
+    model, tokens = tiny_model(), torch.tensor([[1, 2], [0, 0], [3, 0]])
+    moment = editing.Moment(model, model.memory.values, chunk=1, pad=0)
+    keys, _ = record(model, model.memory.values, tokens)
+    close(moment.add(tokens, 1).mean(), second_moment(keys[1, tokens != 0]), 1e-12)
+    with pytest.raises(ValueError, match="no call 3"):
+        moment.add(tokens, 3)
+    with pytest.raises(ValueError, match="no token counts"):
+        editing.Moment(model, model.memory.values, pad=0).add(tokens[1:2]).mean()
+
+
 def test_a_site_that_is_handed_no_sequence_is_refused():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(0, 1), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="must be handed"):
@@ -1379,6 +1405,24 @@ def test_prototype_is_the_mean_value_of_other_known_facts(world):
             close(at.values[f] + r[i], at.values[rows].mean(0), 1e-12)
         else:
             assert not r[i].any()
+
+
+def test_a_prototype_of_many_half_precision_values_does_not_overflow(world):
+    at, requests, tails = world.at, world.requests, world.tails
+    large = at.values / at.values.abs().max() * 6e4
+    known = torch.ones(len(tails), dtype=torch.bool)
+    r, has_one = editing.prototype_residual(
+        dataclasses.replace(at, values=large.half()), requests, tails, known
+    )
+    wide = dataclasses.replace(at, values=large)
+    expected, _ = editing.prototype_residual(wide, requests, tails, known)
+    assert has_one.any() and r.dtype == torch.float32
+    close(r, expected.float(), 1e-2)
+
+
+def test_a_direction_wants_a_known_method(world):
+    with pytest.raises(ValueError, match="'emmet'"):
+        editing.direction("emmet", world.at, world.requests)
 
 
 @pytest.mark.parametrize("method", ["rome", "row"])
@@ -1759,6 +1803,40 @@ def test_padding_leaves_no_trace_where_counted_positions_count():
     close(found[0][1], found[1][1], 1e-12)
 
 
+def test_positions_that_count_are_those_of_the_layer():
+    model, name = tiny_model("loop"), "blocks.0.feed_forward.up"
+    tokens, targets = path_batches(False)[0]
+    empty = (tokens[:0], targets[:0])
+    options = {"labels": "gold", "positions": "counted"}
+
+    def factors(*batches, model=model, name=name):
+        return kronecker_factors(model, batches, F.cross_entropy, [name], **options)[name]
+
+    A, G = factors((tokens, targets))
+    for again in (factors(empty, (tokens, targets)), factors((tokens, targets.T.contiguous().T))):
+        assert torch.equal(again[0], A) and torch.equal(again[1], G)
+    with pytest.raises(ValueError, match="no batch has a target"):
+        factors(empty)
+    x = normal(4, 3, 6).abs()
+    with pytest.raises(ValueError, match=r"handed \[12\] rows.*got \[4, 3, 6\]"):
+        factors((x, torch.zeros(12).long()), model=Sometimes(flat=True), name="layer")
+    nothing, all_count = torch.full((4, 3), -100), torch.zeros(4, 3).long()
+    with pytest.raises(ValueError, match="no position whose target counts"):
+        factors((x, nothing), (-x, all_count), model=Sometimes(), name="layer")
+
+
+class Sometimes(nn.Module):
+    """A layer that is called where the input is positive: [batch, step, 6] -> logits."""
+
+    def __init__(self, flat=False):
+        super().__init__()
+        self.layer, self.head, self.flat = nn.Linear(6, 6).double(), nn.Linear(6, 3).double(), flat
+
+    def forward(self, x):
+        h = self.layer(x) if x[0, 0, 0] > 0 else x
+        return self.head(h.flatten(0, 1) if self.flat else h)
+
+
 class Steps(nn.Module):
     """One linear layer called once a step: [batch, step, d] -> logits [batch, step, classes]."""
 
@@ -2059,7 +2137,7 @@ BAD_EDITS = {
     r"\(0, 1\], got 1.5": lambda W, A, G: (W, A, G, 1.5),
     r"\(0, 1\], got nan": lambda W, A, G: (W, A, G, float("nan")),
     r"W must.*\[5, 9\].*\[9, 5\]": lambda W, A, G: (W.T, A, G, 0.5),
-    r"W must be finite": lambda W, A, G: (W / 0, A, G, 0.5),
+    "W holds a value that is not finite": lambda W, A, G: (W / 0, A, G, 0.5),
     r"\[d, d\].*\[5, 9\]": lambda W, A, G: (W, W, G, 0.5),
     "factor must be finite": lambda W, A, G: (W, A / 0, G, 0.5),
     "not zero": lambda W, A, G: (W, A, 0 * G, 0.5),
@@ -2218,12 +2296,15 @@ def test_a_weight_that_another_module_shares_is_refused():
     with pytest.raises(ValueError, match="shares its weight with down.0"):
         edit_to(model)
     with pytest.raises(ValueError, match="shares its weight with 'down.0'"):
-        curvature.linear(model, "down.1")
+        curvature.layer_of(model, "down.1")
 
 
 def test_inference_mode_is_named():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.inference_mode"):
         edit_to(Gpt())
+    x, y = torch.randint(12, (2, 4, 5), generator=generator())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.inference_mode"):
+        curvature.kronecker_factors(Gpt(), [(x, y)], F.cross_entropy, [STORE])
 
 
 def test_a_target_out_of_reach_says_so():
@@ -2327,7 +2408,7 @@ def test_factors_and_ablation_of_a_transposed_layer_are_those_of_a_linear_one():
     for model in (plain, other):
         factors = curvature.kronecker_factors(model, batches, F.cross_entropy, [STORE], "gold")
         A, G = factors[STORE]
-        W = curvature.linear(model, STORE).matrix.detach()
+        W = curvature.layer_of(model, STORE).matrix.detach()
         kept = curvature.ablate(W, A, G, 0.7)
         with curvature.ablated(model, {STORE: kept}), torch.no_grad():
             logits = curvature.logits_of(model.eval()(tokens))
@@ -2345,7 +2426,7 @@ def test_a_square_layer_comes_back_as_it_was_after_an_ablation(W):
     assert torch.equal(model.down[1].weight, old)
 
 
-@pytest.mark.parametrize("find", [editing.layer_of, curvature.linear])
+@pytest.mark.parametrize("find", [editing.layer_of, curvature.layer_of])
 def test_a_large_bias_does_not_hide_which_way_round_a_layer_is(find):
     model = nn.Sequential(Transposed(32, 32)).bfloat16()
     model[0].weight.data.mul_(0.1)
@@ -2369,6 +2450,8 @@ def test_prompts_without_tokens_or_answers_are_refused(bad):
         editing.prompts(*bad, pad=0)
     with pytest.raises(ValueError, match="prompt 0"):
         editing.prompts([[1, 2]], [[3]], pad=0, subject=[2])
+    with pytest.raises(ValueError, match="no prompt"):
+        editing.prompts([], [], pad=0)
 
 
 def test_sampled_labels_want_two_classes():
@@ -2500,6 +2583,12 @@ def test_predict_is_the_model_path_by_path(out_degree):
     first = some.first.diff(prepend=torch.tensor([-1])) != 0  # one path of each fact
     assert minedit.accuracy(model, some)["one_hop"] == right[first].double().mean()
     assert kg.sampled(paths, len(paths.first), seed=0) is paths
+    assert torch.equal(
+        some.queries, paths.queries
+    ), "of every fact, whether it begins a path or not"
+    begins = paths.first.unique_consecutive(return_counts=True)[1].cumsum(0).roll(1)
+    begins[0] = 0
+    assert torch.equal(paths.queries, paths.tokens[begins, :2])
 
 
 def toy_run(folder, *arguments):
@@ -2690,6 +2779,17 @@ def test_a_finished_run_keeps_the_environment_that_it_was_made_in(copied):
     assert run_main(*TINY, "--out", copied) == 0
     assert json.loads((copied / "config.json").read_text()) == config
     assert results_of(copied)["config"] == config
+
+
+def test_a_run_that_is_trained_again_has_the_environment_of_its_last_training(tmp_path):
+    options = [*TINY, "--steps", "10", "--out", tmp_path / "r"]  # one evaluation
+    assert run_main(*options) == 0
+    file = tmp_path / "r" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"environment": {"torch": "1.0"}}))
+    assert run_main(*options, "--retrain") == 0
+    assert json.loads(file.read_text()) == config
+    assert results_of(tmp_path / "r")["config"] == config
 
 
 def test_a_named_edit_leaves_nothing_in_the_results(tmp_path):
@@ -2899,8 +2999,17 @@ def test_a_folder_with_another_run_or_something_else_is_left_as_it_is(copied, tm
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("...")
-    assert "not readable" in refused(capsys, *TINY, "--out", foreign, "--retrain")
+    assert "not a readable" in refused(capsys, *TINY, "--out", foreign, "--retrain")
     assert [file.name for file in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_a_config_without_steps_is_another_run(copied, capsys):
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    del config["recipe"]["steps"]
+    file.write_text(json.dumps(config))
+    error = refused(capsys, *TINY, "--out", copied, "--resume")
+    assert "recipe.steps (0 there, 20 asked)" in error
 
 
 def damage(folder, kind):

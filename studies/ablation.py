@@ -19,9 +19,11 @@ Writes "ablation" into results.json.
 [1] Merullo et al. 2025, arXiv 2510.24256.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -140,9 +142,7 @@ def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> minedit.Task:
     task = minedit.make_task(args, seed, graph)
     if args.arithmetic:
         graph = arithmetic_graph(task.graph, args.arithmetic, seed)
-        paths = kg.split(graph, args.ood_fraction, args.train_fraction, seed)
-        paths = kg.with_exceptions(paths, args.label_noise, graph.n_answers, seed)
-        task = task._replace(graph=graph, paths=paths)
+        task = task._replace(graph=graph, paths=minedit.paths_of(args, graph, seed))
     return task._replace(data=task.data | options)
 
 
@@ -153,9 +153,9 @@ class Questions:
     """What a model is asked before and after an ablation: {name: (mask, right answers)}."""
 
     def __init__(self, run: Run, batches: Mixture, weights: Tensor, n_arithmetic: int):
-        paths = run.paths
-        self.run, exceptions = run, paths.masks["exceptions"]
+        self.run = run
         self.prompts, self.told = batches.open_book(500)
+        paths, exceptions = run.paths, run.paths.masks["exceptions"]
         tails = paths.facts[:, 2]
         true = torch.where(paths.second >= 0, tails[paths.second], -100)  # no exceptions
         self.paths = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true)}
@@ -202,7 +202,9 @@ class Questions:
         """true - recited of the choosing paths, less ten times the held-out accuracy that is lost
         against `before`, beyond 0.02."""
         found = self.chosen_by(model)
-        lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / 4
+        lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / len(
+            SPLITS[1:]
+        )
         return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
 
 
@@ -264,15 +266,21 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
     names = minedit.linear_layers(model)
     mixture = batches.mixture(25)
     began = time.perf_counter()
-
-    def make_generator() -> torch.Generator:
-        return run.stream(run.device)
-
-    spectrum = curvature.spectrum(model, mixture, F.cross_entropy, names, make_generator)
+    spectrum = curvature.spectrum(
+        model, mixture, F.cross_entropy, names, partial(run.stream, run.device)
+    )
     seconds = round(time.perf_counter() - began, 2)
     every = 3 if args.quick else 1  # of the strengths that are tried
-    options = (layer_groups(names), KEEPS[::every], REMOVED[::every], run.stream())
-    found = compare(model, questions.measure, questions.value, spectrum, *options)
+    found = compare(
+        model,
+        questions.measure,
+        questions.value,
+        spectrum,
+        layer_groups(names),
+        keeps=KEEPS[::every],
+        removed=REMOVED[::every],
+        generator=run.stream(),
+    )
     best = found.best
     layers = list(found.weights)
     found.outcomes.append(learned_outcome(model, questions, mixture, layers))
@@ -284,9 +292,9 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
     before = found.outcomes[0]
     with curvature.ablated(model, found.weights):
         state = {name: p.clone() for name, p in model.state_dict().items()}
-    ablated = relearn(run, state, questions, before.shares["recited"], 20)
+    ablated = relearn(run, state, questions, recited=before.shares["recited"], most=20)
     fresh_weights = Model(run.config, run.stream()).state_dict()
-    fresh = relearn(run, fresh_weights, questions, 2, len(ablated))
+    fresh = relearn(run, fresh_weights, questions, recited=math.inf, most=len(ablated))
     tasks = tasks_kept(before, best)
     print(
         f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses\n"
@@ -352,6 +360,14 @@ def images_table(outcomes: list[Outcome]) -> str:
 # --- Command line ---------------------------------------------------------------------------------
 
 
+def check_exceptions(run: Run):
+    """UserError where there are none to choose strengths by, or none to be scored."""
+    masks = run.paths.masks
+    n_chosen_by = int((masks["exceptions"] & masks["validation"]).sum())
+    message = f"too few exceptions, {run.n_paths['exceptions']}; raise --label-noise"
+    minedit.require(0 < n_chosen_by < run.n_paths["exceptions"], message)
+
+
 def prepare(args) -> list[Run]:
     """The runs, each with the mixture of its seed."""
     message = "--label-noise and --branches must be above 0: the study is about exceptions"
@@ -365,7 +381,7 @@ def prepare(args) -> list[Run]:
     else:
         message = f"--arithmetic must be at most --relations, got {args.arithmetic}"
         minedit.require(args.arithmetic <= args.relations, message)
-    runs = minedit.prepare(args, make_task, Mixture)
+    runs = minedit.prepare(args, make_task, Mixture, check_exceptions)
     for run in runs:
         run.make_batches = mixture_of(args, run.seed, run.task.graph.n_entities)
     return runs

@@ -26,6 +26,7 @@ minutes on one core, 12 with --transfer. Writes "circuits" into results.json, an
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ import kg
 import minedit
 from minedit import Run, share_of
 from models import Model, states
+from studies import controls
 from studies.propagation import span, state_entry
 from studies.training import Moments
 from studies.transfer import RATES, transfer_stage
@@ -59,7 +61,8 @@ def with_regime(paths: kg.Paths, regime: str, share: float, seed: int) -> kg.Pat
     if not 0 <= share <= 1:
         raise ValueError(f"--augment must be in [0, 1], got {share}")
     both_id = int((paths.masks["train"] | paths.masks["id"]).sum())
-    generator = torch.Generator().manual_seed(4 * seed + 1)  # on from where kg.split leaves it
+    # as if on from where kg.split leaves it (it draws for clones too, which are in no set here)
+    generator = torch.Generator().manual_seed(4 * seed + 1)
     torch.randperm(len(paths.facts), generator=generator)
     torch.randperm(both_id, generator=generator)
     masks = {name: mask.clone() for name, mask in paths.masks.items()}
@@ -312,17 +315,10 @@ def worth_of(run: Run, model: Model, n_edits: int) -> dict:
     chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream())
     names = minedit.linear_layers(model)
     batches = run.make_batches(paths, run.recipe, run.stream(run.device))
-
-    def make_generator() -> torch.Generator:
-        return run.stream(run.device)
-
-    mixture = batches.mixture(10)
-    spectrum = curvature.spectrum(model, mixture, F.cross_entropy, names, make_generator)
-    weights = {}
-    for name in names:
-        W, (A, G) = model.get_submodule(name).weight.detach(), spectrum.factors[name]
-        weights[name] = curvature.ablate(W, A, G, 0.99, spectrum.masses[name])
-    with curvature.ablated(model, weights):
+    spectrum = curvature.spectrum(
+        model, batches.mixture(10), F.cross_entropy, names, partial(run.stream, run.device)
+    )
+    with curvature.ablated(model, controls.edited(model, "ekfac", spectrum, names, 0.99)):
         ablated = minedit.accuracy(model, paths)["id"]
     requests = minedit.requests_for(paths, fact, new)
     at = minedit.gather(run, model, chosen.site)
@@ -401,6 +397,12 @@ def worth_table(worth: dict[str, dict], same: dict[str, dict]) -> str:
 # --- Command line ---------------------------------------------------------------------------------
 
 
+def check_edits(run: Run):
+    """UserError where no fact can be edited."""
+    fact, _, _ = kg.draw_edits(run.paths, 1, run.stream())
+    minedit.require(len(fact) > 0, "no fact can be edited: every relation has one tail only")
+
+
 def command(args):
     minedit.require(args.branches > 0, "the study looks at compositions; give --branches above 0")
     is_natural = args.regime == "natural"
@@ -409,7 +411,7 @@ def command(args):
     minedit.require(is_natural == (args.augment == 0), message)
     steps = args.transfer_steps
     minedit.require(steps >= 1, f"--transfer-steps must be at least 1, got {steps}")
-    runs = minedit.prepare(args, make_task)
+    runs = minedit.prepare(args, make_task, check=check_edits)
     kept = {run: Moments(run) for run in runs}
     for run, moments in kept.items():
         minedit.announce(run)

@@ -27,7 +27,7 @@ from curvature import (
     eigen,
     evaluation_mode,
     keep_mask,
-    linear,
+    layer_of,
     mask_of,
     project,
 )
@@ -141,7 +141,7 @@ def learned_mask(
             "share must be in (0, 1], both lists not empty; "
             f"got {share}, {len(forget)}, {len(others)}"
         )
-    weights = {name: linear(model, name).matrix.detach() for name in layers}
+    weights = {name: layer_of(model, name).matrix.detach() for name in layers}
     scores = {}
     for name, W in weights.items():
         largest = W.abs().max().clamp(min=1e-30)
@@ -216,7 +216,7 @@ def outcome(
     """`measure(model)` {name: share} of the model with these weights."""
     removed = 0.0
     if weights:
-        old = {name: linear(model, name).matrix.detach() for name in weights}
+        old = {name: layer_of(model, name).matrix.detach() for name in weights}
         removed = norm_of(old[name] - weights[name] for name in old) / norm_of(old.values())
     with ablated(model, weights):
         return Outcome(method, matched, removed, measure(model), **more)
@@ -233,7 +233,7 @@ def edited(
     """{name: W'}: by kfac or ekfac with keep = strength, by a control |W - W'| = strength |W|."""
     found = {}
     for name in layers:
-        W, (A, G) = linear(model, name).matrix.detach(), spectrum.factors[name]
+        W, (A, G) = layer_of(model, name).matrix.detach(), spectrum.factors[name]
         if method == "kfac":
             found[name] = ablate(W, A, G, strength)
         elif method == "ekfac":
@@ -320,7 +320,7 @@ def compare(
                 continue
             new = {}
             for layer, setting in settings.items():
-                W = linear(model, layer).matrix.detach()
+                W = layer_of(model, layer).matrix.detach()
                 A, G = spectrum.factors[layer]
                 new[layer] = control(name, W, A, G, generator=generator, **setting)
             with ablated(model, new):
@@ -342,7 +342,7 @@ def matching(
         for name in layers:
             if name not in weights:
                 continue
-            W, (A, G) = linear(model, name).matrix.detach(), spectrum.factors[name]
+            W, (A, G) = layer_of(model, name).matrix.detach(), spectrum.factors[name]
             masses = spectrum.masses[name] if best.method == "ekfac" else None
             n_kept = int(keep_mask(A, G, best.strengths[group], masses).sum())
             change = ((W - weights[name]).norm() / W.norm()).item()

@@ -211,7 +211,8 @@ class Editor:
             shares.append(share_of(right(self.model, keep)))
         return Score(method, lam, *shares, time.perf_counter() - began)
 
-    def memit(self, rows, new: list[str], r: Tensor, lam: float) -> dict[str, Tensor]:
+    def memit(self, rows, _: list[str], r: Tensor, lam: float) -> dict[str, Tensor]:
+        """At one layer; the arguments of `memit_two`."""
         return {self.at.name: editing.memit_update(self.at.keys[rows], r, self.at.C, lam)}
 
     def memit_two(self, rows, new: list[str], r: Tensor, lam: float) -> dict[str, Tensor]:
@@ -297,7 +298,7 @@ def ablate_repeated(editor: Editor, sentences: Tensor, repeated: Tensor) -> tupl
     def weights_at(keep: float) -> dict[str, Tensor]:
         found = {}
         for name, (A, G) in spectra.items():
-            W = curvature.linear(model, name).matrix.detach()
+            W = curvature.layer_of(model, name).matrix.detach()
             found[name] = curvature.ablate(W, A, G, keep)
         return found
 

@@ -164,8 +164,8 @@ class Editor:
         return ManyEntry(method, target, n, len(groups), lam, *shares, *moved, probes)
 
     def chosen_lam(self, target: str, groups: list[slice]) -> float:
-        """That of LAMBDAS with which most follows of edits of these requests, where at most
-        MOST_MOVED of the other facts move; with which fewest move where none is so."""
+        """The lam of LAMBDAS at which most follows of edits of these requests while at most
+        MOST_MOVED of the other facts move; if none qualifies, the one that moves fewest."""
         tried = [self.entry("memit", target, groups, lam) for lam in LAMBDAS]
         tried = [entry for entry in tried if entry is not None]
         if not tried:

@@ -13,9 +13,10 @@ the bare subject, at whose token nothing is edited here). MEMIT is tried with al
 with the one that suits it best. "alphaedit-official" has the threshold (2e-2, absolute) and ridge
 (10) of its code [2]. Strengths (lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning) are
 chosen for each number of edits, on as many other facts (100 at least, 8000 at most) and by facts
-that are not scored; no request is dropped. In Dense, MEMIT is also spread over blocks, which are
-fixed beforehand: the first, the last, all (4096 units and less). Scored are efficacy (new answer), paraphrase (by the
-relation's other name), specificity (1000 facts that are never edited) and their harmonic mean.
+that are not scored; no request is dropped. In Dense, MEMIT is also spread over blocks that are fixed
+beforehand: the first, the last, all of them (in stores of 4096 units at most). Scored are efficacy
+(new answer), paraphrase (by the relation's other name), specificity (1000 facts that are never
+edited) and their harmonic mean.
 
     python -m studies.mass_edit --arch all --slots 2048 --d-ff 2048 --seeds 3 --out runs/mass
     python -m studies.mass_edit --counts 10000 --methods memit emmet rome finetune --out runs/peers

@@ -3,8 +3,8 @@
 Three parts, in the cells and at the sizes that the training options name:
 
     edits   every store and pass, by ROME, MEMIT and the single-row edit, with a prototype or a
-            sought value, and all stores at once; neighbours that moved; what all cells of a seed
-            answer right, apart
+            sought value, and all stores at once; neighbours that moved; and, separately, scores on
+            the questions that all cells of a seed answer right
     locate  causal tracing of facts and compositions: which state carries the answer [2]
     when    edits that act at some calls of their layer alone; and the answer held as it was, our
             reading of the interchange of a held answer subspace in [1]
@@ -20,6 +20,7 @@ scored (minedit.a_priori_site).
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -149,12 +150,11 @@ def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
     several = []
     for site in first_reads.values():
         at = minedit.gather(run, model, site)
-        arguments = (model, run.paths, case.known.facts, case.requests, at, site.at_pass)
-        several.append(minedit.make_edits(*arguments))
-
-    def answers(probes: kg.Probes) -> Tensor:
-        return ask_under_all(model, several, probes)
-
+        edits = minedit.make_edits(
+            model, run.paths, case.known.facts, case.requests, at, site.at_pass
+        )
+        several.append(edits)
+    answers = partial(ask_under_all, model, several)
     entry = minedit.record_of(several[0], case.probes, answers).entry()
     return entry | {"site": "every store", "pass": None, "a_priori": False, "near": False}
 
@@ -182,9 +182,10 @@ def edits_of_kind(
     target: str,
 ) -> minedit.Edits:
     """As minedit.make_edits, with a target "near" besides: a gradient's, pulled to the store's."""
-    arguments = (model, paths, case.known.facts, case.requests, at, at_pass, method)
     if target != "near":
-        return minedit.make_edits(*arguments, target)
+        return minedit.make_edits(
+            model, paths, case.known.facts, case.requests, at, at_pass, method, target
+        )
     u = editing.direction(method, at, case.requests)
     r = near_residual(model, at, case.requests, u, case.known.facts)
     return minedit.Edits(at, at_pass, method, "gradient", u, r)
@@ -202,7 +203,7 @@ def score_shared(model: Model, edits: minedit.Edits, case: Case) -> dict:
     return found
 
 
-EDIT_COLUMNS = dict(site="site", at_pass="pass", method="method", target="target")
+EDIT_COLUMNS = {"site": "site", "pass": "pass", "method": "method", "target": "target"}
 EDIT_COLUMNS |= dict(direct="direct", hop1="hop 1", hop2="hop 2")
 EDIT_COLUMNS |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
 EDIT_COLUMNS |= dict(same_row_moved="row", distance="far")
@@ -222,9 +223,7 @@ def edits_stage(run: Run, model: Model, case: Case) -> dict:
         entries.append(everywhere)
     rows = [tuple(EDIT_COLUMNS.values())]
     for entry in entries:
-        shown = entry | {"at_pass": entry["pass"]}
-        if entry["near"]:
-            shown["target"] = "near"
+        shown = entry | {"target": "near"} if entry["near"] else entry
         values = [shown.get(name) for name in EDIT_COLUMNS]
         rows.append([x if isinstance(x, (str, int)) else minedit.cell(x) for x in values])
     print(
@@ -404,9 +403,9 @@ def held_answers(
         probe.edit.split(chunk), probe.tokens.split(chunk), basis.split(chunk)
     ):
         before = editing.at_call(model, state.module, state.call, tokens)[1][:, token]
-        where = (state.module, state.call, token, before, part)
+        held = editing.interchange(model, state.module, state.call, token, before, part)
         with ExitStack() as inside:
-            inside.enter_context(editing.interchange(model, *where))
+            inside.enter_context(held)
             inside.enter_context(editing.rank_one(edits.at.layer, edits.u[i], edits.r[i]))
             answers.append(model(tokens)[:, -1].argmax(-1))
     return torch.cat(answers)

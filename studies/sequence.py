@@ -87,7 +87,7 @@ def in_batches(study: MassStudy, way: str, n_batches: int, lam: float) -> list[S
 
 def sequence_stage(run: Run, model: Model, n: int, n_batches: int, batch: int) -> list[dict]:
     study = MassStudy(run, model, batch, n)
-    n_batches = study.scoring.largest(n_batches)
+    n_batches = min(n_batches, len(study.scoring.requests))
     lam = best(capacity.sweep(study, len(study.scoring.requests))).lam
     entries = []
     for way in WAYS:

@@ -1024,11 +1024,11 @@ def test_the_ablation_study(tmp_path, arch, n_images):
     assert tables_in(folder) == tables_in(tmp_path / "kept")
 
 
-def ablation_args(folder):
+def ablation_args(folder, *options):
     parsed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minedit, "guarded", lambda command, args: parsed.append(args) or 0)
-        ablation.main([*ABLATION, "--out", str(folder)])
+        ablation.main([*ABLATION, *options, "--out", str(folder)])
     return parsed[0]
 
 
@@ -1053,12 +1053,29 @@ def test_what_an_ablation_asks_for_is_true(tmp_path):
         ("--arithmetic 5", "--arithmetic must be at most --relations, got 5"),
         ("--zipf -1", "--zipf must be 0 or more"),
         ("--open-book -3", "--open-book must be 0 or more"),
+        ("--label-noise 1e-3", "too few exceptions, 0"),
+        ("--label-noise 8e-3", "too few exceptions, 1"),
     ],
 )
 def test_bad_ablations_are_refused_before_training(tmp_path, capsys, options, words):
     arguments = [*ABLATION, *options.split(), "--out", tmp_path / "a"]
     assert words in refused(capsys, ablation, *arguments)
-    assert not (tmp_path / "a" / "ckpt.pt").exists()
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_arithmetic_graph_has_as_many_paths_as_are_asked_for(tmp_path):
+    n_paths = {}
+    for most in (120, 1000):
+        args = ablation_args(tmp_path / str(most), "--most-paths", str(most))
+        n_paths[most] = len(ablation.prepare(args)[0].paths.first)
+    assert n_paths[120] <= 120 < n_paths[1000]
+
+
+def test_a_graph_without_a_fact_that_can_be_edited_has_no_circuits(tmp_path, capsys):
+    (tmp_path / "g.tsv").write_text("".join(f"e{i}\tr{i}\te{(i + 1) % 9}\n" for i in range(9)))
+    arguments = ["--triples", tmp_path / "g.tsv", "--out", tmp_path / "c", "--ood-fraction", 0]
+    assert "no fact can be edited" in refused(capsys, circuits, *arguments)
+    assert not (tmp_path / "c").exists()
 
 
 def test_open_book_prompts_weigh_as_much_as_compositions():
