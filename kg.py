@@ -103,236 +103,6 @@ def synthetic(
     return from_table(torch.where(rank < out_degree, tails, -1))
 
 
-class Triples(NamedTuple):
-    """What files of triples hold."""
-
-    tails: dict[tuple[str, str], set[str]]  # {(head, relation): tails}, in the order of the files
-    n: int  # triples read
-    notes: list[str]
-
-
-HEADERS = {("head", "tail"), ("subject", "object"), ("source", "target"), ("h", "t"), ("s", "o")}
-
-
-def read_triples(*files) -> Triples:
-    """Lines `head <tab> relation <tab> tail` of UTF-8 files (.gz: compressed). Blank lines, lines
-    that begin with # and a header are skipped; names are brought to Unicode's composed form (NFC).
-    Raises ValueError with file and line number for a malformed line; OSError where a file cannot be
-    read."""
-    tails, notes, n, n_comments = {}, [], 0, 0
-    for path in map(Path, files):
-        begun = False  # whether a triple or a header has been read
-        with open(path, "rb") as file:
-            for number, raw in enumerate(lines_of(file, path), 1):
-                line = decoded(raw, f"{path}:{number}")
-                if not line.strip():
-                    continue
-                parts = [unicodedata.normalize("NFC", part.strip()) for part in line.split("\t")]
-                if line.startswith("#"):
-                    n_comments += len(parts) == 3
-                    continue
-                wrong = None
-                if len(parts) != 3:
-                    wrong = f"{len(parts)} field(s)"
-                elif not all(parts):
-                    wrong = "an empty field"
-                elif not {"\0", "\r"}.isdisjoint(line.strip()):
-                    wrong = "a NUL or a carriage return within the line"
-                if wrong:
-                    raise ValueError(
-                        f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
-                        f"{wrong}: {line.strip()[:60]!r}"
-                    )
-                is_header = not begun and (parts[0].lower(), parts[2].lower()) in HEADERS
-                begun = True
-                if is_header:
-                    notes.append(f"{path}: its first line is a header: skipped")
-                    continue
-                head, relation, tail = parts
-                tails.setdefault((head, relation), set()).add(tail)
-                n += 1
-    n_repeated = n - sum(len(t) for t in tails.values())
-    if n_repeated:
-        notes.append(f"{n_repeated} repeated triples were merged")
-    if n_comments:
-        notes.append(f"{n_comments} lines that begin with # look like triples: skipped")
-    alike = near_duplicates(tails)
-    if alike:
-        notes.append(f"names that differ in case, blanks or quotes alone: {', '.join(alike[:3])}")
-    return Triples(tails, n, notes)
-
-
-def lines_of(file, path: Path) -> Iterable[bytes]:
-    """The lines of an open file, decompressed if it is a .gz; ValueError where that fails."""
-    if path.suffix != ".gz":
-        return file
-    try:
-        return gzip.GzipFile(fileobj=file).readlines()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged, or not compressed by gzip ({error})") from None
-
-
-def decoded(raw: bytes, where: str) -> str:
-    """A line of a file; ValueError where it is no UTF-8 text."""
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from None
-
-
-def near_duplicates(tails: dict[tuple[str, str], set[str]]) -> list[str]:
-    """Pairs of names of entities, "a / b", that look alike."""
-    names = {head: None for head, _ in tails}
-    for some in tails.values():
-        names |= dict.fromkeys(sorted(some))
-    first, found = {}, []
-    for name in names:
-        visible = "".join(c for c in name if unicodedata.category(c) != "Cf")  # no zero-width ones
-        plain = " ".join(visible.strip("\"'").casefold().split())
-        if plain in first:
-            found.append(f"{first[plain]!r} / {name!r}")
-        first.setdefault(plain, name)
-    return found
-
-
-def from_triples(
-    *files,
-    tails: str = "drop",
-    most_tails: int = 4,
-    order: str = "random",
-    reciprocal: bool = False,
-    clones: int = 0,
-) -> KnowledgeGraph:
-    """A graph out of files of triples (see `read_triples`). Repeated ones are merged. A head and
-    relation with several tails:
-
-    "drop"      keeps none of them, since which is right cannot be known "numbered"  keeps the first
-    `most_tails` of them as facts of relations r#1, r#2, ...: the graph is
-                functional, and who asks for a second tail asks for it by its number. `order` of the
-                tails: "random" (by a fixed seed) or "sorted", in which each r#k has few tails, so
-                that many compositions can be guessed from their second relation alone
-
-    reciprocal: for each (h, r, t) also (t, r^-1, h). clones: of every entity that has facts so many
-    synthetic ones are added, with the same relations and tails drawn at random from those of the
-    relation: more compositions for each fact [3]. `notes` counts what was merged, numbered, left
-    out, added. Raises ValueError where nothing usable is left, OSError from the files."""
-    if tails not in ("drop", "numbered") or order not in ("random", "sorted") or most_tails < 1:
-        raise ValueError(
-            "tails are 'drop' or 'numbered', in 'random' or 'sorted' order, most_tails at least 1, "
-            f"got {tails!r}, {order!r}, {most_tails}"
-        )
-    if clones < 0:
-        raise ValueError(f"clones must be 0 or more, got {clones}")
-    read = read_triples(*files)
-    notes = list(read.notes)
-    questions = {question: sorted(found) for question, found in read.tails.items()}
-    if reciprocal:
-        for question, heads in reciprocals(questions).items():
-            questions[question] = sorted({*questions.get(question, []), *heads})
-    if tails == "numbered":
-        kept = numbered(questions, most_tails, order, notes)
-    else:
-        kept = [(h, r, t[0]) for (h, r), t in questions.items() if len(t) == 1]
-        n_several = len(questions) - len(kept)
-        if n_several:
-            n_left_out = sum(len(t) for t in questions.values()) - len(kept)
-            notes.append(
-                f"{n_several} questions have several tails: {n_left_out} triples left out "
-                "(numbered tails keep them)"
-            )
-    names = ", ".join(map(str, files))
-    if not kept:
-        raise ValueError(
-            f"{names}: no usable triple ({read.n} read; questions with several tails keep none)"
-        )
-    graph = from_facts(kept, notes)
-    if not (graph.facts[graph.facts[graph.facts >= 0]] >= 0).any():
-        raise ValueError(f"{names}: no two-hop path in it: no tail is also a head")
-    return with_clones(graph, clones) if clones else graph
-
-
-def reciprocals(questions: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list[str]]:
-    found = {}
-    for (head, relation), tails in questions.items():
-        for tail in tails:
-            found.setdefault((tail, f"{relation}^-1"), []).append(head)
-    return {question: sorted(heads) for question, heads in found.items()}
-
-
-def numbered(
-    questions: dict[tuple[str, str], list[str]], most: int, order: str, notes: list[str]
-) -> list[tuple[str, str, str]]:
-    """Facts (head, relation#k, tail) of at most `most` tails a question."""
-    generator = torch.Generator().manual_seed(0)
-    place = {}  # {question: the order of its tails}, whatever the order of the files
-    for question in sorted(questions):
-        n = len(questions[question])
-        shuffled = torch.randperm(n, generator=generator).tolist()
-        place[question] = shuffled if order == "random" else range(n)
-    facts = []
-    for (head, relation), tails in questions.items():
-        for k, i in enumerate(place[head, relation][:most], 1):
-            facts.append((head, f"{relation}#{k}", tails[i]))
-    n_first = len(questions)
-    n_left_out = sum(len(tails) for tails in questions.values()) - len(facts)
-    notes.append(
-        f"{len(facts) - n_first} triples are tails number 2 to {most}, of relations r#2, ...; "
-        f"{n_left_out} beyond are left out"
-    )
-    return facts
-
-
-MOST_ENTRIES = 2**27  # of a table of facts, 1 GiB
-
-
-def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> KnowledgeGraph:
-    """A graph out of (head, relation, tail) by name, one tail for each head and relation."""
-    entity, relation = {}, {}  # names in order of appearance: their numbers
-    rows = []
-    for h, r, t in facts:
-        head = entity.setdefault(h, len(entity))
-        tail = entity.setdefault(t, len(entity))
-        rows.append((head, relation.setdefault(r, len(relation)), tail))
-    if len(entity) * len(relation) > MOST_ENTRIES:
-        raise ValueError(
-            f"{len(entity)} entities and {len(relation)} relations are too many for a table of facts"
-            f" of at most {MOST_ENTRIES} entries; are head, relation and tail in this order?"
-        )
-    heads, columns, tails = torch.tensor(rows).T
-    table = torch.full((len(entity), len(relation)), -1)
-    table[heads, columns] = tails
-    return KnowledgeGraph(table, list(entity), list(relation), notes)
-
-
-def with_clones(graph: KnowledgeGraph, n: int, seed: int = 0) -> KnowledgeGraph:
-    """The graph with n clones of every entity that has facts: the same relations, each tail drawn
-    from the tails of its relation."""
-    generator = torch.Generator().manual_seed(seed)
-    head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
-    of_relation = {r: graph.facts[head[relation == r], r] for r in relation.unique().tolist()}
-    heads = head.unique()
-    clone = torch.full((graph.n_entities,), -1)
-    clone[heads] = torch.arange(len(heads))
-    tables, names = [graph.facts], list(graph.entities)
-    for i in range(1, n + 1):
-        table = torch.full((len(heads), graph.n_relations), -1)
-        for r, tails in of_relation.items():
-            mine = clone[head[relation == r]]
-            drawn = torch.randint(len(tails), (len(mine),), generator=generator)
-            table[mine, r] = tails[drawn]
-        tables.append(table)
-        names += [f"{graph.entities[h]}~{i}" for h in heads.tolist()]
-    taken = set(graph.entities).intersection(names[graph.n_entities :])
-    if taken:
-        raise ValueError(
-            f"clones are named a~1, a~2, ..., but there is a {min(taken)!r}: rename it"
-        )
-    notes = graph.notes + [f"{n * len(head)} facts of {n * len(heads)} synthetic clones added"]
-    return KnowledgeGraph(torch.cat(tables), names, graph.relations, notes, graph.n_entities)
-
-
 # --- Paths and splits -----------------------------------------------------------------------------
 
 
@@ -641,3 +411,236 @@ def neighbours(paths: Paths, fact: Tensor, group: Tensor, answers: Tensor) -> Pr
     edit, row = (group[fact][:, None] == group).nonzero(as_tuple=True)
     keep = row != fact[edit]
     return Probes(edit[keep], paths.queries[row[keep]], answers[row[keep]])
+
+
+# --- Graphs from files of triples -----------------------------------------------------------------
+
+
+class Triples(NamedTuple):
+    """What files of triples hold."""
+
+    tails: dict[tuple[str, str], set[str]]  # {(head, relation): tails}, in the order of the files
+    n: int  # triples read
+    notes: list[str]
+
+
+HEADERS = {("head", "tail"), ("subject", "object"), ("source", "target"), ("h", "t"), ("s", "o")}
+
+
+def read_triples(*files) -> Triples:
+    """Lines `head <tab> relation <tab> tail` of UTF-8 files (.gz: compressed). Blank lines, lines
+    that begin with # and a header are skipped; names are brought to Unicode's composed form (NFC).
+    Raises ValueError with file and line number for a malformed line; OSError where a file cannot be
+    read."""
+    tails, notes, n, n_comments = {}, [], 0, 0
+    for path in map(Path, files):
+        begun = False  # whether a triple or a header has been read
+        with open(path, "rb") as file:
+            for number, raw in enumerate(lines_of(file, path), 1):
+                line = decoded(raw, f"{path}:{number}")
+                if not line.strip():
+                    continue
+                parts = [unicodedata.normalize("NFC", part.strip()) for part in line.split("\t")]
+                if line.startswith("#"):
+                    n_comments += len(parts) == 3
+                    continue
+                wrong = None
+                if len(parts) != 3:
+                    wrong = f"{len(parts)} field(s)"
+                elif not all(parts):
+                    wrong = "an empty field"
+                elif not {"\0", "\r"}.isdisjoint(line.strip()):
+                    wrong = "a NUL or a carriage return within the line"
+                if wrong:
+                    raise ValueError(
+                        f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
+                        f"{wrong}: {line.strip()[:60]!r}"
+                    )
+                is_header = not begun and (parts[0].lower(), parts[2].lower()) in HEADERS
+                begun = True
+                if is_header:
+                    notes.append(f"{path}: its first line is a header: skipped")
+                    continue
+                head, relation, tail = parts
+                tails.setdefault((head, relation), set()).add(tail)
+                n += 1
+    n_repeated = n - sum(len(t) for t in tails.values())
+    if n_repeated:
+        notes.append(f"{n_repeated} repeated triples were merged")
+    if n_comments:
+        notes.append(f"{n_comments} lines that begin with # look like triples: skipped")
+    alike = near_duplicates(tails)
+    if alike:
+        notes.append(f"names that differ in case, blanks or quotes alone: {', '.join(alike[:3])}")
+    return Triples(tails, n, notes)
+
+
+def lines_of(file, path: Path) -> Iterable[bytes]:
+    """The lines of an open file, decompressed if it is a .gz; ValueError where that fails."""
+    if path.suffix != ".gz":
+        return file
+    try:
+        return gzip.GzipFile(fileobj=file).readlines()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged, or not compressed by gzip ({error})") from None
+
+
+def decoded(raw: bytes, where: str) -> str:
+    """A line of a file; ValueError where it is no UTF-8 text."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
+
+
+def near_duplicates(tails: dict[tuple[str, str], set[str]]) -> list[str]:
+    """Pairs of names of entities, "a / b", that look alike."""
+    names = {head: None for head, _ in tails}
+    for some in tails.values():
+        names |= dict.fromkeys(sorted(some))
+    first, found = {}, []
+    for name in names:
+        visible = "".join(c for c in name if unicodedata.category(c) != "Cf")  # no zero-width ones
+        plain = " ".join(visible.strip("\"'").casefold().split())
+        if plain in first:
+            found.append(f"{first[plain]!r} / {name!r}")
+        first.setdefault(plain, name)
+    return found
+
+
+def from_triples(
+    *files,
+    tails: str = "drop",
+    most_tails: int = 4,
+    order: str = "random",
+    reciprocal: bool = False,
+    clones: int = 0,
+) -> KnowledgeGraph:
+    """A graph out of files of triples (see `read_triples`). Repeated ones are merged. A head and
+    relation with several tails:
+
+    "drop"      keeps none of them, since which is right cannot be known "numbered"  keeps the first
+    `most_tails` of them as facts of relations r#1, r#2, ...: the graph is
+                functional, and who asks for a second tail asks for it by its number. `order` of the
+                tails: "random" (by a fixed seed) or "sorted", in which each r#k has few tails, so
+                that many compositions can be guessed from their second relation alone
+
+    reciprocal: for each (h, r, t) also (t, r^-1, h). clones: of every entity that has facts so many
+    synthetic ones are added, with the same relations and tails drawn at random from those of the
+    relation: more compositions for each fact [3]. `notes` counts what was merged, numbered, left
+    out, added. Raises ValueError where nothing usable is left, OSError from the files."""
+    if tails not in ("drop", "numbered") or order not in ("random", "sorted") or most_tails < 1:
+        raise ValueError(
+            "tails are 'drop' or 'numbered', in 'random' or 'sorted' order, most_tails at least 1, "
+            f"got {tails!r}, {order!r}, {most_tails}"
+        )
+    if clones < 0:
+        raise ValueError(f"clones must be 0 or more, got {clones}")
+    read = read_triples(*files)
+    notes = list(read.notes)
+    questions = {question: sorted(found) for question, found in read.tails.items()}
+    if reciprocal:
+        for question, heads in reciprocals(questions).items():
+            questions[question] = sorted({*questions.get(question, []), *heads})
+    if tails == "numbered":
+        kept = numbered(questions, most_tails, order, notes)
+    else:
+        kept = [(h, r, t[0]) for (h, r), t in questions.items() if len(t) == 1]
+        n_several = len(questions) - len(kept)
+        if n_several:
+            n_left_out = sum(len(t) for t in questions.values()) - len(kept)
+            notes.append(
+                f"{n_several} questions have several tails: {n_left_out} triples left out "
+                "(numbered tails keep them)"
+            )
+    names = ", ".join(map(str, files))
+    if not kept:
+        raise ValueError(
+            f"{names}: no usable triple ({read.n} read; questions with several tails keep none)"
+        )
+    graph = from_facts(kept, notes)
+    if not (graph.facts[graph.facts[graph.facts >= 0]] >= 0).any():
+        raise ValueError(f"{names}: no two-hop path in it: no tail is also a head")
+    return with_clones(graph, clones) if clones else graph
+
+
+def reciprocals(questions: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list[str]]:
+    found = {}
+    for (head, relation), tails in questions.items():
+        for tail in tails:
+            found.setdefault((tail, f"{relation}^-1"), []).append(head)
+    return {question: sorted(heads) for question, heads in found.items()}
+
+
+def numbered(
+    questions: dict[tuple[str, str], list[str]], most: int, order: str, notes: list[str]
+) -> list[tuple[str, str, str]]:
+    """Facts (head, relation#k, tail) of at most `most` tails a question."""
+    generator = torch.Generator().manual_seed(0)
+    place = {}  # {question: the order of its tails}, whatever the order of the files
+    for question in sorted(questions):
+        n = len(questions[question])
+        shuffled = torch.randperm(n, generator=generator).tolist()
+        place[question] = shuffled if order == "random" else range(n)
+    facts = []
+    for (head, relation), tails in questions.items():
+        for k, i in enumerate(place[head, relation][:most], 1):
+            facts.append((head, f"{relation}#{k}", tails[i]))
+    n_first = len(questions)
+    n_left_out = sum(len(tails) for tails in questions.values()) - len(facts)
+    notes.append(
+        f"{len(facts) - n_first} triples are tails number 2 to {most}, of relations r#2, ...; "
+        f"{n_left_out} beyond are left out"
+    )
+    return facts
+
+
+MOST_ENTRIES = 2**27  # of a table of facts, 1 GiB
+
+
+def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> KnowledgeGraph:
+    """A graph out of (head, relation, tail) by name, one tail for each head and relation."""
+    entity, relation = {}, {}  # names in order of appearance: their numbers
+    rows = []
+    for h, r, t in facts:
+        head = entity.setdefault(h, len(entity))
+        tail = entity.setdefault(t, len(entity))
+        rows.append((head, relation.setdefault(r, len(relation)), tail))
+    if len(entity) * len(relation) > MOST_ENTRIES:
+        raise ValueError(
+            f"{len(entity)} entities and {len(relation)} relations are too many for a table of facts"
+            f" of at most {MOST_ENTRIES} entries; are head, relation and tail in this order?"
+        )
+    heads, columns, tails = torch.tensor(rows).T
+    table = torch.full((len(entity), len(relation)), -1)
+    table[heads, columns] = tails
+    return KnowledgeGraph(table, list(entity), list(relation), notes)
+
+
+def with_clones(graph: KnowledgeGraph, n: int, seed: int = 0) -> KnowledgeGraph:
+    """The graph with n clones of every entity that has facts: the same relations, each tail drawn
+    from the tails of its relation."""
+    generator = torch.Generator().manual_seed(seed)
+    head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
+    of_relation = {r: graph.facts[head[relation == r], r] for r in relation.unique().tolist()}
+    heads = head.unique()
+    clone = torch.full((graph.n_entities,), -1)
+    clone[heads] = torch.arange(len(heads))
+    tables, names = [graph.facts], list(graph.entities)
+    for i in range(1, n + 1):
+        table = torch.full((len(heads), graph.n_relations), -1)
+        for r, tails in of_relation.items():
+            mine = clone[head[relation == r]]
+            drawn = torch.randint(len(tails), (len(mine),), generator=generator)
+            table[mine, r] = tails[drawn]
+        tables.append(table)
+        names += [f"{graph.entities[h]}~{i}" for h in heads.tolist()]
+    taken = set(graph.entities).intersection(names[graph.n_entities :])
+    if taken:
+        raise ValueError(
+            f"clones are named a~1, a~2, ..., but there is a {min(taken)!r}: rename it"
+        )
+    notes = graph.notes + [f"{n * len(head)} facts of {n * len(heads)} synthetic clones added"]
+    return KnowledgeGraph(torch.cat(tables), names, graph.relations, notes, graph.n_entities)

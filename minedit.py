@@ -450,15 +450,37 @@ class Run:
     def open_folder(self, resume: bool, retrain: bool):
         """Refuse, before any training, a folder that cannot be used or that holds something else;
         load its checkpoint where there is one."""
+        self.check_writable()
+        self.written_before = self.written()
+        if all(file.suffix == ".part" for file in self.folder.iterdir()):
+            return  # empty, but for what an interrupted write has left
+        self.check_identity(resume, retrain)
+        if retrain:
+            return
         out, remedy = f"--out {self.folder}", "use --retrain or another --out"
+        checkpoint, results = self.folder / "ckpt.pt", self.folder / "results.json"
+        if checkpoint.exists():
+            self.load_checkpoint(checkpoint)
+        else:
+            require(not results.exists(), f"{out}: results, but no ckpt.pt to go on from; {remedy}")
+        at = f"at step {self.step} of {self.recipe.steps}"
+        require(self.finished or resume, f"{out}: unfinished, {at}; use --resume or --retrain")
+        if self.finished and results.exists():
+            self.results = read_json(results, "remove it and run the stages again")
+
+    def check_writable(self):
+        """UserError unless the folder is there, or can be made, and can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError:
-            raise UserError(f"{out}: cannot be written; choose another folder") from None
-        self.written_before = self.written()
-        if all(file.suffix == ".part" for file in self.folder.iterdir()):
-            return  # empty, but for what an interrupted write has left
+            message = f"--out {self.folder}: cannot be written; choose another folder"
+            raise UserError(message) from None
+
+    def check_identity(self, resume: bool, retrain: bool):
+        """UserError unless config.json is that of a run and, but for --retrain, of this one or,
+        with --resume, of a shorter training of it."""
+        out, remedy = f"--out {self.folder}", "use --retrain or another --out"
         found = read_json(self.folder / "config.json", f"{out} is no run folder; choose another")
         fits = [type(found.get(key)) is type(value) for key, value in self.identity.items()]
         require(all(fits), f"{out} is no run folder; choose another")
@@ -469,15 +491,6 @@ class Run:
             kept = self.lengthened(kept)
         differs = differences(kept, self.identity)
         require(not differs, f"{out}: another run, which differs in {', '.join(differs)}; {remedy}")
-        checkpoint, results = self.folder / "ckpt.pt", self.folder / "results.json"
-        if checkpoint.exists():
-            self.load_checkpoint(checkpoint)
-        else:
-            require(not results.exists(), f"{out}: results, but no ckpt.pt to go on from; {remedy}")
-        at = f"at step {self.step} of {self.recipe.steps}"
-        require(self.finished or resume, f"{out}: unfinished, {at}; use --resume or --retrain")
-        if self.finished and results.exists():
-            self.results = read_json(results, "remove it and run the stages again")
 
     def lengthened(self, identity: dict) -> dict:
         """What the identity of a shorter training would be with this run's number of steps, so that
