@@ -989,11 +989,11 @@ def site(
 ) -> Site:
     """Gather a site: `queries` [n_facts, token] ask for each fact, `ordinary` [n, token] are more
     inputs, with values to keep. C is the mean of k k^T over every token of the queries at all calls
-    of the layer, since an edit acts at all of them and these are the facts to be kept apart, and of
-    `ordinary` at this call alone; the token `pad` does not count. Keys are read at the last token
-    or at `position` [n_facts]; with other `phrasings` of the facts, (tokens, position) each, a key
-    is the mean over all, and the value that of this very key. `chunk`: how many inputs are read at
-    a time."""
+    of the layer, since an edit acts at all of them, and of `ordinary` at this call alone: at others
+    these may read the edited fact again, as they should. The token `pad` does not count. Keys are
+    read at the last token or at `position` [n_facts]; with other `phrasings` of the facts, (tokens,
+    position) each, a key is the mean over all, and the value that of this very key. `chunk`: how
+    many inputs are read at a time."""
     layer = layer_of(model, name)
     bias = getattr(layer.module, "bias", None)
     keys, values = last_token(model, name, call, queries, chunk, position)
