@@ -74,7 +74,7 @@ def four_cells(seeds: int) -> list[Job]:
         studies = ("-m studies.propagation", "-m studies.second_moment")
         commands = tuple(f"{study} --arch all --seed {seed}" for study in studies)
         wants = ("propagation", "locate", "when", "second_moment")
-        jobs.append(Job("main", f"main-seed{seed}", "main", folders, commands, wants, 20))
+        jobs.append(Job("main", f"main-seed{seed}", "main", folders, commands, wants, 12))
     return jobs
 
 
@@ -123,7 +123,7 @@ def plan(umls: Path | None) -> list[Job]:
     circuits = "-m studies.circuits --eval-every 50"
     jobs = each("edits", every_cell(), 5, ["minedit.py --edit"], "edits", 2)
     jobs += four_cells(5)
-    jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 4)
+    jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 10)
     wants = "circuits transfer transfer_gentle"
     jobs += each("circuits", every_cell(), 5, [f"{circuits} --transfer"], wants, 10)
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
@@ -134,7 +134,7 @@ def plan(umls: Path | None) -> list[Job]:
     jobs += capacities()
     spread = "-m studies.mass_edit --counts 1000 10000 --methods memit"
     runs = {"dense-4x4096": "--arch dense --depth 4 --d-ff 4096"}
-    jobs += each("spread", runs, 3, [spread], "mass", 25)
+    jobs += each("spread", runs, 3, [spread], "mass", 70)
     jobs += each("variants", SIZES, 3, ["-m studies.propagation"], "propagation", 4)
     for regime, options in REGIMES.items():
         runs = every_cell(options, f"-{regime}")

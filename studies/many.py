@@ -10,7 +10,7 @@ then all compositions are asked, of which some begin with an edited fact (hop 1)
     emmet     every value exactly, where there is a solution
     rome      one fact after another
 
-    python -m studies.many --arch all --seeds 3 --out runs/many    # 6 minutes a run
+    python -m studies.many --arch all --seeds 3 --out runs/many    # 10 minutes a run
 
 Small numbers of edits are tried in several groups of different facts. A composition counts if it
 was answered right before, if its answer changes, if the facts on its way are known or edited, and
