@@ -1817,6 +1817,17 @@ def test_positions_that_count_are_those_of_the_layer():
         assert torch.equal(again[0], A) and torch.equal(again[1], G)
     with pytest.raises(ValueError, match="no batch has a target"):
         factors(empty)
+    masses = [
+        corrected_masses(model, batches, F.cross_entropy, {name: (A, G)}, "gold")[name]
+        for batches in ([(tokens, targets)], [(tokens, targets), empty])
+    ]
+    assert torch.equal(*masses)
+    x, turned = normal(4, 3, 6), torch.arange(12).view(3, 4).T % 3
+    flat = []
+    for y in (turned, turned.contiguous()):
+        arguments = (Sometimes(flat=True), [(x.abs(), y)], F.cross_entropy, ["layer"], "gold")
+        flat.append(kronecker_factors(*arguments)["layer"])
+    assert torch.equal(flat[0][0], flat[1][0])
     x = normal(4, 3, 6).abs()
     with pytest.raises(ValueError, match=r"handed \[12\] rows.*got \[4, 3, 6\]"):
         factors((x, torch.zeros(12).long()), model=Sometimes(flat=True), name="layer")

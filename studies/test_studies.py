@@ -1055,6 +1055,7 @@ def test_what_an_ablation_asks_for_is_true(tmp_path):
         ("--open-book -3", "--open-book must be 0 or more"),
         ("--label-noise 1e-3", "too few exceptions, 0"),
         ("--label-noise 8e-3", "too few exceptions, 1"),
+        ("--label-noise 8e-3 --seed 7", "too few exceptions, 1"),
     ],
 )
 def test_bad_ablations_are_refused_before_training(tmp_path, capsys, options, words):
