@@ -25,8 +25,8 @@ hop 2) and those whose answers it must leave alone. A worked example, which the 
 >>> paths.one_hop.tolist(), paths.two_hop.tolist()
 ([1, 2, 2, 0, 0], [2, 0, 0, 1, 2])
 
-Left out: questions with several right answers (`from_triples` can number them), paths
-of three hops and more.
+Left out: questions with several right answers (`from_triples` can number them), paths of three hops
+and more.
 
 [1] Wang, Yue, Su, Sun 2024, Grokked Transformers are Implicit Reasoners, arXiv 2405.15071.
 [2] Merullo et al. 2025, arXiv 2510.24256 (exceptions: training answers that are wrong).
@@ -79,6 +79,11 @@ def from_table(facts) -> KnowledgeGraph:
     entities = [f"e{i}" for i in range(n_entities)]
     relations = [f"r{i}" for i in range(n_relations)]
     return KnowledgeGraph(facts, entities, relations)
+
+
+def composes(facts: Tensor) -> bool:
+    """Whether two facts of a table [n_entities, n_relations] meet."""
+    return bool((facts[facts[facts >= 0]] >= 0).any())
 
 
 def synthetic(
@@ -160,7 +165,7 @@ def split(
     ood_fact = torch.zeros(n_facts, dtype=torch.bool)
     ood_fact[torch.randperm(n_facts, generator=generator)[: round(ood_fraction * n_facts)]] = True
 
-    if not (graph.facts[tail] >= 0).any():
+    if not composes(graph.facts):
         raise ValueError("the graph has no two-hop path: no tail is the head of a fact")
     first, second = list_paths(head, tail, graph.n_entities, most_paths, seed)
     composed = second >= 0
@@ -444,13 +449,7 @@ def read_triples(*files) -> Triples:
                 if line.startswith("#"):
                     n_comments += len(parts) == 3
                     continue
-                wrong = None
-                if len(parts) != 3:
-                    wrong = f"{len(parts)} field(s)"
-                elif not all(parts):
-                    wrong = "an empty field"
-                elif not {"\0", "\r"}.isdisjoint(line.strip()):
-                    wrong = "a NUL or a carriage return within the line"
+                wrong = what_is_wrong(line, parts)
                 if wrong:
                     raise ValueError(
                         f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
@@ -473,6 +472,17 @@ def read_triples(*files) -> Triples:
     if alike:
         notes.append(f"names that differ in case, blanks or quotes alone: {', '.join(alike[:3])}")
     return Triples(tails, n, notes)
+
+
+def what_is_wrong(line: str, parts: list[str]) -> str | None:
+    """Of a line and its fields; None where it is a triple."""
+    if len(parts) != 3:
+        return f"{len(parts)} field(s)"
+    if not all(parts):
+        return "an empty field"
+    if not {"\0", "\r"}.isdisjoint(line.strip()):
+        return "a NUL or a carriage return within the line"
+    return None
 
 
 def lines_of(file, path: Path) -> Iterable[bytes]:
@@ -561,7 +571,7 @@ def from_triples(
             f"{names}: no usable triple ({read.n} read; questions with several tails keep none)"
         )
     graph = from_facts(kept, notes)
-    if not (graph.facts[graph.facts[graph.facts >= 0]] >= 0).any():
+    if not composes(graph.facts):
         raise ValueError(f"{names}: no two-hop path in it: no tail is also a head")
     return with_clones(graph, clones) if clones else graph
 

@@ -1187,6 +1187,13 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def spectrum_of(run: Run, model: Model, mixture: list, names: list[str]) -> curvature.Spectrum:
+    """Curvature of the layers over batches of (tokens, targets), labels sampled by the run's
+    stream."""
+    generator = partial(run.stream, run.device)
+    return curvature.spectrum(model, mixture, F.cross_entropy, names, generator)
+
+
 def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
     """Take exceptions, which a model was trained to recite, out of it by the curvature of its
     attention layers, K-FAC and EK-FAC; nothing says which paths are exceptions. (Exceptions are
@@ -1195,9 +1202,7 @@ def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
     names = [name for name in linear_layers(model) if ".attention." in name]
     batches = run.make_batches(paths, run.recipe, run.stream(run.device))
     mixture = batches.mixture(25)
-    factors, masses = curvature.spectrum(
-        model, mixture, F.cross_entropy, names, partial(run.stream, run.device)
-    )
+    factors, masses = spectrum_of(run, model, mixture, names)
     records = [ablation_record(model, paths, {}, "before", 1.0)]
     for method in ("kfac", "ekfac"):
         for keep in KEEPS:

@@ -23,7 +23,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -202,9 +201,8 @@ class Questions:
         """true - recited of the choosing paths, less ten times the held-out accuracy that is lost
         against `before`, beyond 0.02."""
         found = self.chosen_by(model)
-        lost = sum(max(0.0, self.before[name] - found[name]) for name in SPLITS[1:]) / len(
-            SPLITS[1:]
-        )
+        held_out = SPLITS[1:]
+        lost = sum(max(0.0, self.before[name] - found[name]) for name in held_out) / len(held_out)
         return found["true"] - found["recited"] - 10 * max(0.0, lost - 0.02)
 
 
@@ -266,9 +264,7 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
     names = minedit.linear_layers(model)
     mixture = batches.mixture(25)
     began = time.perf_counter()
-    spectrum = curvature.spectrum(
-        model, mixture, F.cross_entropy, names, partial(run.stream, run.device)
-    )
+    spectrum = minedit.spectrum_of(run, model, mixture, names)
     seconds = round(time.perf_counter() - began, 2)
     every = 3 if args.quick else 1  # of the strengths that are tried
     found = compare(

@@ -26,7 +26,6 @@ minutes on one core, 12 with --transfer. Writes "circuits" into results.json, an
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ from minedit import Run, share_of
 from models import Model, states
 from studies import controls
 from studies.propagation import span, state_entry
-from studies.training import Moments
+from studies.training import Moments, check_edits
 from studies.transfer import RATES, transfer_stage
 
 REGIMES = {
@@ -315,9 +314,7 @@ def worth_of(run: Run, model: Model, n_edits: int) -> dict:
     chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream())
     names = minedit.linear_layers(model)
     batches = run.make_batches(paths, run.recipe, run.stream(run.device))
-    spectrum = curvature.spectrum(
-        model, batches.mixture(10), F.cross_entropy, names, partial(run.stream, run.device)
-    )
+    spectrum = minedit.spectrum_of(run, model, batches.mixture(10), names)
     with curvature.ablated(model, controls.edited(model, "ekfac", spectrum, names, 0.99)):
         ablated = minedit.accuracy(model, paths)["id"]
     requests = minedit.requests_for(paths, fact, new)
@@ -395,12 +392,6 @@ def worth_table(worth: dict[str, dict], same: dict[str, dict]) -> str:
 
 
 # --- Command line ---------------------------------------------------------------------------------
-
-
-def check_edits(run: Run):
-    """UserError where no fact can be edited."""
-    fact, _, _ = kg.draw_edits(run.paths, 1, run.stream())
-    minedit.require(len(fact) > 0, "no fact can be edited: every relation has one tail only")
 
 
 def command(args):

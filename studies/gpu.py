@@ -19,10 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import curvature
 import edit as editing
 import minedit
 from minedit import Run, Training
@@ -256,7 +254,7 @@ def kfac(run: Run) -> dict:
     seconds = []
     for _ in range(3):
         began = synchronized(run.device)
-        curvature.spectrum(model, batches, F.cross_entropy, names, lambda: run.stream(run.device))
+        minedit.spectrum_of(run, model, batches, names)
         seconds.append(synchronized(run.device) - began)
     return {"layers": len(names), "seconds": round(statistics.median(seconds), 3)}
 

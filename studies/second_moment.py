@@ -29,7 +29,7 @@ import minedit
 from minedit import Run
 from models import Model
 from studies.propagation import make_case
-from studies.training import trained
+from studies.training import check_edits, trained
 
 TARGETS = ("prototype", "gradient")
 
@@ -59,8 +59,11 @@ def second_moment_stage(run: Run, model: Model, n_edits: int) -> list[dict]:
     for covers, C in moments(run, model, at).items():
         there = replace(at, C=C)
         for target in TARGETS:
-            made = (case.known.facts, case.requests, there, site.at_pass, "rome", target)
-            record = minedit.score(model, minedit.make_edits(model, run.paths, *made), case.probes)
+            known, requests, at_pass = case.known.facts, case.requests, site.at_pass
+            edits = minedit.make_edits(
+                model, run.paths, known, requests, there, at_pass, "rome", target
+            )
+            record = minedit.score(model, edits, case.probes)
             entries.append({"covers": covers} | record.entry())
     return entries
 
@@ -79,7 +82,7 @@ def second_moment_table(entries: list[dict]) -> str:
 
 def command(args):
     minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
-    for run, model in trained(args):
+    for run, model in trained(args, check=check_edits):
         print(f"\n{run.arch}, seed {run.seed}: ROME, by what C covers:\n")
         began = time.perf_counter()
         entries = second_moment_stage(run, model, args.n_edits)

@@ -1072,10 +1072,11 @@ def test_the_arithmetic_graph_has_as_many_paths_as_are_asked_for(tmp_path):
     assert n_paths[120] <= 120 < n_paths[1000]
 
 
-def test_a_graph_without_a_fact_that_can_be_edited_has_no_circuits(tmp_path, capsys):
+@pytest.mark.parametrize("study", [circuits, propagation, second_moment, shrinkage])
+def test_a_graph_without_a_fact_that_can_be_edited_is_refused(tmp_path, capsys, study):
     (tmp_path / "g.tsv").write_text("".join(f"e{i}\tr{i}\te{(i + 1) % 9}\n" for i in range(9)))
     arguments = ["--triples", tmp_path / "g.tsv", "--out", tmp_path / "c", "--ood-fraction", 0]
-    assert "no fact can be edited" in refused(capsys, circuits, *arguments)
+    assert "no fact can be edited" in refused(capsys, study, *arguments)
     assert not (tmp_path / "c").exists()
 
 

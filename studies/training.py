@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import kg
 import minedit
 from minedit import Run, Training
 from models import Model
@@ -17,6 +18,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
     return int(text)
+
+
+def check_edits(run: Run):
+    """UserError where no fact can be edited; for `minedit.prepare`."""
+    fact, _, _ = kg.draw_edits(run.paths, 1, run.stream())
+    minedit.require(len(fact) > 0, "no fact can be edited: every relation has one tail only")
 
 
 def trained(args, **options) -> Iterator[tuple[Run, Model]]:
