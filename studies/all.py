@@ -99,18 +99,20 @@ def every_cell(options: str = "", name: str = "") -> dict[str, str]:
 
 def capacities() -> list[Job]:
     """Stores of several widths. All peers of MEMIT in one of 8192 slots; in the widest, where 10 000
-    edits hold, those that need no eigendecomposition of C, and batches one after another, LMC."""
+    edits hold, those that need no eigendecomposition of C, LMC. Batches one after another where all
+    hold and where they do not, LMC."""
     peers = "-m studies.mass_edit --counts 10000"
     few_peers = f"{peers} --methods memit emmet rome finetune"
+    sequence = "-m studies.sequence"
     jobs = []
     for slots, arch, commands, wants, minutes in (
         (2048, "lmc", [], "capacity", 3),
         (2048, "dense", [], "capacity", 3),
-        (4096, "lmc", [], "capacity", 6),
+        (4096, "lmc", [sequence], "capacity sequence", 14),
         (4096, "dense", [], "capacity", 6),
         (8192, "lmc", [peers], "capacity mass", 45),
         (8192, "dense", [peers], "capacity mass", 45),
-        (16384, "lmc", [few_peers, "-m studies.sequence"], "capacity mass sequence", 110),
+        (16384, "lmc", [few_peers, sequence], "capacity mass sequence", 110),
         (16384, "dense", [], "capacity", 25),
     ):
         runs = {f"{arch}-{slots}": f"--arch {arch} --slots {slots} --d-ff {slots}"}

@@ -326,14 +326,15 @@ def capacity(groups: list[Group]):
 
 
 def sequence(groups: list[Group]):
-    """What is left of the first batch of edits, and of other facts, against the facts edited."""
+    """What is left of the first batch of edits, and of other facts, against the facts edited; two
+    panels for each store."""
     panels = Panels()
     for group in groups:
         for run in group.runs:
             for entry in lookup(run, "sequence") or []:
                 way, n = entry["way"], entry["n"]
-                panels.add(f"{group.arch}, first batch", way, n, entry["first"])
-                panels.add(f"{group.arch}, other facts", way, n, entry["specificity"])
+                panels.add(f"{group.name}, first batch", way, n, entry["first"])
+                panels.add(f"{group.name}, other facts", way, n, entry["specificity"])
     return draw_lines(panels, "facts edited so far") if panels.values else None
 
 
@@ -410,7 +411,7 @@ SHOWN = {  # {folder of runs: the figures of it that README.md and FINDINGS.md s
     "circuits": (early, paths),
     "many": (many,),
     "mass": (mass,),
-    "capacity": (capacity,),
+    "capacity": (capacity, sequence),
     "ablate": (retention,),
     "exceptions": (exceptions,),
     "countries": (tradeoff,),

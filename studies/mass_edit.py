@@ -366,30 +366,37 @@ class MassStudy:
             strength = self.chosen(method, n, target).strength
         if method == "finetune":
             return self.finetuned(self.scoring, n, strength)
+        return self.updated(method, n, target, strength)
+
+    def updated(self, method: str, n: int, target: str, strength: float) -> MassEntry:
+        """One update of the first n requests by a closed form of this strength, timed."""
         entry = self.entry(method, target, strength, n)
         problem = self.problem(self.scoring, n, target)
         entry.fallbacks = problem.fallbacks
-        asked = (method, problem.K, problem.r, strength)
         try:
-            _, seconds = self.decomposed(method)
+            _, decomposing = self.decomposed(method)
             began = time.perf_counter()
-            dW = self.closed_form(*asked)
+            dW = self.closed_form(method, problem.K, problem.r, strength)
         except ValueError as error:  # more facts than rank, an empty null space, ...
             entry.infeasible = str(error)
             return entry
-        seconds += self.gathered + problem.seconds + time.perf_counter() - began
-        entry.seconds = round(seconds, 3)
+        solving = time.perf_counter() - began
+        entry.seconds = round(self.gathered + problem.seconds + decomposing + solving, 3)
         self.score(entry, problem.requests, {self.at.name: dW}, self.scoring)
-        if not len(problem.K):
-            return entry
+        if len(problem.K):
+            self.diagnose(entry, problem, dW)
+        return entry
+
+    def diagnose(self, entry: MassEntry, problem: Problem, dW: Tensor):
+        """What the update leaves of r, and how large it is; in a narrow store also its condition and
+        cosines, by a second solution, since `seconds` are those of the first alone."""
         notes = editing.outcome(dW, problem.K, problem.r, self.weight)
-        if not self.is_wide:  # once more, for condition and cosines, which `seconds` leave out
-            self.closed_form(*asked, notes)
+        if not self.is_wide:
+            self.closed_form(entry.method, problem.K, problem.r, entry.strength, notes)
         for name, value in notes.items():
             if name.startswith("residual"):
                 value = minedit.mean_relative(value, problem.r)
             setattr(entry, name, value)
-        return entry
 
     def finetuned(self, group: Group, n: int, bound: float) -> MassEntry:
         requests = group.requests[:n]

@@ -1999,9 +1999,14 @@ def test_figures_of_mass_edits_show_the_scores():
     assert drawn(figures.capacity, groups)["lmc (n = 1)"][0] == {"10 facts": [0.3, 0.8]}
     entry = {"way": "carried", "first": 0.7, "specificity": 0.9}
     entries = [entry | {"n": 10}, entry | {"n": 20, "first": 0.4}]
-    found = drawn(figures.sequence, two_runs("lmc", "sequence", entries))
-    assert found["lmc, first batch (n = 2)"][0]["carried"] == pytest.approx([0.65, 0.35])
-    assert found["lmc, other facts (n = 2)"][0]["carried"] == pytest.approx([0.85, 0.85])
+    groups = [two_runs(name, "sequence", entries)[0] for name in ("lmc-8", "lmc-64")]
+    found = drawn(figures.sequence, groups)  # stores of two widths, each with panels of its own
+    assert len(found) == 4
+    for name in ("lmc-8", "lmc-64"):
+        first = found[f"{name}, first batch (n = 2)"][0]
+        assert first["carried"] == pytest.approx([0.65, 0.35])
+        others = found[f"{name}, other facts (n = 2)"][0]
+        assert others["carried"] == pytest.approx([0.85, 0.85])
 
 
 def test_figures_of_ablations_tell_recited_from_right():
