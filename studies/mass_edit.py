@@ -9,14 +9,15 @@ edits up to half of them at the first read of its first store, by
 
 with a value for each fact that is a prototype, sought by gradient with our settings, or sought with
 those of the official code [1] ("official"; its KL term is left out: it keeps what the model says of
-the bare subject, at whose token nothing is edited here). MEMIT is tried with all three, its peers
-with the one that suits it best. "alphaedit-official" has the threshold (2e-2, absolute) and ridge
-(10) of its code [2]. Strengths (lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning) are
-chosen for each number of edits, on as many other facts (100 at least, 8000 at most) and by facts
-that are not scored; no request is dropped. In Dense, MEMIT is also spread over blocks that are fixed
-beforehand: the first, the last, all of them (in stores of 4096 units at most). Scored are efficacy
-(new answer), paraphrase (by the relation's other name), specificity (1000 facts that are never
-edited) and their harmonic mean.
+the bare subject, at whose token nothing is edited here). Ours is at most as long as what the store
+returns; the official one as 0.75 of the stream after the block. MEMIT is tried with all three, its
+peers with the one that suits it best. "alphaedit-official" has the threshold (2e-2, absolute) and
+ridge (10) of its code [2]. Strengths (lam of MEMIT, threshold of AlphaEdit, bound of the
+fine-tuning) are chosen for each number of edits, on as many other facts (100 at least, 8000 at
+most) and by facts that are not scored; no request is dropped. In Dense, MEMIT is also spread over
+blocks that are fixed beforehand: the first, the last, all of them (in stores of 4096 units at
+most). Scored are efficacy (new answer), paraphrase (by the relation's other name), specificity
+(1000 facts that are never edited) and their harmonic mean.
 
     python -m studies.mass_edit --arch all --slots 2048 --d-ff 2048 --seeds 3 --out runs/mass
     python -m studies.mass_edit --counts 10000 --methods memit emmet rome finetune --out runs/peers
@@ -129,15 +130,16 @@ def finetune_update(
 
 
 def official_residual(
-    model: nn.Module, at: editing.Site, requests: editing.Requests, batch: int
+    model: nn.Module, at: editing.Site, stream: Tensor, requests: editing.Requests, batch: int
 ) -> Tensor:
     """r [n, d_out] with the settings of MEMIT's code for GPT-J: Adam at 0.5 on r itself, added to
-    what the store returns at the last token, 25 steps or until a request's loss is below 0.05; loss =
-    -log p(wanted answer) + 0.5 |r| / |v0|^2; |r| <= 0.75 |v0|."""
+    what the store returns at the last token, 25 steps or until a request's loss, -log p(wanted
+    answer) + 0.5 |r| / |h|^2, is below 0.05; |r| <= 0.75 |h|. h: the fact's row of `stream`, what
+    the block leaves in the stream [facts, d_out]."""
     parts, store = [], model.get_submodule(at.name.rpartition(".")[0])  # read by its winners
-    for i in torch.arange(len(requests), device=at.values.device).split(batch):
-        v0 = at.values[requests.fact[i]].norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        r = torch.zeros(len(i), at.values.shape[1], requires_grad=True, device=v0.device)
+    for i in torch.arange(len(requests), device=stream.device).split(batch):
+        h = stream[requests.fact[i]].norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        r = torch.zeros(len(i), stream.shape[1], requires_grad=True, device=h.device)
         optimizer = torch.optim.Adam([r], lr=0.5)
 
         for _ in range(25):
@@ -145,7 +147,7 @@ def official_residual(
                 logits = model(requests.tokens[i])[:, -1]
             loss = F.cross_entropy(logits, requests.new[i], reduction="none")
             length = (r.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-            loss = loss + (0.5 * length / v0**2)[:, 0]
+            loss = loss + (0.5 * length / h**2)[:, 0]
             is_done = (loss < 0.05)[:, None]
             if is_done.all():
                 break
@@ -153,7 +155,7 @@ def official_residual(
             kept = r.detach().clone()
             optimizer.step()
             length = r.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            r.data *= (0.75 * v0 / length).clamp(max=1)
+            r.data *= (0.75 * h / length).clamp(max=1)
             r.data = torch.where(is_done, kept, r.data)
         parts.append(r.detach())
     return torch.cat(parts)
@@ -257,7 +259,8 @@ class MassStudy:
         if key not in self.sought:
             began = time.perf_counter()
             if target == "official":
-                r = official_residual(self.model, self.at, group.requests, self.batch)
+                stream = self.stream_after("blocks.0")  # which reads the first store first
+                r = official_residual(self.model, self.at, stream, group.requests, self.batch)
             else:
                 at = self.at if target == "gradient" else self.after(target)
                 r, _ = self.mass_residual(at, group.requests, "gradient", self.known)
@@ -268,12 +271,16 @@ class MassStudy:
     def mass_residual(self, at, requests, target, known) -> tuple[Tensor, int]:
         return minedit.mass_residual(self.run, self.model, at, requests, target, known, self.batch)
 
+    def stream_after(self, block: str) -> Tensor:
+        """The stream after a block's first call, at each fact's last token [facts, d_out]."""
+        return editing.last_token(self.model, block, 0, self.queries)[1]
+
     def after(self, block: str) -> editing.Site:
-        """The stream after a block of Dense, as in [1]: what its store returns is added to it."""
-        store = f"{block}.feed_forward"
-        _, values = editing.last_token(self.model, store, 0, self.queries)
-        layer = self.model.get_submodule(f"{store}.down")
-        return editing.Site(f"{store}.down", 0, layer, None, None, values)
+        """The stream after a block of Dense, as in [1]: what its store returns is added to it, and
+        a change is measured by the whole stream, of which a late store returns a small part."""
+        name = f"{block}.feed_forward.down"
+        layer, values = self.model.get_submodule(name), self.stream_after(block)
+        return editing.Site(name, 0, layer, None, None, values)
 
     def problem(self, group: Group, n: int, target: str) -> Problem:
         requests = group.requests[:n]
@@ -388,8 +395,8 @@ class MassStudy:
         return entry
 
     def diagnose(self, entry: MassEntry, problem: Problem, dW: Tensor):
-        """What the update leaves of r, and how large it is; in a narrow store also its condition and
-        cosines, by a second solution, since `seconds` are those of the first alone."""
+        """What the update leaves of r, and how large it is; in a narrow store also its condition
+        and cosines, by a second solution, since `seconds` are those of the first alone."""
         notes = editing.outcome(dW, problem.K, problem.r, self.weight)
         if not self.is_wide:
             self.closed_form(entry.method, problem.K, problem.r, entry.strength, notes)
@@ -407,7 +414,7 @@ class MassStudy:
         return entry
 
     def over_blocks(self, first: int, last: int, group: Group, n: int, lam: float) -> MassEntry:
-        """MEMIT over the blocks first..last of Dense, the residual that of the stream after them."""
+        """MEMIT over the blocks first..last of Dense; r is what the stream after them lacks."""
         requests = group.requests[:n]
         r, _, seconds = self.residual(group, n, f"blocks.{last}")
         is_last = last + 1 == len(self.model.blocks)
@@ -427,7 +434,7 @@ class MassStudy:
     def score(
         self, entry: MassEntry, requests: editing.Requests, updates: dict[str, Tensor], group: Group
     ):
-        """Ask the model with the updates: all requests, by both names, and what the group spares."""
+        """Asks the edited model for the requests, by both names, and for what the group spares."""
         renamed = requests.tokens + self.second_name
         with editing.edited(self.model, updates):
             new = minedit.last_answers(self.model, requests.tokens) == requests.new

@@ -695,6 +695,7 @@ def test_blocks_are_asked_for_what_is_missing_in_the_stream_after_them(mass_runs
         before, _ = editing.last_token(model, *stream, requests.tokens)
         _, after = editing.last_token(model, f"blocks.{last}", 0, requests.tokens)
         assert torch.equal(before, after)
+        assert torch.equal(study.after(f"blocks.{last}").values[requests.fact], after)
         store, rows = model.get_submodule(f"blocks.{last}.feed_forward"), torch.arange(5)
         then = model(requests.tokens)[:, -1].log_softmax(-1)[rows, requests.new]
         with editing.added(store, r, [0]):
@@ -728,8 +729,9 @@ def test_the_official_target_search_keeps_its_length_and_finds_answers(world):
     model, at, requests = world.model.float(), copy.copy(world.at), world.requests
     at.values, before = at.values.float(), weights_of(model)
     try:
-        r = mass_edit.official_residual(model, at, requests, 3)
-        assert (r.norm(dim=-1) <= 0.7501 * at.values[requests.fact].norm(dim=-1)).all()
+        _, stream = editing.last_token(model, "blocks.0", 0, world.paths.queries)
+        r = mass_edit.official_residual(model, at, stream.detach(), requests, 3)
+        assert (r.norm(dim=-1) <= 0.7501 * stream[requests.fact].norm(dim=-1)).all()
         assert_same(model, before)
 
         def added(_, value):
