@@ -850,7 +850,8 @@ def record_of(
     )
 
 
-SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # to choose from
+SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # to choose from
+NEARLY = 0.02  # share that may follow less, for a smaller one
 MOST_MOVED = 0.015  # share of other facts whose answer may change where a shrinkage is chosen
 
 
@@ -875,8 +876,8 @@ def choose_shrinkage(
 ) -> Shrinkage:
     """The shrinkage of C (`editing.shrunk`) for ROME with a prototype, by edits of n ID facts other
     than those to be `edited`. SHRINKS are tried from the smallest on, until 0.99 follows. Of those
-    that move at most MOST_MOVED of the unrelated facts the smallest is chosen at which nearly as
-    much follows (0.005) as at the best; where all move more, none (0)."""
+    that move at most MOST_MOVED of the unrelated facts the smallest is chosen at which NEARLY as
+    much follows as at the best; where all move more, none (0)."""
     # enough to be left with n usable ones
     fact, new, _ = kg.draw_edits(paths, 2 * n + len(edited), generator)
     r, has_one = editing.prototype_residual(
@@ -900,7 +901,7 @@ def choose_shrinkage(
             break
     allowed = [i for i, share in enumerate(moved) if share <= MOST_MOVED] or [0]
     best = max(followed[i] for i in allowed)
-    chosen = min(SHRINKS[i] for i in allowed if followed[i] >= best - 0.005)
+    chosen = min(SHRINKS[i] for i in allowed if followed[i] >= best - NEARLY)
     return Shrinkage(chosen, len(fact), followed, moved)
 
 

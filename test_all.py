@@ -3182,7 +3182,7 @@ def test_a_shrinkage_is_chosen_on_other_facts_within_its_bound(world, monkeypatc
     known = minedit.what_is_known(world.model, world.paths)
     known = known._replace(facts=~world.paths.ood_fact)  # of a model that knows them
     edited, seen = world.requests.fact, {}
-    followed = [0.1, 0.5, 0.6, 0.896, 0.9, 0.95, 1.0]
+    followed = [0.1, 0.5, 0.6, 0.885, 0.9, 0.95, 1.0]
     moved = [0.0, 0.0, 0.0, 0.01, 0.01, 0.02, 0.3]
 
     def watched(model, edits, probes):
@@ -3197,7 +3197,7 @@ def test_a_shrinkage_is_chosen_on_other_facts_within_its_bound(world, monkeypatc
     found = minedit.choose_shrinkage(
         world.model, world.paths, known, edited, world.at, 0, generator()
     )
-    assert found.chosen == minedit.SHRINKS[3], "the smallest within 0.005 of the best allowed"
+    assert found.chosen == minedit.SHRINKS[3], "the smallest nearly as good as the best allowed"
     assert sorted(seen) == list(range(7)) and found.n > 3
     for _, direct in seen.values():
         for query in world.requests.tokens:

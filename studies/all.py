@@ -47,7 +47,7 @@ REGIMES = {  # of the training compositions
     "second-hop": "--regime second-hop --augment 0.5",
     "both-hops": "--regime both-hops --augment 0.5",
     "second-hop-share0.1": "--regime second-hop --augment 0.1",
-    "both-hops-share0.1": "--regime both-hops --augment 0.1",
+    "second-hop-all": "--regime second-hop --augment 1",
     "phi18": "--train-fraction 1",
     "phi7": "--train-fraction 0.4",
     "phi4": "--train-fraction 0.2",
@@ -125,14 +125,16 @@ def plan(umls: Path | None) -> list[Job]:
     circuits = "-m studies.circuits --eval-every 50"
     jobs = each("edits", every_cell(), 5, ["minedit.py --edit"], "edits", 2)
     jobs += four_cells(5)
-    jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 10)
-    wants = "circuits transfer transfer_gentle"
-    jobs += each("circuits", every_cell(), 5, [f"{circuits} --transfer"], wants, 10)
+    jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 14)
+    jobs += each("circuits", every_cell(), 5, [circuits], "circuits", 6)
+    sparse, wants = every_cell("--out-degree 19"), "transfer transfer_gentle"
+    jobs += each("transfer", sparse, 5, ["-m studies.transfer --eval-every 50"], wants, 6)
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
     exceptions = every_cell() | every_cell("--label-noise 0.02", "-few")
-    jobs += each("exceptions", exceptions, 3, ["minedit.py --ablate"], "ablate", 3)
-    narrow = every_cell("--slots 2048 --d-ff 2048")
-    jobs += each("mass", narrow, 5, ["-m studies.mass_edit"], "mass", 20)
+    both = ["minedit.py --ablate", "-m studies.attention"]
+    jobs += each("exceptions", exceptions, 3, both, "ablate attention", 4)
+    narrow = {arch: f"--arch {arch} --slots 2048 --d-ff 2048" for arch in ("dense", "lmc")}
+    jobs += each("mass", narrow, 5, ["-m studies.mass_edit"], "mass", 25)
     jobs += capacities()
     spread = "-m studies.mass_edit --counts 1000 10000 --methods memit"
     runs = {"dense-4x4096": "--arch dense --depth 4 --d-ff 4096"}

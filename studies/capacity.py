@@ -24,25 +24,20 @@ import edit as editing
 import minedit
 from minedit import Run
 from models import Model
-from studies.mass_edit import Group, MassStudy, best, trained_runs
+from studies.mass_edit import Group, MassStudy, Scores, best, trained_runs
 from studies.training import positive
 
 COUNTS = (1000, 3162, 10_000)
-LAMBDAS = (300, 1000, 3000, 10_000, 30_000)
+LAMBDAS = (30_000, 10_000, 3000, 1000, 300)  # the most careful first
 
 
 @dataclass
-class CapacityEntry:
+class CapacityEntry(Scores):
     """What one update of n facts did, in a store of `slots`; None where there is no such figure."""
 
     slots: int
     n: int
     lam: float
-    infeasible: str | None = None  # why there is no solution
-    efficacy: float | None = None
-    paraphrase: float | None = None
-    specificity: float | None = None
-    score: float | None = None  # harmonic mean, in percent
     residual_left: float | None = None  # mean |r - dW k| / |r|
     residual_predicted: float | None = None  # the same, by the identity; of what is scored
     relative_norm: float | None = None  # |dW| / |W|
@@ -105,12 +100,14 @@ def capacity_stage(run: Run, model: Model, counts: list[int], batch: int) -> dic
 
 
 COLUMNS = dict(slots="slots", n="facts", lam="lam", efficacy="eff", paraphrase="para")
-COLUMNS |= dict(specificity="spec", score="score", residual_left="left")
+COLUMNS |= dict(specificity="spec", score="score", paper_score="as papers")
+COLUMNS |= dict(residual_left="left")
 COLUMNS |= dict(residual_predicted="pred", relative_norm="norm", gather_seconds="C s")
 COLUMNS |= dict(target_seconds="target s", solve_seconds="solve s")
 LEGEND = """\
 eff: new answers; para: by the relation's other name; spec: other facts that keep their answers;
-score: harmonic mean, percent; left: mean |r - dW k| / |r|, pred: predicted; norm: |dW| / |W|"""
+score: harmonic mean, percent; as papers: likelier than one other answer is enough; left: mean
+|r - dW k| / |r|, pred: predicted; norm: |dW| / |W|"""
 
 
 def command(args):

@@ -1,24 +1,25 @@
-"""Is grokking worthwhile? Inference paths before memorization, after it and at the end.
+"""Is grokking worthwhile? Inference paths before compositions are learnt, after that and at the end.
 
-After He et al. 2026 [1] and Wang et al. 2024 [2]. Training keeps the weights of three moments: the
-last evaluation with train < 0.9 ("before"), the first with train >= 0.99 ("memorized"), the "end".
-For ID and OOD compositions apart, these are taken apart by
+After He et al. 2026 [1] and Wang et al. 2024 [2]. Training keeps the weights of four moments: the
+last evaluation with facts >= 0.99 and train < 0.3 ("facts": they are known, and hardly composed),
+the last with train < 0.9 ("before"), the first with train >= 0.99 ("memorized"), the "end". For ID
+and OOD compositions apart, these are taken apart by
 
     lens      at every state and token: does it read as the bridge, the answer, the second relation?
-    tracing   causal, with the model's own answers; the maps of two moments are correlated
+    tracing   causal, with the model's own answers (a clean state into a run with one other token);
+              the maps of a moment and of the end are correlated
     swaps     of the stream at r1 with that of a query with the same r2: whole, only its part in the
-              plane of both bridges' embeddings (what the lens sees), or only the rest
+              plane of both bridges' embeddings (what the lens sees), or only the rest; over all pairs
+              of queries, and over those of which both are answered right
 
 and what waiting buys: edits, and what EK-FAC leaves. A run is called fake grokking where OOD >= 0.9
-while the visible swap redirects less than half of the answers (fixed before any run).
+while the visible swap redirects less than half as many OOD answers as ID ones.
 
-    python -m studies.circuits --arch all --seeds 5 --eval-every 50 --transfer --out runs/circuits
+    python -m studies.circuits --arch all --seeds 5 --eval-every 50 --out runs/circuits
     python -m studies.circuits --arch dense --regime both-hops --augment 0.5 --out runs/both-hops
 
 --regime trains that share of the compositions of an OOD fact with an ID one, as first hop, as
-second or both; --transfer adds new facts by fine-tuning (studies/transfer.py). A run takes 5
-minutes on one core, 12 with --transfer. Writes "circuits" into results.json, and "transfer" and
-"transfer_gentle".
+second or both. A run takes 6 minutes on one core. Writes "circuits" into results.json.
 
 [1] He et al. 2026, arXiv 2601.09049.   [2] Wang et al. 2024, arXiv 2405.15071.
 """
@@ -41,7 +42,6 @@ from models import Model, states
 from studies import controls
 from studies.propagation import span, state_entry
 from studies.training import Moments, check_edits
-from studies.transfer import RATES, transfer_stage
 
 REGIMES = {
     "natural": [],
@@ -49,7 +49,7 @@ REGIMES = {
     "second-hop": ["ood_second"],
     "both-hops": ["ood_first", "ood_second"],
 }
-USED = 0.5  # the share of OOD answers that the visible swap redirects where the bridge is used
+USED = 0.5  # where the bridge is used, the visible swap redirects this share of what it does in ID
 
 # --- Regimes --------------------------------------------------------------------------------------
 
@@ -149,6 +149,9 @@ class InferencePath:
     rest: float | None = None
     random: float | None = None
     n_swap: int = 0
+    whole_right: float | None = None  # of the pairs of which both queries are answered right
+    visible_right: float | None = None
+    n_right: int = 0
 
     def entry(self) -> dict:
         if not self.n:
@@ -244,14 +247,20 @@ def swap_bridges(
     path.n_swap = len(one)
     if len(one) == 0:
         return
+    is_right = minedit.last_answers(model, tokens) == answer
+    both = is_right[one] & is_right[other]
+    path.n_right = int(both.sum())
     for i in streams:
         shares = {}
         for part, basis in parts.items():
             answers = swapped(model, tokens[one], tokens[other], sites[i], 1, basis)
-            shares[part] = share_of(answers == answer[other])
+            follows = answers == answer[other]
+            shares[part] = share_of(follows)
+            if path.n_right and part in ("whole", "visible"):
+                shares[f"{part}_right"] = share_of(follows[both])
         path.swap.append(shares)
-    for part in parts:
-        setattr(path, part, max((swap[part] for swap in path.swap), default=None))
+    for part in path.swap[0] if path.swap else ():
+        setattr(path, part, max(swap[part] for swap in path.swap))
 
 
 # --- Are two paths the same? ----------------------------------------------------------------------
@@ -329,7 +338,7 @@ def worth_of(run: Run, model: Model, n_edits: int) -> dict:
 
 
 def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> dict:
-    """All three moments, ID and OOD apart."""
+    """All moments, ID and OOD apart."""
     found, traced = {"id": {}, "ood": {}}, {"id": {}, "ood": {}}
     worth = {}
     for moment, (record, weights) in moments.found.items():
@@ -341,13 +350,18 @@ def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> di
         worth[moment] = accuracy | worth_of(run, then, n_edits)
     same = {}
     for queries, maps in traced.items():
-        pair = same_paths(run, maps.get("memorized", {}), maps["end"])
-        same[queries] = {} if pair is None else pair._asdict()
-    used = found["ood"]["end"].visible
-    fake = None if used is None else run.history[-1]["ood"] >= 0.9 and used < USED
+        same[queries] = {}
+        for moment in maps:
+            pair = same_paths(run, maps[moment], maps["end"])
+            if moment != "end" and pair is not None:
+                same[queries][moment] = pair._asdict()
+    used, usual = found["ood"]["end"].visible, found["id"]["end"].visible
+    fake = None
+    if used is not None and usual is not None:
+        fake = run.history[-1]["ood"] >= 0.9 and used < USED * usual
     print(paths_table(found))
     print(worth_table(worth, same))
-    print(f"fake grokking (OOD >= 0.9, less than {USED} redirected by the visible swap): {fake}")
+    print(f"fake grokking (OOD >= 0.9, visible swap below {USED} of that of ID): {fake}")
     return {
         "states": [state_entry(state) for state in states(run.config)],
         "id": {moment: path.entry() for moment, path in found["id"].items()},
@@ -360,7 +374,8 @@ def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> di
 
 def paths_table(found: dict[str, dict[str, InferencePath]]) -> str:
     names = ("right", "bridge", "relation", "whole", "visible", "rest", "random")
-    rows = [("compositions", "when", *names)]
+    names += ("whole_right", "visible_right")
+    rows = [("compositions", "when", *(name.replace("_", ", ") for name in names))]
     for queries, by_moment in found.items():
         for moment, path in by_moment.items():
             rows.append((queries, moment, *(minedit.cell(getattr(path, n)) for n in names)))
@@ -369,7 +384,8 @@ def paths_table(found: dict[str, dict[str, InferencePath]]) -> str:
         "right: accuracy; bridge, relation: the lens at r1 (r2) has the bridge (second relation)\n"
         "first; whole, visible, rest, random: answers that follow a swap of the stream at r1 with\n"
         "that of a query of the same r2: all of it, the plane of both bridges, the rest, a random\n"
-        "plane; the largest over passes, the last left out"
+        "plane; right: of the pairs that are both answered right; the largest over passes, the last\n"
+        "left out"
     )
 
 
@@ -382,10 +398,10 @@ def worth_table(worth: dict[str, dict], same: dict[str, dict]) -> str:
         f"\n{minedit.table(rows)}\n"
         "direct, hop 1, hop 2: edits (ROME, prototype); ablated: ID accuracy after EK-FAC at 0.99"
     )
-    for queries, pair in same.items():
-        if pair:
+    for queries, by_moment in same.items():
+        for moment, pair in by_moment.items():
             text += (
-                f"\ntracing maps of {queries}, memorized against end: r = {pair['r']:.3f} "
+                f"\ntracing maps of {queries}, {moment} against end: r = {pair['r']:.3f} "
                 f"({pair['low']:.3f} to {pair['high']:.3f}, {pair['n']} prompts)"
             )
     return text
@@ -400,8 +416,6 @@ def command(args):
     message = f"--augment {args.augment:g} with --regime {args.regime}: a share above 0 is for the"
     message += " regimes other than natural, which need one"
     minedit.require(is_natural == (args.augment == 0), message)
-    steps = args.transfer_steps
-    minedit.require(steps >= 1, f"--transfer-steps must be at least 1, got {steps}")
     runs = minedit.prepare(args, make_task, check=check_edits)
     kept = {run: Moments(run) for run in runs}
     for run, moments in kept.items():
@@ -410,11 +424,6 @@ def command(args):
         run.summarize()
         began = time.perf_counter()
         run.add_results("circuits", circuits_stage(run, model, moments, args.n_edits), began)
-        if args.transfer:
-            for name, share in RATES.items():
-                began = time.perf_counter()
-                found = transfer_stage(run, moments.found, steps, share)
-                run.add_results(name, found, began)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -424,9 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         "--regime", choices=list(REGIMES), default="natural", help="OOD facts composed with ID ones"
     )
     add("--augment", type=float, default=0.0, help="share of the regime's compositions: trained")
-    add("--transfer", action="store_true", help="new facts, and what is composed with them")
-    add("--transfer-steps", type=int, default=600, help="from each start")
-    quick = minedit.QUICK | dict(label_noise=0.0, memorize=0, transfer=True, transfer_steps=20)
+    quick = minedit.QUICK | dict(label_noise=0.0, memorize=0)
     return minedit.guarded(command, minedit.parse(parser, argv, {"quick": quick}))
 
 

@@ -36,11 +36,12 @@ def read_claims(file: Path) -> list[Claim]:
 
 
 def figure_of(run: dict, figure: str) -> float | None:
-    """Our figure for a claim, None where the run has none."""
+    """Our figure for a claim, None where the run has none; a step that never came is infinite."""
     first, *rest = figure.split()
     value = lookup(run, first)
     if not rest:
-        return value
+        never = first.startswith("step_") and value is None
+        return math.inf if never else value
     sign, second = rest
     other = lookup(run, second)
     if value is None or other is None or (sign == "/" and other == 0):

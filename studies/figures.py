@@ -250,7 +250,7 @@ def locate(groups: list[Group]):
 
 
 def early(groups: list[Group]):
-    """OOD composition and edits at three moments of a training: which of them comes first?"""
+    """OOD composition and edits at the moments of a training: which of them comes first?"""
     panels = Panels()
     labels = {"id": "composes ID", "ood": "composes OOD", "hop1": "edits: hop 1"}
     labels |= {"hop2": "edits: hop 2"}
@@ -276,7 +276,7 @@ def covers(groups: list[Group]):
 
 
 def paths(groups: list[Group]):
-    """Inference paths of ID and OOD compositions at three moments of a training."""
+    """Inference paths of ID and OOD compositions at the moments of a training."""
     panels = Panels()
     keys = ("right", "bridge", "relation", "whole", "visible", "rest")
     for group in groups:
@@ -411,7 +411,7 @@ SHOWN = {  # {folder of runs: the figures of it that README.md and FINDINGS.md s
     "circuits": (early, paths),
     "many": (many,),
     "mass": (mass,),
-    "capacity": (capacity, sequence),
+    "capacity": (capacity,),
     "ablate": (retention,),
     "exceptions": (exceptions,),
     "countries": (tradeoff,),

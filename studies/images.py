@@ -13,7 +13,7 @@ import curvature
 from minedit import share_of
 from studies.controls import Outcome, compare
 
-BOUNDS = ("svd", "random")  # the controls here
+BOUNDS = ("svd", "random", "activations")  # the controls here
 
 
 def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -8,16 +8,22 @@ edits up to half of them at the first read of its first store, by
     finetune                  constrained fine-tuning, Adam with a bound on every entry of dW
 
 with a value for each fact that is a prototype, sought by gradient with our settings, or sought with
-those of the official code [1] ("official"; its KL term is left out: it keeps what the model says of
-the bare subject, at whose token nothing is edited here). Ours is at most as long as what the store
-returns; the official one as 0.75 of the stream after the block. MEMIT is tried with all three, its
-peers with the one that suits it best. "alphaedit-official" has the threshold (2e-2, absolute) and
-ridge (10) of its code [2]. Strengths (lam of MEMIT, threshold of AlphaEdit, bound of the
-fine-tuning) are chosen for each number of edits, on as many other facts (100 at least, 8000 at
-most) and by facts that are not scored; no request is dropped. In Dense, MEMIT is also spread over
-blocks that are fixed beforehand: the first, the last, all of them (in stores of 4096 units at
-most). Scored are efficacy (new answer), paraphrase (by the relation's other name), specificity
-(1000 facts that are never edited) and their harmonic mean.
+the numbers of the official code [1] ("official"; its KL term is left out: it keeps what the model
+says of the bare subject, at whose token nothing is edited here). Ours is at most as long as what the
+store returns; the official one as 0.75 of the stream after the block. MEMIT is scored with all
+three, every peer with the one that suits it best. "alphaedit-official" has the threshold (2e-2,
+absolute) and ridge (10) of its code [2]; ours are chosen, and relative to the mean eigenvalue and
+to the mean squared length of a key. The code of EMMET adds 0.1 to what is inverted, in units of a
+MEMIT with lam = 10 000: that is MEMIT with lam = 1000, so that EMMET is here as in its paper.
+
+Strengths (lam of MEMIT, threshold and ridge of AlphaEdit, bound of the fine-tuning) and targets are
+chosen for each number of edits, on as many other facts (100 at least, 8000 at most) and by facts
+that are not scored: the most careful that comes within half a point of the best. No request is
+dropped. In Dense, MEMIT is also spread over blocks that are fixed beforehand: the first, the last,
+all of them (in stores of 4096 units at most). Scored are efficacy (new answer), paraphrase (by the
+relation's other name), specificity (1000 facts that are never edited) and their harmonic mean; and
+the same as the papers count, where an answer need not be given, but be likelier than one other: the
+new one than the old, and for facts of the same relation that are never edited theirs than the new.
 
     python -m studies.mass_edit --arch all --slots 2048 --d-ff 2048 --seeds 3 --out runs/mass
     python -m studies.mass_edit --counts 10000 --methods memit emmet rome finetune --out runs/peers
@@ -51,16 +57,18 @@ from minedit import Run, share_of
 from models import Model, stores
 from studies.training import positive, trained
 
-COUNTS = (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000)
+COUNTS = (1, 10, 100, 316, 1000, 3162, 10_000)
 TARGETS = ("prototype", "gradient", "official")
-STRENGTHS = {
-    "memit": (10, 100, 300, 1000, 3000, 10_000, 30_000),  # lam
-    "alphaedit": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),  # threshold, times the mean eigenvalue of C
-    "alphaedit-official": (2e-2,),  # threshold, absolute
+STRENGTHS = {  # the most careful first
+    "memit": (30_000, 10_000, 3000, 1000, 300, 100, 10),  # lam
+    # ridge, times the mean squared length of a key; threshold, times the mean eigenvalue of C
+    "alphaedit": tuple(itertools.product((1.0, 0.3, 0.1, 0.03), (0.3, 1.0, 3.0))),
+    "alphaedit-official": ((10.0, 2e-2),),  # both absolute
     "emmet": (0.0,),  # it has none
     "rome": (0.0,),
-    "finetune": (0.1, 0.3, 0.5, 1.0, 2.0),  # bound, times the rms of W
+    "finetune": (0.1, 0.3, 0.5, 0.7, 1.0, 2.0),  # bound, times the rms of W
 }
+NEARLY = 0.5  # points of the score below the best at which a more careful strength is taken
 
 # --- The task: every relation has two names -------------------------------------------------------
 
@@ -110,19 +118,23 @@ def check_plan(run: Run):
 def finetune_update(
     model: nn.Module, name: str, requests: editing.Requests, bound: float, batch: int
 ) -> Tensor:
-    """dW of the layer `name` by 25 steps of Adam on -log p(wanted answer), no entry above bound *
-    rms(W): the constrained fine-tuning of Meng et al. 2022 (ROME), at a rate that can reach the
-    bound in five steps."""
+    """dW of the layer `name` by Adam on -log p(wanted answer), no entry above bound * rms(W), until
+    the mean loss is below 0.01, 45 steps at most: the constrained fine-tuning of Meng et al. 2022
+    (ROME), which ends so, at a rate that can reach the bound in 15 steps."""
     weight = f"{name}.weight"
     W, n = model.get_parameter(weight).detach(), len(requests)
     limit = bound * float(W.square().mean().sqrt())
     dW = torch.zeros_like(W, requires_grad=True)
-    optimizer = torch.optim.Adam([dW], lr=limit / 5)
-    for _ in range(25):
+    optimizer = torch.optim.Adam([dW], lr=limit / 15)
+    for _ in range(45):
+        mean_loss = 0.0
         for i in torch.arange(n, device=W.device).split(batch):
             logits = functional_call(model, {weight: W + dW}, requests.tokens[i])[:, -1]
             loss = F.cross_entropy(logits, requests.new[i], reduction="sum") / n
             loss.backward(inputs=[dW])
+            mean_loss += loss.item()
+        if mean_loss < 0.01:
+            break
         optimizer.step()
         optimizer.zero_grad()
         dW.data.clamp_(-limit, limit)
@@ -132,8 +144,8 @@ def finetune_update(
 def official_residual(
     model: nn.Module, at: editing.Site, stream: Tensor, requests: editing.Requests, batch: int
 ) -> Tensor:
-    """r [n, d_out] with the settings of MEMIT's code for GPT-J: Adam at 0.5 on r itself, added to
-    what the store returns at the last token, 25 steps or until a request's loss, -log p(wanted
+    """r [n, d_out] with the numbers of MEMIT's code for GPT-J: Adam at 0.5 on r itself, added to
+    what the store returns at the last token, 24 steps or until a request's loss, -log p(wanted
     answer) + 0.5 |r| / |h|^2, is below 0.05; |r| <= 0.75 |h|. h: the fact's row of `stream`, what
     the block leaves in the stream [facts, d_out]."""
     parts, store = [], model.get_submodule(at.name.rpartition(".")[0])  # read by its winners
@@ -142,7 +154,7 @@ def official_residual(
         r = torch.zeros(len(i), stream.shape[1], requires_grad=True, device=h.device)
         optimizer = torch.optim.Adam([r], lr=0.5)
 
-        for _ in range(25):
+        for _ in range(24):
             with editing.added(store, r, [at.call]):
                 logits = model(requests.tokens[i])[:, -1]
             loss = F.cross_entropy(logits, requests.new[i], reduction="none")
@@ -161,22 +173,35 @@ def official_residual(
     return torch.cat(parts)
 
 
+@dataclass(kw_only=True)
+class Scores:
+    """What is left to say of an update that was asked; None where there is no such figure."""
+
+    infeasible: str | None = None  # why there is no solution
+    efficacy: float | None = None  # requests with their new answer
+    paraphrase: float | None = None  # the same, asked by the relation's other name
+    specificity: float | None = None  # facts never edited that keep their answers
+    score: float | None = None  # harmonic mean of the three, in percent
+    # the same as the papers count: the new answer is likelier than the old one, by either name, and
+    # for a fact of the same relation that is never edited its own than the new one of the request
+    new_likelier: float | None = None
+    new_likelier_paraphrase: float | None = None
+    own_likelier: float | None = None
+    paper_score: float | None = None
+
+
 @dataclass
-class MassEntry:
+class MassEntry(Scores):
     """What one update of n facts did; None where there is no such figure."""
 
     method: str
     target: str
-    strength: float
+    strength: float  # of AlphaEdit its ridge
     n: int
     site: str | None = None
     at_pass: int | None = None
+    threshold: float | None = None  # of AlphaEdit
     blocks: str | None = None  # of MEMIT spread over blocks
-    infeasible: str | None = None  # why there is no solution
-    efficacy: float | None = None
-    paraphrase: float | None = None
-    specificity: float | None = None
-    score: float | None = None
     condition: float | None = None
     residual_left: float | None = None  # mean |r - dW k| / |r|
     residual_predicted: float | None = None
@@ -186,6 +211,11 @@ class MassEntry:
     null_space: int | None = None
     fallbacks: int | None = None  # facts without a prototype, sought instead
     seconds: float | None = None  # targets and C included
+
+    @property
+    def setting(self) -> float | tuple[float, float]:
+        """Of STRENGTHS."""
+        return self.strength if self.threshold is None else (self.strength, self.threshold)
 
     def entry(self) -> dict:
         """As written to results.json: without what there is none of."""
@@ -217,8 +247,28 @@ class Problem(NamedTuple):
 
 
 def best(entries: list):
-    """The entry of highest score; one without a solution scores 0."""
-    return max(entries, key=lambda entry: entry.score or 0)
+    """The first entry, of the most careful strength, within NEARLY of the highest score; one without
+    a solution scores 0."""
+    highest = max(entry.score or 0 for entry in entries)
+    return next(entry for entry in entries if (entry.score or 0) >= highest - NEARLY)
+
+
+@torch.no_grad()
+def compared(model: Model, tokens: Tensor, wanted: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the answer to each of the queries [n, token] is the one wanted [n], and whether this
+    one is likelier than the other [n]."""
+    is_answer, is_likelier = [], []
+    for i in torch.arange(len(tokens), device=tokens.device).split(4096):
+        logits = model(tokens[i])[:, -1]
+        mine = logits.gather(1, wanted[i, None])
+        is_answer.append(logits.argmax(-1) == wanted[i])
+        is_likelier.append((mine > logits.gather(1, other[i, None]))[:, 0])
+    return torch.cat(is_answer), torch.cat(is_likelier)
+
+
+def percent(*shares: float) -> float:
+    """The harmonic mean, in percent; next to 0 where one is 0."""
+    return 100 * statistics.harmonic_mean([max(share, 1e-9) for share in shares])
 
 
 class MassStudy:
@@ -310,10 +360,10 @@ class MassStudy:
         return self.decomposed("emmet")[0]
 
     def closed_form(
-        self, method: str, K: Tensor, r: Tensor, strength: float, notes: dict | None = None
+        self, method: str, K: Tensor, r: Tensor, strength, notes: dict | None = None
     ) -> Tensor:
-        """dW of all requests, keys K [n, d_in] and residuals r [n, d_out]; but for "rome", r may be
-        those of several targets side by side."""
+        """dW of all requests, keys K [n, d_in] and residuals r [n, d_out], by a strength of
+        STRENGTHS; but for "rome", r may be those of several targets side by side."""
         if len(K) == 0:
             return torch.zeros(r.shape[1], K.shape[1], device=K.device)
         made, W = self.decomposed(method)[0], self.weight
@@ -324,13 +374,19 @@ class MassStudy:
             return editing.emmet_update(K, r, made, **options)
         if method == "rome":
             return editing.rome_sequence(W, made, K, K @ W.T + r, notes)
-        options |= {"threshold": strength, "spectrum": made}
+        ridge, threshold = strength
+        options |= {"threshold": threshold, "spectrum": made}
         if method == "alphaedit-official":
-            return editing.alphaedit_update(K, r, self.at.C, 10.0, absolute=True, **options)
-        return editing.alphaedit_update(K, r, self.at.C, 1.0, **options)
+            return editing.alphaedit_update(K, r, self.at.C, ridge, absolute=True, **options)
+        squared_length = float(self.at.C.diagonal().sum())  # of a key, in the mean
+        return editing.alphaedit_update(K, r, self.at.C, ridge * squared_length, **options)
 
-    def entry(self, method: str, target: str, strength: float, n: int) -> MassEntry:
-        return MassEntry(method, target, strength, n, self.at.name, self.site.at_pass)
+    def entry(self, method: str, target: str, strength, n: int) -> MassEntry:
+        threshold = None
+        if method.startswith("alphaedit"):
+            strength, threshold = strength
+        site = (self.at.name, self.site.at_pass)
+        return MassEntry(method, target, strength, n, *site, threshold)
 
     def sweep(self, method: str, m: int, target: str) -> list[MassEntry]:
         """Every strength of a method on m facts that are not scored."""
@@ -339,11 +395,16 @@ class MassStudy:
                 found = [self.finetuned(self.choosing, m, bound) for bound in STRENGTHS[method]]
                 self.swept[method, m, target] = found
             else:
-                self.sweep_targets(method, m, TARGETS if method == "memit" else (target,))
+                self.sweep_targets(method, m, TARGETS)
         return self.swept[method, m, target]
 
     def sweep_targets(self, method: str, m: int, targets: tuple[str, ...]):
-        """A closed form is linear in r: it is solved once for all targets, side by side."""
+        """A closed form is linear in r: it is solved once for all targets, side by side; but for
+        ROME, one request after another."""
+        if method == "rome" and len(targets) > 1:
+            for target in targets:
+                self.sweep_targets(method, m, (target,))
+            return
         problems = [self.problem(self.choosing, m, target) for target in targets]
         requests, K = problems[0].requests, problems[0].K
         r = torch.cat([problem.r for problem in problems], 1)
@@ -366,16 +427,22 @@ class MassStudy:
         """The best of the strengths, on as many facts that are not scored."""
         return best(self.sweep(method, self.choosing.largest(max(n, 100)), target))
 
+    def target(self, method: str, n: int) -> str:
+        """The one that suits the method best, on these facts."""
+        if method == "finetune":  # it seeks the answers themselves
+            return "gradient"
+        return max(TARGETS, key=lambda target: self.chosen(method, n, target).score or 0)
+
     def edit(self, method: str, n: int, target: str) -> MassEntry:
         """One update of the first n requests, at the strength chosen for this number."""
         strength = STRENGTHS[method][0]
         if len(STRENGTHS[method]) > 1:
-            strength = self.chosen(method, n, target).strength
+            strength = self.chosen(method, n, target).setting
         if method == "finetune":
             return self.finetuned(self.scoring, n, strength)
         return self.updated(method, n, target, strength)
 
-    def updated(self, method: str, n: int, target: str, strength: float) -> MassEntry:
+    def updated(self, method: str, n: int, target: str, strength) -> MassEntry:
         """One update of the first n requests by a closed form of this strength, timed."""
         entry = self.entry(method, target, strength, n)
         problem = self.problem(self.scoring, n, target)
@@ -399,7 +466,7 @@ class MassStudy:
         and cosines, by a second solution, since `seconds` are those of the first alone."""
         notes = editing.outcome(dW, problem.K, problem.r, self.weight)
         if not self.is_wide:
-            self.closed_form(entry.method, problem.K, problem.r, entry.strength, notes)
+            self.closed_form(entry.method, problem.K, problem.r, entry.setting, notes)
         for name, value in notes.items():
             if name.startswith("residual"):
                 value = minedit.mean_relative(value, problem.r)
@@ -432,18 +499,33 @@ class MassStudy:
         return entry
 
     def score(
-        self, entry: MassEntry, requests: editing.Requests, updates: dict[str, Tensor], group: Group
+        self, entry: Scores, requests: editing.Requests, updates: dict[str, Tensor], group: Group
     ):
         """Asks the edited model for the requests, by both names, and for what the group spares."""
-        renamed = requests.tokens + self.second_name
+        renamed, other = requests.tokens + self.second_name, self.neighbours(requests, group)
+        tails = self.run.paths.facts[other, 2]
         with editing.edited(self.model, updates):
-            new = minedit.last_answers(self.model, requests.tokens) == requests.new
-            again = minedit.last_answers(self.model, renamed) == requests.new
+            new, likelier = compared(self.model, requests.tokens, requests.new, requests.old)
+            again, likelier_again = compared(self.model, renamed, requests.new, requests.old)
+            _, own = compared(self.model, self.queries[other], tails, requests.new)
             now = minedit.last_answers(self.model, self.queries[group.spared])
         entry.efficacy, entry.paraphrase = share_of(new), share_of(again)
         entry.specificity = share_of(now == self.before[group.spared])
-        shares = (entry.efficacy, entry.paraphrase, entry.specificity)
-        entry.score = 100 * statistics.harmonic_mean([max(share, 1e-9) for share in shares])
+        entry.score = percent(entry.efficacy, entry.paraphrase, entry.specificity)
+        entry.new_likelier, entry.new_likelier_paraphrase = share_of(likelier), share_of(
+            likelier_again
+        )
+        entry.own_likelier = share_of(own)
+        shares = (entry.new_likelier, entry.new_likelier_paraphrase, entry.own_likelier)
+        entry.paper_score = percent(*shares)
+
+    def neighbours(self, requests: editing.Requests, group: Group) -> Tensor:
+        """For each request a fact that the group spares, of the same relation where there is one
+        [n], the same in every call."""
+        relation = self.run.paths.facts[:, 1]
+        is_alike = relation[group.spared] == relation[requests.fact][:, None]
+        noise = torch.rand(is_alike.shape, generator=self.run.stream()).to(is_alike.device)
+        return group.spared[(noise + is_alike).argmax(1)]
 
 
 def spread(study: MassStudy, counts: list[int]) -> tuple[list[MassEntry], list[MassEntry]]:
@@ -471,18 +553,15 @@ def mass_stage(run: Run, model: Model, counts: list[int], methods: list[str], ba
         f"{int(study.known.sum())} known before, at {study.at.name}; "
         f"{len(study.choosing.requests)} others to choose strengths on"
     )
-    edits, scores, suits = [], {}, {}
-    for n in counts:
-        found = {target: study.edit("memit", n, target) for target in TARGETS}
-        edits += found.values()
-        suits[n] = max(TARGETS, key=lambda target: study.chosen("memit", n, target).score or 0)
-        scores[f"memit_{n}"] = found[suits[n]].score or 0
-    for method in dict.fromkeys(methods):
-        if method == "memit":
-            continue
+    edits, scores, paper_scores = [], {}, {}
+    for method in dict.fromkeys(["memit", *methods]):
         for n in counts:
-            edits.append(study.edit(method, n, suits[n]))
-            scores[f"{method}_{n}"] = edits[-1].score or 0
+            suits = study.target(method, n)
+            for target in TARGETS if method == "memit" else (suits,):
+                edits.append(study.edit(method, n, target))
+                if target == suits:
+                    scores[f"{method}_{n}"] = edits[-1].score or 0
+                    paper_scores[f"{method}_{n}"] = edits[-1].paper_score or 0
     sweep = list(itertools.chain(*study.swept.values()))
     layers = []
     if run.arch == "dense" and not study.is_wide:
@@ -495,16 +574,19 @@ def mass_stage(run: Run, model: Model, counts: list[int], methods: list[str], ba
         "edits": [e.entry() for e in edits],
         "layers": [e.entry() for e in layers],
         "scores": scores,
+        "paper_scores": paper_scores,
     }
 
 
 COLUMNS = dict(method="method", target="target", strength="strength", n="facts")
 COLUMNS |= dict(efficacy="eff", paraphrase="para", specificity="spec", score="score")
+COLUMNS |= dict(paper_score="as papers")
 COLUMNS |= dict(condition="cond", residual_left="left", residual_predicted="pred")
 COLUMNS |= dict(relative_norm="norm", seconds="s")
 LEGEND = """\
-strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning. eff: new answers; para: by
-the relation's other name; spec: other facts that keep their answers; score: harmonic mean, percent.
+strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning. eff: new answers; para: by the
+relation's other name; spec: other facts that keep their answers; score: harmonic mean, percent; as
+papers: of the same, where an answer need only be likelier than one other, as the papers count.
 cond: of the system solved; left: mean |r - dW k| / |r|, pred: predicted; norm: |dW| / |W|"""
 
 

@@ -3,8 +3,8 @@
 Three parts, in the cells and at the sizes that the training options name:
 
     edits   every store and pass, by ROME, MEMIT and the single-row edit, with a prototype or a
-            sought value, and all stores at once; neighbours that moved; and, separately, scores on
-            the questions that all cells of a seed answer right
+            sought value; all stores at once, and in Dense both copies of the fact; neighbours that
+            moved; and, separately, scores on the questions that all cells of a seed answer right
     locate  causal tracing of facts and compositions: which state carries the answer [2]
     when    edits that act at some calls of their layer alone; and the answer held as it was, our
             reading of the interchange of a held answer subspace in [1]
@@ -20,6 +20,7 @@ scored (minedit.a_priori_site).
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ import kg
 import minedit
 from minedit import Run, share_of
 from models import Model, State, states, stores
+from studies.shrinkage import set_apart
 from studies.training import check_edits
 
 # --- Edits at every site --------------------------------------------------------------------------
@@ -95,10 +97,10 @@ def address_overlap(
 
 
 def kinds_of_edit(at_chosen_site: bool) -> list[tuple[str, str]]:
-    """(method, target) of what is tried at a site; "near" at the one that was chosen."""
+    """(method, target) of what is tried at a site; "short" and "near" at the one that was chosen."""
     kinds = [("rome", "prototype"), ("rome", "gradient")]
     if at_chosen_site:
-        kinds.append(("rome", "near"))
+        kinds += [("rome", "short"), ("rome", "near")]
     return kinds + [("memit", "prototype"), ("row", "prototype"), ("row", "gradient")]
 
 
@@ -124,9 +126,9 @@ def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
     }
     entries = []
     for method, target in kinds_of_edit(is_chosen and bool(known.facts.any())):
-        edits = edits_of_kind(model, paths, case, at, site.at_pass, method, target)
+        edits = edits_of_kind(run, model, case, at, site.at_pass, method, target)
         record = minedit.score(model, edits, case.probes)
-        entry = record.entry() | of_site | {"near": target == "near"}
+        entry = record.entry() | of_site
         for name, probes in neighbours.items():
             moved = minedit.ask(model, edits, probes) != probes.answer
             entry[f"{name}_moved"] = share_of(moved)
@@ -134,6 +136,8 @@ def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
             entry |= score_shared(model, edits, case)
         distance = distance_to_values(stored, at.values[requests.fact] + edits.r)
         entry["distance"] = float((distance / mean_length).mean())
+        own_length = at.values[requests.fact].norm(dim=-1).clamp(min=1e-12)
+        entry["length"] = float((edits.r.norm(dim=-1) / own_length).mean())
         entry["gradient_for_want_of_a_prototype"] = edits.n_fallbacks
         entries.append(entry)
     return entries
@@ -156,7 +160,42 @@ def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
         several.append(edits)
     answers = partial(ask_under_all, model, several)
     entry = minedit.record_of(several[0], case.probes, answers).entry()
-    return entry | {"site": "every store", "pass": None, "a_priori": False, "near": False}
+    return entry | {"site": "every store", "pass": None, "a_priori": False}
+
+
+def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
+    """Without sharing, a fact is held twice: where its own question finds it, and in the last store,
+    where compositions look for it as second hop, under other keys. The entry of edits of both by
+    ROME with prototypes: of the first as everywhere; of the second with the mean key of some
+    compositions that end in the fact, which are not asked then, and the mean value of compositions
+    that are answered by the wanted tail. None for a model with one store."""
+    last = stores(run.config)[-1]
+    if last.module == stores(run.config)[0].module:
+        return None
+    paths, known, requests = run.paths, case.known, case.requests
+    lent, probes = set_apart(case.probes, run.stream())
+    at = minedit.gather(run, model, case.chosen.site)
+    made = (model, paths, known.facts, requests)
+    first = minedit.make_edits(*made, at, case.chosen.site.at_pass)
+
+    at = minedit.gather(run, model, last)
+    lent_keys, _ = editing.last_token(model, last.module, last.call, lent.tokens)
+    keys = at.keys.clone()
+    for edit in lent.edit.unique():
+        keys[requests.fact[edit]] = lent_keys[lent.edit == edit].mean(0)
+    at = replace(at, keys=keys)
+    is_answered = known.right & known.asked & (paths.second >= 0)
+    answers = paths.two_hop[is_answered]
+    _, values = editing.last_token(model, last.module, last.call, paths.tokens[is_answered])
+    r = torch.zeros_like(first.r)
+    for i, new in enumerate(requests.new.tolist()):
+        alike = values[answers == new]
+        if len(alike):
+            r[i] = alike.mean(0) - at.layer.weight.detach() @ keys[requests.fact[i]]
+    u = editing.direction("rome", at, requests)
+    second = minedit.Edits(at, last.at_pass, "rome", "prototype", u, r)
+    entry = minedit.record_of(first, probes, partial(ask_under_all, model, [first, second])).entry()
+    return entry | {"site": "both copies", "pass": None, "a_priori": False}
 
 
 def ask_under_all(
@@ -173,22 +212,20 @@ def ask_under_all(
 
 
 def edits_of_kind(
-    model: Model,
-    paths: kg.Paths,
-    case: Case,
-    at: editing.Site,
-    at_pass: int,
-    method: str,
-    target: str,
+    run: Run, model: Model, case: Case, at: editing.Site, at_pass: int, method: str, target: str
 ) -> minedit.Edits:
-    """As minedit.make_edits, with a target "near" besides: a gradient's, pulled to the store's."""
-    if target != "near":
-        return minedit.make_edits(
-            model, paths, case.known.facts, case.requests, at, at_pass, method, target
-        )
-    u = editing.direction(method, at, case.requests)
-    r = near_residual(model, at, case.requests, u, case.known.facts)
-    return minedit.Edits(at, at_pass, method, "gradient", u, r)
+    """As minedit.make_edits, with two targets besides: "near", a gradient's that is pulled to the
+    store's values, and "short", which is sought as for mass edits, as long as the value at most."""
+    known, requests = case.known.facts, case.requests
+    if target not in ("near", "short"):
+        return minedit.make_edits(model, run.paths, known, requests, at, at_pass, method, target)
+    u = editing.direction(method, at, requests)
+    if target == "near":
+        r = near_residual(model, at, requests, u, known)
+    else:
+        asked = (requests, "gradient", known, len(requests))
+        r, _ = minedit.mass_residual(run, model, at, *asked)
+    return minedit.Edits(at, at_pass, method, target, u, r)
 
 
 def score_shared(model: Model, edits: minedit.Edits, case: Case) -> dict:
@@ -206,11 +243,12 @@ def score_shared(model: Model, edits: minedit.Edits, case: Case) -> dict:
 EDIT_COLUMNS = {"site": "site", "pass": "pass", "method": "method", "target": "target"}
 EDIT_COLUMNS |= dict(direct="direct", hop1="hop 1", hop2="hop 2")
 EDIT_COLUMNS |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
-EDIT_COLUMNS |= dict(same_row_moved="row", distance="far")
+EDIT_COLUMNS |= dict(same_row_moved="row", distance="far", length="length")
 EDIT_LEGEND = """\
 direct: edited facts with the new answer; hop 1, hop 2: compositions that begin, that end with one,
 now right. facts, comps., row: other facts, other compositions, facts of the same largest key entry
-that moved. near: sought near stored values; far: from the nearest one, in their mean length"""
+that moved. near: sought near stored values; short: as for mass edits; far: from the nearest value, in
+their mean length; length: |r| in lengths of the value that it changes"""
 
 
 def edits_stage(run: Run, model: Model, case: Case) -> dict:
@@ -218,13 +256,13 @@ def edits_stage(run: Run, model: Model, case: Case) -> dict:
     entries = []
     for site in stores(run.config):
         entries += edit_site(run, model, case, site)
-    everywhere = edit_every_store(run, model, case)
-    if everywhere is not None:
-        entries.append(everywhere)
+    for of_several in (edit_every_store, edit_both_copies):
+        entry = of_several(run, model, case)
+        if entry is not None:
+            entries.append(entry)
     rows = [tuple(EDIT_COLUMNS.values())]
     for entry in entries:
-        shown = entry | {"target": "near"} if entry["near"] else entry
-        values = [shown.get(name) for name in EDIT_COLUMNS]
+        values = [entry.get(name) for name in EDIT_COLUMNS]
         rows.append([x if isinstance(x, (str, int)) else minedit.cell(x) for x in values])
     print(
         f"\nedits of {len(case.requests)} facts; left out: {minedit.listed(case.probes.left_out)}"

@@ -73,12 +73,13 @@ def edits_of(run: dict) -> list[dict]:
 
 def edits_table(groups: list[Group]) -> Table | None:
     shares = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps."}
-    shares |= {"same_row_moved": "row", "distance": "far"}
+    shares |= {"same_row_moved": "row", "distance": "far", "length": "length"}
     legend = """\
 direct: edits whose question has the new answer. hop 1, hop 2: compositions with the edited fact
 first, second, that get what now follows, among edits with direct success. facts, comps., row: other
 facts, compositions of them, facts of the same largest key entry, whose answer moved. near: gradient
-pulled to stored values. far: of the value written from the nearest one, in their mean length.
+pulled to stored values; short: as for mass edits. far: of the value written from the nearest one, in
+their mean length; length: |r| in lengths of the value that it changes.
 rule: whether this is the site that was fixed before any edit was scored"""
     return mean_table(groups, edits_of, SITE, shares, legend, ("hop1", "hop2"))
 
@@ -114,23 +115,30 @@ stream after a pass (at r1; hop 2: r2) is held as unedited in the answers' plane
 
 
 def seeds_table(groups: list[Group]) -> Table | None:
-    """Hop 1 and hop 2 seed by seed, on what all cells answer right, of a cell's largest group."""
-    by_arch = {}
-    for group in groups:
-        edits = [r["edit"] for r in group.runs if r["edit"].get("hop2_shared") is not None]
-        if len(edits) > len(by_arch.get(group.arch, [])):
-            by_arch[group.arch] = edits
-    if len(by_arch) < 2:
-        return None
-    hop2 = {arch: [e["hop2_shared"] for e in edits] for arch, edits in by_arch.items()}
-    rows = [("arch", "hop 1, seed by seed", "hop 2, seed by seed", *(f"p v {a}" for a in by_arch))]
-    for arch, edits in by_arch.items():
-        row = [arch, " ".join(cell(e["hop1_shared"]) for e in edits)]
-        row.append(" ".join(cell(share) for share in hop2[arch]))
-        for other in by_arch:
-            row.append("" if other == arch else cell(mann_whitney(hop2[arch], hop2[other])))
-        rows.append(tuple(row))
-    legend = "ROME, prototype, a-priori site, on what all four cells know. p: exact two-sided "
+    """Hop 1 and hop 2 seed by seed, on what all cells answer right, of a cell's largest group; by
+    ROME and by the single-row edit."""
+    rows = []
+    for method in ("rome", "row"):
+        entry = f"edits[a_priori=True,method={method},target=prototype]"
+        by_arch = {}
+        for group in groups:
+            edits = [lookup(run, entry) or {} for run in group.runs]
+            edits = [e for e in edits if e.get("hop2_shared") is not None]
+            if len(edits) > len(by_arch.get(group.arch, [])):
+                by_arch[group.arch] = edits
+        if len(by_arch) < 2:
+            continue
+        hop2 = {arch: [e["hop2_shared"] for e in edits] for arch, edits in by_arch.items()}
+        if not rows:
+            several = [f"{hop}, seed by seed" for hop in ("hop 1", "hop 2")]
+            rows.append(("arch", "method", *several, *(f"p v {arch}" for arch in by_arch)))
+        for arch, edits in by_arch.items():
+            row = [arch, method, " ".join(cell(e["hop1_shared"]) for e in edits)]
+            row.append(" ".join(cell(share) for share in hop2[arch]))
+            for other in by_arch:
+                row.append("" if other == arch else cell(mann_whitney(hop2[arch], hop2[other])))
+            rows.append(tuple(row))
+    legend = "prototype, a-priori site, on what all four cells know. p: exact two-sided "
     return table_of(rows, f"{legend}Mann-Whitney, hop 2")
 
 
@@ -182,17 +190,25 @@ def mann_whitney(x: list[float], y: list[float]) -> float:
 
 
 def scores_table(groups: list[Group]) -> Table | None:
+    """Of peers by number of edits, MEMIT with all targets."""
+    legend = "score by number of edits (more: below), each at the strength chosen on other facts"
+    return by_number(groups, "score", legend)
+
+
+def paper_scores_table(groups: list[Group]) -> Table | None:
+    legend = "score as the papers count it, by number of edits: an answer likelier than one other"
+    return by_number(groups, "paper_score", legend)
+
+
+def by_number(groups: list[Group], score: str, legend: str) -> Table | None:
     def entries(run: dict) -> list[dict]:
-        kinds = {}  # {method, target: {n: score}}
+        kinds = {}  # {method: {n: score}}
         for e in lookup(run, "mass.edits") or []:
-            kind = kinds.setdefault(f"{e['method']}, {e['target']}", {"strength": e["strength"]})
-            kind[str(e["n"])] = e.get("score")
+            kind = f"memit, {e['target']}" if e["method"] == "memit" else e["method"]
+            kinds.setdefault(kind, {})[str(e["n"])] = e.get(score)
         return named(kinds)
 
-    shares = same("strength", "1", "10", "100", "316", "1000", "3162", "10000")
-    legend = (
-        "score by number of edits (more: below); strength: chosen on other facts (mean; 0: none)"
-    )
+    shares = same("1", "10", "100", "316", "1000", "3162", "10000")
     return mean_table(groups, entries, {"at": "at"}, shares, legend)
 
 
@@ -205,25 +221,32 @@ def mass_table(groups: list[Group]) -> Table | None:
         return found
 
     words = same("of", "method", "target", "n", "strength", "blocks")
-    shares = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec", "score": "score"}
+    shares = {"threshold": "threshold"}
+    shares |= {"efficacy": "eff", "paraphrase": "para", "specificity": "spec", "score": "score"}
+    shares |= {"new_likelier": "ES", "new_likelier_paraphrase": "PS", "own_likelier": "NS"}
+    shares |= {"paper_score": "as papers"}
     shares |= {"condition": "cond", "residual_left": "left", "residual_predicted": "pred"}
     shares |= {"largest_cosine": "cos", "relative_norm": "norm", "seconds": "s"}
     legend = """\
-n: edits at once. strength: lam of MEMIT, threshold of AlphaEdit, bound of the fine-tuning. eff: new
+n: edits at once. strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning. eff: new
 answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
-mean in percent (-: no solution). cond: of the system. left: mean |r - dW k| / |r|, pred: predicted.
+mean in percent (-: no solution). as papers: that of ES, PS, the new answer likelier than the old,
+and NS, that of an unedited fact of the relation likelier than the new. cond: of the system. left: mean |r - dW k| / |r|, pred: predicted.
 cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C."""
     return mean_table(groups, entries, words, shares, legend)
 
 
 def capacity_table(groups: list[Group]) -> Table | None:
     shares = dict(lam="lam", efficacy="eff", paraphrase="para", specificity="spec", score="score")
+    shares |= {"new_likelier": "ES", "new_likelier_paraphrase": "PS", "own_likelier": "NS"}
+    shares |= {"paper_score": "as papers"}
     shares |= dict(residual_left="left", residual_predicted="pred", relative_norm="norm")
     shares |= dict(gather_seconds="C s", target_seconds="target s", solve_seconds="solve s")
     legend = """\
 MEMIT of n facts in one update. eff: new answers; para: by the relation's other name; spec: other
-facts that keep their answers; score: harmonic mean, percent; left: mean |r - dW k| / |r|, pred:
-predicted; norm: |dW| / |W|; seconds for keys and C, targets, the solution"""
+facts that keep their answers; score: harmonic mean, percent; as papers: that of ES, PS, the new
+answer likelier than the old, and NS, that of an unedited fact of the relation likelier than the
+new; left: mean |r - dW k| / |r|, pred: predicted; norm: |dW| / |W|; seconds for keys and C, targets, the solution"""
 
     def entries(run: dict) -> list[dict]:
         return lookup(run, "capacity.edits") or []
@@ -328,15 +351,23 @@ what the better of K-FAC and EK-FAC has more than a control: of exceptions answe
 
 
 def exceptions_table(groups: list[Group]) -> Table | None:
-    """Of `minedit.py --ablate`."""
+    """Of `minedit.py --ablate`, what the model composed before it memorized, and the controls."""
     words = {"method": "method", "keep": "keep"}
     shares = {name: head for name, head in REMAINING.items() if name != "open_book"}
     legend = """\
-attention layers alone, one share of the mass for all; recited, true: exceptions answered as
-trained, and right; train: other trained paths"""
+attention layers alone, one share of the mass for all, controls with as large a change of each as
+kfac; recited, true: exceptions answered as trained, and right; train: other trained paths; learnt:
+before the last, gentle steps"""
 
     def entries(run: dict) -> list[dict]:
-        return lookup(run, "exceptions") or []
+        found = lookup(run, "exceptions") or []
+        if found:
+            recipe = run["config"]["recipe"]
+            learnt = recipe["steps"] - recipe["memorize"]
+            earlier = [record for record in run["history"] if record["step"] <= learnt]
+            found = [record | {"method": "learnt"} for record in earlier[-1:]] + found
+        controls = lookup(run, "attention") or []
+        return found + [entry for entry in controls if entry["method"] != "kfac"]
 
     return mean_table(groups, entries, words, shares, legend, ("true", "id"))
 
@@ -352,12 +383,13 @@ rare, frequent: fifth of the facts drawn least, most often. paper: percent kept 
 def relearning_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
         found = []
-        for start in ("ablated", "fresh"):
-            for entry in lookup(run, f"ablate.relearning.{start}") or []:
-                found.append(entry | {"of": start})
+        for answers, curve in (lookup(run, "ablate.relearning") or {}).items():
+            found += [entry | {"of": answers} for entry in curve]
         return found
 
-    legend = "accuracy after further steps of training, of the ablated and of a fresh model"
+    legend = """\
+after further steps of training of the ablated model with the old exceptions, and with other wrong
+answers to the same questions"""
     return mean_table(groups, entries, same("of", "step"), REMAINING, legend, ("true",))
 
 
@@ -384,26 +416,28 @@ def paths_table(groups: list[Group]) -> Table | None:
                 found.append(entry | {"of": queries})
         return found
 
-    shares = same("right", "bridge", "unread", "relation", "whole", "visible", "rest")
+    shares = same("right", "bridge", "unread", "relation", "whole", "visible", "rest", "random")
+    shares |= {"visible_right": "of right"}
     legend = """\
 right: accuracy; else shares, the largest over passes (but the last). bridge: the lens at r1 has the
 bridge first of all entities; unread: of what is right, the bridge first nowhere; relation: at r2,
-the second one. whole, visible, rest: with the stream
-at r1 of a query with the same r2, or its part in (out of) the plane of both bridges, its answer."""
+the second one. whole, visible, rest, random: with the stream at r1 of a query with the same r2, its
+part in (out of) the plane of both bridges, or in a random plane, its answer; of right: visible, of
+the pairs of queries that are both answered right."""
     return mean_table(groups, entries, same("of", "at"), shares, legend, ("visible",))
 
 
 def same_table(groups: list[Group]) -> Table | None:
     legend = """\
-r: correlation of tracing maps, memorized against end, mean of the runs; ends: of the runs' 95 %
-bootstrap intervals over prompts (each run's own), the lowest and the highest; n: prompts a run"""
-    rows = [("arch", "at", "n", "r", "lowest end", "highest end")]
+r: correlation of the tracing maps of a moment and of the end, mean of the runs; ends: of the runs'
+95 % bootstrap intervals over prompts (each run's own), the lowest and the highest; n: prompts a run"""
+    rows = [("arch", "of", "at", "n", "r", "lowest end", "highest end")]
     for group in groups:
-        for queries in ("id", "ood"):
-            found = [lookup(run, f"circuits.same.{queries}") or {} for run in group.runs]
+        for queries, moment in itertools.product(("id", "ood"), ("facts", "before", "memorized")):
+            found = [lookup(run, f"circuits.same.{queries}.{moment}") for run in group.runs]
             found = [entry for entry in found if entry]
             if found:
-                row = [group.name, queries, mean([e["n"] for e in found], ".0f")]
+                row = [group.name, queries, moment, mean([e["n"] for e in found], ".0f")]
                 row.append(mean([e["r"] for e in found]))
                 row += [cell(min(e["low"] for e in found)), cell(max(e["high"] for e in found))]
                 rows.append(tuple(row))
@@ -447,7 +481,8 @@ def regimes_table(groups: list[Group]) -> Table | None:
     shares |= {"accuracy.ood": "OOD", "circuits.ood.end.bridge": "bridge"}
     shares |= {"circuits.ood.end.visible": "visible", "circuits.fake": "fake"}
     legend = """\
-at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.9, visible < 0.5"""
+at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.9, visible
+less than half of that of ID queries"""
     lowest = ("circuits.ood.end.visible",)
 
     def entries(run: dict) -> list[dict]:
@@ -464,6 +499,7 @@ TABLES += [
     capacity_table,
     sequence_table,
     scores_table,
+    paper_scores_table,
     mass_table,
     ablation_table,
     controls_table,

@@ -11,7 +11,8 @@ and the wanted values are sought anew on the edited model. Here 10 000 facts are
                 counted in that of the unedited value)
 
 and after each batch all facts so far and those of the first batch are asked, and others that are
-never edited. lam is that of one update of all, chosen on 8000 other facts as in `studies.capacity`.
+never edited. lam is that of one update of all, chosen on 8000 other facts as in `studies.capacity`: the second
+and third way might do better with one of their own.
 
     python -m studies.sequence --arch lmc --seeds 3 --out runs/sequence
 
@@ -30,25 +31,21 @@ import minedit
 from minedit import Run, share_of
 from models import Model
 from studies import capacity
-from studies.mass_edit import MassStudy, best, trained_runs
+from studies.mass_edit import MassStudy, Scores, best, trained_runs
 from studies.training import positive
 
 WAYS = ("carried", "forgotten", "anew")
 
 
 @dataclass
-class SequenceEntry:
-    """The state after one of the batches."""
+class SequenceEntry(Scores):
+    """The state after one of the batches; scores are of all facts so far."""
 
     way: str
     batch: int  # from 1
     n: int  # facts edited so far
     lam: float
     first: float  # share of the first batch's facts that have their new answer still
-    efficacy: float | None = None  # the same of all facts so far
-    paraphrase: float | None = None  # by the relation's other name
-    specificity: float | None = None
-    score: float | None = None  # harmonic mean of the last three, in percent
     relative_norm: float | None = None  # |dW| / |W| of all updates so far
 
 

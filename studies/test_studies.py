@@ -43,7 +43,7 @@ from studies import (
     mass_edit,
 )
 from studies import many, propagation, report, runs, second_moment, sequence, shrinkage
-from studies import pages, times, training, transfer
+from studies import attention, pages, times, training, transfer
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
@@ -53,7 +53,7 @@ STUDIES = {"propagation": propagation, "mass_edit": mass_edit, "ablation": ablat
 STUDIES |= {"circuits": circuits, "bench": bench, "report": report, "gpu": gpu}
 STUDIES |= {"gpt2": gpt2, "shrinkage": shrinkage, "many": many, "all": everything}
 STUDIES |= {"capacity": capacity, "sequence": sequence, "second_moment": second_moment}
-STUDIES |= {"times": times, "pages": pages}
+STUDIES |= {"times": times, "pages": pages, "transfer": transfer, "attention": attention}
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +117,15 @@ def test_an_abbreviated_option_is_refused(capsys):
 def test_propagation_edits_every_store_and_pass(tmp_path, arch):
     assert run_study(propagation, *TINY, "--arch", arch, "--out", tmp_path / "p") == 0
     found = results_of(tmp_path / "p")
-    *entries, last = found["propagation"]["edits"]
-    assert (last["site"] == "every store") == (arch == "dense")
-    if arch != "dense":
-        entries.append(last)
-    assert len(entries) == 2 * 5 + 1 and [e["near"] for e in entries].count(True) == 1
+    entries = found["propagation"]["edits"]
+    several = [e["site"] for e in entries if e["pass"] is None]
+    assert several == (["every store", "both copies"] if arch == "dense" else [])
+    entries = [e for e in entries if e["pass"] is not None]
+    assert len(entries) == 2 * 5 + 2
+    targets = Counter(e["target"] for e in entries)
+    assert (targets["near"], targets["short"]) == (1, 1)
+    for e in entries:
+        assert e["length"] <= {"short": 1.0001, "gradient": 4.0001}.get(e["target"], 1e9)
     sites = {(e["site"], e["pass"]) for e in entries}
     config = Config(**ARCHS[arch], depth=2)
     assert sites == {(store.module, store.at_pass) for store in models.stores(config)}
@@ -158,6 +162,47 @@ def test_edits_of_every_store_against_weights_edited_one_by_one(tmp_path):
     assert propagation.edit_every_store(toy_run(tmp_path / "b"), model, case) is None
 
 
+def test_the_second_copy_has_the_keys_and_values_of_compositions(tmp_path, monkeypatch):
+    run = toy_run(tmp_path, "--arch", "dense")
+    model = run.train()
+    case = propagation.make_case(run, model, 3, None)
+    right = torch.ones_like(case.known.right)  # as of a model that knows all
+    case = case._replace(known=case.known._replace(right=right))
+    fact, paths = case.requests.fact, run.paths
+    asked = (torch.ones_like(case.known.facts), right, case.known.asked)
+    hop2, _ = kg.hop2_probes(paths, fact, case.requests.new, *asked)
+    case = case._replace(probes=case.probes._replace(hop2=hop2))
+    made = []
+    monkeypatch.setattr(
+        propagation,
+        "ask_under_all",
+        lambda model, several, probes: made.append((several, probes)) or probes.answer,
+    )
+    assert propagation.edit_both_copies(run, model, case)["site"] == "both copies"
+    first, second = made[0][0]
+    assert first.at.name == case.chosen.site.module
+    assert (second.at.name, second.at_pass) == ("blocks.1.feed_forward.down", 1)
+    _, kept = made[2]  # hop 2, after direct and hop 1
+    W, asked, n_lent = second.at.layer.weight, set(kept.path.tolist()), []
+    answered = case.known.asked & (paths.second >= 0)
+    for i in range(3):
+        mine = hop2.path[hop2.edit == i].tolist()
+        lent = [path for path in mine if path not in asked]
+        assert len(lent) == min(8, len(mine) // 2)
+        if not lent:
+            continue
+        n_lent.append(len(lent))
+        keys, _ = editing.last_token(model, second.at.name, 0, paths.tokens[lent])
+        key = keys.mean(0)
+        close(second.at.keys[fact[i]], key, 1e-6)
+        alike = answered & (paths.two_hop == case.requests.new[i])
+        _, values = editing.last_token(model, second.at.name, 0, paths.tokens[alike])
+        if alike.any():
+            close(second.r[i] + W @ key, values.mean(0), 1e-5)
+        close(second.u[i] @ key, torch.tensor(1.0), 1e-4)
+    assert n_lent
+
+
 @pytest.mark.slow
 def test_what_all_four_cells_know_is_scored_apart(tmp_path):
     assert run_study(propagation, *TINY, "--arch", "all", "--out", tmp_path) == 0
@@ -165,7 +210,7 @@ def test_what_all_four_cells_know_is_scored_apart(tmp_path):
     for arch in ARCHS:
         entries = results_of(tmp_path / f"{arch}-seed0")["propagation"]["edits"]
         for e in entries:
-            if e["site"] != "every store":
+            if e["pass"] is not None:
                 assert 0 <= e["probes_hop1_shared"] <= e["probes_hop1"]
         shared.append(entries)
     assert len(shared) == 4
@@ -444,11 +489,11 @@ def test_mass_edits_count_every_request(tmp_path, arch):
     options = [*TINY[4:], *sizes.split(), "--arch", arch, "--out", tmp_path / "m"]
     assert run_study(mass_edit, *options) == 0
     mass = results_of(tmp_path / "m")["mass"]
-    assert {e["n"] for e in mass["edits"]} == {1, 3, 10, 32, 40} and mass["facts"] == 80
+    assert {e["n"] for e in mass["edits"]} == {1, 10, 40} and mass["facts"] == 80
     methods = {"memit", "emmet", "rome", "alphaedit", "alphaedit-official", "finetune"}
     assert {e["method"] for e in mass["edits"]} == methods
     memit = {(e["target"], e["n"]) for e in mass["edits"] if e["method"] == "memit"}
-    assert memit == set(itertools.product(mass_edit.TARGETS, (1, 3, 10, 32, 40)))
+    assert memit == set(itertools.product(mass_edit.TARGETS, (1, 10, 40)))
     for e in mass["edits"]:
         if "infeasible" in e:
             continue
@@ -535,7 +580,7 @@ def test_one_solution_serves_several_targets_side_by_side(mass_runs, monkeypatch
     """What a sweep scores for each target is the update that this target has by itself."""
     study, updates = mass_edit.MassStudy(*mass_runs["lmc"], 100, 10), []
     monkeypatch.setitem(mass_edit.STRENGTHS, "memit", (3.0,))
-    monkeypatch.setitem(mass_edit.STRENGTHS, "alphaedit", (0.5,))
+    monkeypatch.setitem(mass_edit.STRENGTHS, "alphaedit", ((0.5, 0.3),))
     monkeypatch.setattr(study, "score", lambda entry, _, dW, group: updates.append((entry, dW)))
     K = study.at.keys[study.choosing.requests[:6].fact]
     for method in ("memit", "alphaedit"):
@@ -543,7 +588,7 @@ def test_one_solution_serves_several_targets_side_by_side(mass_runs, monkeypatch
     assert len(updates) == 6
     for entry, dW in updates:
         r = study.residual(study.choosing, 6, entry.target)[0]
-        close(dW[study.at.name], study.closed_form(entry.method, K, r, entry.strength), 1e-5)
+        close(dW[study.at.name], study.closed_form(entry.method, K, r, entry.setting), 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -603,14 +648,18 @@ def test_strengths_are_chosen_on_facts_that_are_not_scored(mass_runs, monkeypatc
         same = ("method", "target", "blocks")
         mine = [e for e in found["sweep"] if all(e.get(k) == edit.get(k) for k in same)]
         if mine:  # both numbers of edits are chosen on all the others, fewer than a hundred
-            best = max(solved(mine), key=lambda e: e["score"], default=mine[0])
-            assert edit["strength"] == best["strength"]
+            highest = max((e["score"] for e in solved(mine)), default=0)
+            best = [e for e in mine if e.get("score", 0) >= highest - mass_edit.NEARLY][0]
+            names = ("strength", "threshold")
+            assert [edit.get(k) for k in names] == [best.get(k) for k in names]
     scores.calls.clear()
     found = capacity.capacity_stage(run, model, [3, 10], 100)
     scores.check(len(solved(found["sweep"])), len(solved(found["edits"])))
     for edit in found["edits"]:
         tried = [e for e in solved(found["sweep"]) if e["n"] == edit["n"]]
-        assert edit["lam"] == max(tried, key=lambda e: e["score"])["lam"]
+        highest = max(e["score"] for e in tried)
+        nearly = [e["lam"] for e in tried if e["score"] >= highest - mass_edit.NEARLY]
+        assert edit["lam"] == max(nearly), "the most careful of those that are nearly as good"
 
 
 def test_scores_ask_the_edited_model_by_both_names_and_others_before_and_after(mass_runs):
@@ -637,6 +686,65 @@ def test_scores_ask_the_edited_model_by_both_names_and_others_before_and_after(m
     spared = queries[group.spared]
     same = answers(model, spared) == answers(study.model, spared)
     assert entry.specificity == float(same.double().mean()) < 1
+
+
+def test_scores_as_the_papers_count_them(mass_runs):
+    """By hand, one question after another: which of two answers is likelier."""
+    run, _ = mass_runs["lmc"]
+    blank = models.Model(run.config, generator()).requires_grad_(False)
+    study = mass_edit.MassStudy(run, blank, 100, 10)
+    entry, group = study.entry("memit", "gradient", 1.0, 10), study.scoring
+    requests, facts = group.requests, study.run.paths.facts
+    other = study.neighbours(requests, group)
+    assert torch.isin(other, group.spared).all()
+    assert torch.equal(study.neighbours(requests[:4], group), other[:4])
+    for i, row in zip(requests.fact.tolist(), other.tolist()):
+        alike = facts[group.spared, 1] == facts[i, 1]
+        assert facts[row, 1] == facts[i, 1] or not alike.any(), "of the same relation"
+    study.score(entry, requests, {study.at.name: 0 * study.weight}, group)
+
+    def likelier(tokens, one, two):
+        rows = range(len(tokens))
+        logits = blank(tokens)[:, -1]
+        return sum(bool(logits[j, one[j]] > logits[j, two[j]]) for j in rows) / len(tokens)
+
+    n_names = int(facts[:, 1].max()) + 1
+    renamed = requests.tokens + torch.tensor([0, n_names])
+    shares = [likelier(requests.tokens, requests.new, requests.old)]
+    shares.append(likelier(renamed, requests.new, requests.old))
+    shares.append(likelier(study.queries[other], facts[other, 2], requests.new))
+    assert shares == [entry.new_likelier, entry.new_likelier_paraphrase, entry.own_likelier]
+    assert 0 < min(shares) < max(shares) < 1
+    assert entry.paper_score == pytest.approx(300 / sum(1 / share for share in shares))
+
+
+def test_the_most_careful_of_those_that_are_nearly_best_is_chosen():
+    entries = [mass_edit.MassEntry("memit", "gradient", lam, 9) for lam in (30, 10, 3, 1)]
+    for entry, score in zip(entries, (None, 80.0, 80.4, 70.0)):
+        entry.score = score
+    assert mass_edit.best(entries).strength == 10
+    entries[2].score = 80.6
+    assert mass_edit.best(entries).strength == 3
+
+
+def test_fine_tuning_ends_where_the_answers_are_given(mass_runs, monkeypatch):
+    run, trained = mass_runs["lmc"]
+    model = copy.deepcopy(trained)
+    model.embedding.weight *= 10  # its answers can be as good as certain
+    requests, steps = minedit.mass_plan(run.paths, run.stream()).requests[:3], []
+    adam = torch.optim.Adam.step
+
+    def counted(optimizer, *args):
+        steps.append(1)
+        return adam(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    n_steps = []
+    for bound in (1e-6, 5.0):
+        steps.clear()
+        mass_edit.finetune_update(model, "memory.values", requests, bound, 100)
+        n_steps.append(len(steps))
+    assert n_steps[0] == 45 > n_steps[1] > 0
 
 
 def test_a_key_of_zeros_fails_and_the_others_are_edited(mass_runs):
@@ -695,7 +803,7 @@ def test_blocks_are_asked_for_what_is_missing_in_the_stream_after_them(mass_runs
         before, _ = editing.last_token(model, *stream, requests.tokens)
         _, after = editing.last_token(model, f"blocks.{last}", 0, requests.tokens)
         assert torch.equal(before, after)
-        assert torch.equal(study.after(f"blocks.{last}").values[requests.fact], after)
+        close(study.after(f"blocks.{last}").values[requests.fact], after, 1e-6)
         store, rows = model.get_submodule(f"blocks.{last}.feed_forward"), torch.arange(5)
         then = model(requests.tokens)[:, -1].log_softmax(-1)[rows, requests.new]
         with editing.added(store, r, [0]):
@@ -1013,7 +1121,7 @@ def test_the_ablation_study(tmp_path, arch, n_images):
     assert run_study(ablation, *options) == 0
     found = results_of(folder)["ablation"]
     assert ("vision" in found) == bool(n_images)
-    first = found["relearning"]["ablated"][0]
+    first = found["relearning"]["old"][0]
     for name in ("recited", "true", "id"):
         assert first[name] == found["chosen"][name], "relearning starts where the ablation ended"
     assert found["before"]["removed"] == 0 and len(found["sweep"]) == len(ablation.KEEPS)
@@ -1176,6 +1284,40 @@ def test_the_sweep_removes_more_the_less_is_kept(tmp_path):
     assert [entry["keep"] for entry in sweep] == list(ablation.KEEPS)
 
 
+def test_other_answers_are_wrong_and_new(tmp_path):
+    run = ablation.prepare(ablation_args(tmp_path / "n"))[0]
+    child, paths = ablation.with_other_answers(run), run.paths
+    exceptions = paths.masks["exceptions"]
+    true = paths.facts[paths.second, 2]
+    assert exceptions.sum() > 20
+    assert torch.equal(child.paths.two_hop[~exceptions], paths.two_hop[~exceptions])
+    for answers in (true, paths.two_hop):
+        assert (child.paths.two_hop != answers)[exceptions].all()
+    assert child.paths.two_hop[exceptions].unique().numel() > 5, "any entity"
+    assert run.paths is paths
+
+
+@pytest.mark.slow
+def test_controls_in_the_attention_change_it_as_much(tmp_path, monkeypatch):
+    options = [*TINY, "--arch", "lmc", "--label-noise", "0.2", "--memorize", "5"]
+    assert run_study(attention, *options, "--out", tmp_path / "r") == 0
+    records = results_of(tmp_path / "r")["attention"]
+    assert len(records) == len(minedit.KEEPS) * (1 + len(controls.CONTROLS))
+    for keep in minedit.KEEPS:
+        by_method = {r["method"]: r["removed"] for r in records if r["keep"] == keep}
+        kfac = by_method.pop("kfac")
+        for method, removed in by_method.items():
+            assert 0 < removed <= kfac + 1e-9, method
+            assert removed > 0.7 * kfac or method == "svd", "svd has few components here"
+    assert minedit.main([*map(str, options), "--ablate", "--out", str(tmp_path / "r")]) == 0
+    in_the_core = results_of(tmp_path / "r")["ablate"]
+    mine = [r for r in records if r["method"] == "kfac"]
+    assert mine == [r for r in in_the_core if r["method"] == "kfac"]
+    groups = runs.read_groups([tmp_path / "r"])
+    methods = {row[1] for row in report.exceptions_table(groups).rows[1:]}
+    assert methods == {"before", "kfac", "ekfac", "learnt", *controls.CONTROLS}
+
+
 def test_relearning_goes_on_with_the_last_steps(tmp_path):
     """The recipe of the last steps from step `first` on, optimizers and stream anew, the average
     started at the weights."""
@@ -1236,18 +1378,31 @@ def toy_run(folder, *options):
     return minedit.prepare(args)[0]
 
 
-def test_three_moments_of_a_training_are_kept(tmp_path, monkeypatch):
-    shares = iter([0.2, 0.8, 0.95, 0.99, 1.0, 0.8, 1.0])
-    monkeypatch.setattr(minedit, "accuracy", lambda *_: dict.fromkeys(minedit.LABELS, next(shares)))
+def test_four_moments_of_a_training_are_kept(tmp_path, monkeypatch):
+    shares, facts = iter([0.2, 0.8, 0.95, 0.99, 1.0, 0.8, 1.0]), iter([0.99] * 7)
+    monkeypatch.setattr(minedit, "accuracy", lambda *_: accuracies(next(shares), next(facts)))
     run = toy_run(tmp_path, "--steps", "7", "--eval-every", "1")
     moments = training.Moments(run)
     end = run.train(moments).state_dict()
     steps = {name: record["step"] for name, (record, _) in moments.found.items()}
-    assert steps == {"before": 2, "memorized": 4, "end": 7}
+    assert steps == {"facts": 1, "before": 2, "memorized": 4, "end": 7}
     again = toy_run(tmp_path, "--steps", "7", "--eval-every", "1")
     for name, (_, weights) in training.Moments(again).found.items():
         same = all(torch.equal(weights[key], end[key]) for key in weights)
         assert same == (name == "end")
+
+
+def accuracies(share, facts):
+    return dict.fromkeys(minedit.LABELS, share) | {"one_hop": facts}
+
+
+@pytest.mark.parametrize("facts, last", [([0.9, 0.9], None), ([0.9, 0.99], 2), ([0.99, 0.99], 2)])
+def test_facts_are_known_before_they_are_composed(tmp_path, facts, last):
+    run = toy_run(tmp_path, *STEPS)
+    known = [*facts, 1.0, 1.0]
+    for step, share in enumerate([0.2, 0.29, 0.3, 0.99], 1):
+        run.history.append({"step": step} | accuracies(share, known[step - 1]))
+    assert training.moments_due(run).get("facts") == last
 
 
 def test_a_run_without_its_moments_is_refused(tmp_path, capsys):
@@ -1282,15 +1437,13 @@ def test_a_run_half_trained_without_its_moments_is_refused(tmp_path):
         training.Moments(toy_run(tmp_path, *STEPS, "--resume"))
 
 
-@pytest.mark.parametrize("last", [2, 3, 4, 5])
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 5])
 def test_an_interrupted_run_keeps_the_moments_of_an_uninterrupted_one(tmp_path, monkeypatch, last):
     shares = {1: 0.2, 2: 0.8, 3: 0.95, 4: 0.99, 5: 1.0, 6: 0.8, 7: 1.0}
     found = {}
     for name in ("whole", "resumed"):
         run = toy_run(tmp_path / name, *STEPS)
-        monkeypatch.setattr(
-            minedit, "accuracy", lambda *_: dict.fromkeys(minedit.LABELS, shares[run.step])
-        )
+        monkeypatch.setattr(minedit, "accuracy", lambda *_: accuracies(shares[run.step], 1.0))
         if name == "resumed":
             train_until(run, last, training.Moments(run))
             run = toy_run(tmp_path / name, *STEPS, "--resume")
@@ -1298,7 +1451,8 @@ def test_an_interrupted_run_keeps_the_moments_of_an_uninterrupted_one(tmp_path, 
         moments = training.Moments(run)
         run.train(moments)
         found[name] = moments.found
-    assert found["whole"].keys() == found["resumed"].keys() == {"before", "memorized", "end"}
+    names = {"facts", "before", "memorized", "end"}
+    assert found["whole"].keys() == found["resumed"].keys() == names
     for name, (entry, weights) in found["whole"].items():
         again, their_weights = found["resumed"][name]
         assert entry["step"] == again["step"]
@@ -1391,7 +1545,7 @@ def test_maps_that_are_the_same_and_not(tmp_path):
     assert circuits.same_paths(run, {}, one) is None
 
 
-CIRCUITS = [*TINY, "--n-edits", "2", "--transfer", "--transfer-steps", "2", "--steps", "40"]
+CIRCUITS = [*TINY, "--n-edits", "2", "--steps", "40"]
 CIRCUITS += "--ood-fraction 0.3 --train-fraction 0.3 --warmup 1 --eval-every 20".split()
 CIRCUITS += ["--lr", "0.02", "--muon-lr", "0.02"]
 
@@ -1408,11 +1562,13 @@ def test_the_circuits_study(tmp_path, arch):
     assert path["unread"] is None or 0 <= path["unread"] <= 1
     assert len(path["swap"]) == 1 and found["circuits"]["fake"] in (True, False, None)
     assert found["circuits"]["worth"]["end"].keys() >= {"step", "id", "hop2", "ablated"}
-    for name in transfer.RATES:
-        assert found[name]["end"]["n"]["new->old"] > 0
+    for path in found["circuits"]["id"].values():
+        assert 0 <= path["n_right"] <= path["n_swap"]
+        assert (path["visible_right"] is None) == (path["n_right"] == 0)
     assert runs.read_run(tmp_path / "run" / "results.json")["circuits"]
     everything.collect(tmp_path / "run", tmp_path / "kept")
-    assert all(name in json.dumps(found) for name in everything.UNUSED if name != "bands")
+    used = [name for name in everything.UNUSED if name not in ("bands", "curve")]
+    assert all(name in json.dumps(found) for name in used)
     assert not any(
         f'"{name}":' in json.dumps(results_of(tmp_path / "kept")) for name in everything.UNUSED
     )
@@ -1447,7 +1603,7 @@ def test_the_bridge_of_right_answers_is_looked_for_answer_by_answer(tmp_path):
 
 
 def test_circuits_where_there_is_nothing_to_ask(tmp_path):
-    sizes = "--entities 4 --relations 2 --steps 1 --n-edits 2 --transfer --transfer-steps 1"
+    sizes = "--entities 4 --relations 2 --steps 1 --n-edits 2"
     sizes += " --ood-fraction 0 --train-fraction 1"
     assert run_study(circuits, *TINY[4:], *sizes.split(), "--out", tmp_path / "n") == 0
 
@@ -1455,35 +1611,55 @@ def test_circuits_where_there_is_nothing_to_ask(tmp_path):
 # --- circuits: transfer ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], ["--out-degree", "2"]], ids=["full", "sparse"])
-def test_new_facts_and_what_is_asked_of_them(tmp_path, more):
-    run = toy_run(tmp_path, *more)
+SPARSE = ["--entities", "20", "--relations", "6", "--out-degree", "5", "--ood-fraction", "0.2"]
+
+
+def test_new_facts_and_what_is_asked_of_them(tmp_path):
+    run = toy_run(tmp_path, *SPARSE)
     child = transfer.grown(run)
     graph, paths, old = child.task.graph, child.paths, run.task.graph.facts
-    E, R, N = 10, 4, 14
-    assert torch.equal(torch.where(old >= 0, graph.facts[:E, :R], -1), old), "old facts stay"
-    assert (graph.n_entities, graph.n_relations) == (N, 5)
-    assert (child.config.n_entities, child.config.n_relations) == (N, 5)
+    assert torch.equal(torch.where(old >= 0, graph.facts, -1), old), "old facts stay"
+    is_new = (old < 0) & (graph.facts >= 0)
+    assert is_new.sum() == 5 == transfer.NEW * 100
+    assert (graph.facts != torch.arange(20)[:, None]).all(), "no tail is its head"
+    assert child.config == run.config and (graph.entities, graph.n_real) == (
+        run.task.graph.entities,
+        run.task.graph.n_real,
+    )
     for name in run.paths.masks:
-        assert triples(paths, name, N) == triples(run.paths, name, E), "the old sets"
-    known = set(map(tuple, (old >= 0).nonzero().tolist()))
+        assert triples(paths, name, 20) == triples(run.paths, name, 20), "the old sets"
+    ood = set(map(tuple, run.paths.facts[run.paths.ood_fact][:, :2].tolist()))
+    assert ood
     sets = {kind: set() for kind in transfer.KINDS}
-    for h, row in enumerate(graph.facts.tolist()):
-        for r1, b in enumerate(row):
-            for r2, t in enumerate(graph.facts[b].tolist() if b >= 0 else []):
-                first, second = (h, r1) in known, (b, r2) in known
-                if t < 0 or (first and second):
-                    continue
-                if first or second:
-                    sets["old->new" if first else "new->old"].add((h, r1, r2))
-                elif h >= E and b >= E and r2 < R:
-                    sets["new->new"].add((h, r1, r2))
+    for h, r1 in (graph.facts >= 0).nonzero().tolist():
+        b = int(graph.facts[h, r1])
+        for r2 in (graph.facts[b] >= 0).nonzero().flatten().tolist():
+            first, second = bool(is_new[h, r1]), bool(is_new[b, r2])
+            if first and second:
+                sets["new->new"].add((h, r1, r2))
+            elif first and (b, r2) not in ood:
+                sets["new->old"].add((h, r1, r2))
+            elif second and (h, r1) not in ood:
+                sets["old->new"].add((h, r1, r2))
+    assert sets["new->old"] and sets["old->new"]
     for name in sets:
-        assert triples(paths, name, N) == sets[name]
+        assert triples(paths, name, 20) == sets[name]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [([], "--out-degree below"), ([*SPARSE, "--most-paths", "300"], "--most-paths 500")],
+)
+def test_transfer_where_nothing_can_be_added_is_refused_before_any_training(
+    tmp_path, capsys, monkeypatch, options, said
+):
+    monkeypatch.setattr(minedit.Run, "train", None)
+    assert said in refused(capsys, transfer, *TINY, *options, "--out", tmp_path / "r")
+    assert not list(tmp_path.glob("r/*"))
 
 
 def test_transfer_starts_from_the_old_weights(tmp_path, monkeypatch):
-    run, starts = toy_run(tmp_path), []
+    run, starts = toy_run(tmp_path, *SPARSE), []
     moments = training.Moments(run)
     run.train(moments)
     found = {"end": moments.found["end"], "memorized": moments.found["end"]}
@@ -1495,23 +1671,34 @@ def test_transfer_starts_from_the_old_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transfer, "further", noted)
     made = transfer.transfer_stage(run, found, 2, 1.0)
-    assert list(made) == ["scratch", "end", "memorized"]
+    assert list(made) == ["scratch", "memorized", "end"]
     for entry in made.values():
         assert [record["step"] for record in entry["curve"]] == [0, 1, 2] and entry["step"] == 2
         assert {key: entry[key] for key in entry["curve"][-1]} == entry["curve"][-1]
-    scratch, end = starts[0]["embedding.weight"], starts[1]["embedding.weight"]
-    old = found["end"][1]["embedding.weight"]
-    assert torch.equal(end[:10], old[:10]), "the old entities"
-    assert torch.equal(end[14:18], old[10:14]), "relation r is token E + r"
-    assert torch.equal(end[10:14], scratch[10:14]) and torch.equal(end[18:], scratch[18:])
+    for name, weight in found["end"][1].items():
+        assert torch.equal(starts[1][name], weight) and torch.equal(starts[2][name], weight)
+    assert_same(run.fresh().model, starts[0])
+    assert list(transfer.transfer_stage(run, found, 2, 0.1)) == ["memorized", "end"]
+
+
+@pytest.mark.slow
+def test_the_transfer_study(tmp_path):
+    options = [*TINY, *SPARSE, "--transfer-steps", "2", "--out", tmp_path / "r"]
+    assert run_study(transfer, *options) == 0
+    found = results_of(tmp_path / "r")
+    for name in transfer.RATES:
+        assert found[name]["end"]["n"]["new->old"] > 0
+        assert found[name]["end"]["one_hop"] is not None
+    assert any("new->old" in table for table in tables_in(tmp_path / "r"))
 
 
 def test_gentle_transfer_has_a_tenth_of_the_rates_and_of_the_decay(tmp_path, monkeypatch):
-    run, recipes = toy_run(tmp_path), []
+    run, recipes = toy_run(tmp_path, *SPARSE), []
     before, share = run.recipe, transfer.RATES["transfer_gentle"]
     monkeypatch.setattr(transfer, "further", lambda child, *rest: recipes.append(child.recipe))
+    moments = {"end": (None, run.fresh().model.state_dict())}
     with pytest.raises(TypeError):
-        transfer.transfer_stage(run, {}, 2, share)
+        transfer.transfer_stage(run, moments, 2, share)
     rates = ("lr", "muon_lr", "weight_decay")
     for name, value in vars(before).items():
         scale = 0.1 if name in rates else 1
@@ -1626,15 +1813,16 @@ def test_wilson_intervals_are_those_of_published_tables(share, n, ends):
 def made_up_loop(seed, **more):
     """A run of a grokked loop, with the figures that claims ask for."""
     path = {"n": 100, "n_swap": 100, "bridge": 0.9, "relation": 0.5, "whole": 0.5, "visible": 0.0}
+    path |= {"random": 0.04, "n_right": 80, "visible_right": 0.5}
     config = {"data": {"train_fraction": 0.8}, "recipe": {}, "model": vars(Config())}
     n = {"new->old": 1000, "old->new": 1000}
     end = {"new->old": 1.0, "old->new": 0.5, "new->new": 0.15, "n": n}
     run = {"arch": "loop", "seed": seed, "step_train": 10, "step_id": 20, "step_ood": 80}
     run |= {"accuracy": {"ood": 0.99}, "n_paths": {"ood": 1000}, "config": config}
     run["circuits"] = {
-        "same": {"id": {"r": 0.95}},
-        "id": {"before": path | {"whole": 0.1}, "end": path},
-        "ood": {"memorized": path, "end": path | {"visible": 0.2}},
+        "same": {"id": {"memorized": {"r": 0.95}}},
+        "id": {"facts": path | {"whole": 0.1}, "end": path},
+        "ood": {"before": path, "end": path | {"visible_right": 0.99}},
     }
     run["transfer"] = {"end": end}
     return run | more
@@ -1649,10 +1837,11 @@ def results_with(name, several):
 
 VERDICTS = {
     "[2] ID steps / train": ("2.000", "2.000..2.000", "-", "differs"),
-    "[2] OOD steps / ID": ("3.750", "3.500..4.000", "-", "agrees"),
+    "[2] OOD steps / ID": ("3.750", "3.500..4.000", "-", "differs"),
     "[2] OOD comes": ("0.990", "0.985..0.994", "2000", "agrees"),
     "[2] r2 at r2": ("0.000", "0.000..0.000", "-", "differs"),
-    "[2] ungrokked": ("0.000", "0.000..0.019", "200", "agrees ?"),
+    "[2] ungrokked": ("-0.040", "-0.040..-0.040", "-", "agrees"),
+    "[2] grokked": ("0.990", "0.959..0.998", "160", "agrees ?"),
     "[8] ID paths": ("0.950", "0.950..0.950", "-", "agrees"),
     "[8] after grokking: old->new": ("0.500", "0.478..0.522", "2000", "differs"),
 }
@@ -1671,6 +1860,20 @@ def test_verdicts_follow_from_the_figures(text):
     assert list(tested) == ["loop"]
     assert claims.verdict_of(claim, "loop", tested["loop"])[3:] == VERDICTS[text]
     assert claims.tested_by(claim, results_with(claim.runs.format("dense"), [])) == {}
+
+
+def test_a_step_that_never_came_is_later_than_any():
+    known = {c.text: c for c in claims.read_claims(HERE / "results" / "claims.tsv")}
+    claim = known["[2] phi 3.6: steps to OOD, > at 14"]
+    late = made_up_loop(0, step_ood=2000)
+    for runs_of_it, ours in (
+        ([late, late], "2000"),
+        ([late, made_up_loop(1, step_ood=None)], "inf"),
+    ):
+        name = claim.runs.format("lmc")
+        tested = claims.tested_by(claim, results_with(name, runs_of_it))["lmc"]
+        found = claims.verdict_of(claim, "lmc", tested)
+        assert (found.ours, found.verdict) == (ours, "agrees")
 
 
 def test_one_run_of_a_mean_has_no_interval():

@@ -37,10 +37,14 @@ def trained(args, **options) -> Iterator[tuple[Run, Model]]:
 
 
 def moments_due(run: Run) -> dict[str, int]:
-    """{moment: its step} of the training so far."""
+    """{moment: its step} of the training so far: the last evaluation at which the facts are known and
+    hardly anything is composed, the last before the training set is fit, the first after, the end.
+    """
     due = {}
     for record in run.history:
         fitted = record["train"] or 0.0
+        if record["one_hop"] >= 0.99 and fitted < 0.3:
+            due["facts"] = record["step"]
         if fitted >= 0.99:
             due["memorized"] = record["step"]
             break
@@ -52,7 +56,7 @@ def moments_due(run: Run) -> dict[str, int]:
 
 
 class Moments:
-    """The averaged weights at three moments of a training, kept beside its checkpoint. UserError
+    """The averaged weights at four moments of a training, kept beside its checkpoint. UserError
     where some are due and were not kept: a training, or a part of it, without this study."""
 
     def __init__(self, run: Run):

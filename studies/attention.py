@@ -1,0 +1,61 @@
+"""Do exceptions leave the attention by curvature alone? The core's --ablate beside its controls.
+
+Trains as `minedit.py --ablate` does, ablates the attention layers by K-FAC at the same shares of the
+mass, and then by every control of studies/controls.py with as large a change of each layer, |W - W'|
+/ |W|, as K-FAC's. After Merullo et al. 2025, arXiv 2510.24256, and what its reviewers asked for.
+
+    python -m studies.attention --arch lmc --seeds 3 --out runs/exceptions
+
+Writes "attention" into results.json; a run takes 4 minutes on one core.
+"""
+
+import sys
+import time
+from dataclasses import asdict
+
+import minedit
+from minedit import AblationRecord, Run
+from models import Model
+from studies.ablation import check_exceptions
+from studies.controls import CONTROLS, control, edited
+from studies.training import trained
+
+
+def attention_stage(run: Run, model: Model, keeps: tuple[float, ...]) -> list[AblationRecord]:
+    names = [name for name in minedit.linear_layers(model) if ".attention." in name]
+    batches = run.make_batches(run.paths, run.recipe, run.stream(run.device))
+    spectrum = minedit.spectrum_of(run, model, batches.mixture(25), names)
+    records = []
+    for keep in keeps:
+        by_curvature = edited(model, "kfac", spectrum, names, keep)
+        records.append(minedit.ablation_record(model, run.paths, by_curvature, "kfac", keep))
+        for method in CONTROLS:
+            weights = {}
+            for name in names:
+                W, (A, G) = model.get_parameter(f"{name}.weight").detach(), spectrum.factors[name]
+                change = float((W - by_curvature[name]).norm() / W.norm())
+                alike = {"removed": min(0.999, change), "generator": run.stream()}
+                weights[name] = control(method, W, A, G, **alike)
+            records.append(minedit.ablation_record(model, run.paths, weights, method, keep))
+    print(f"\n{minedit.record_table(records, minedit.ABLATION_COLUMNS, minedit.ABLATION_LEGEND)}")
+    return records
+
+
+def command(args):
+    message = "--label-noise and --branches must be above 0: the study is about exceptions"
+    minedit.require(args.label_noise > 0 and args.branches > 0, message)
+    keeps = minedit.KEEPS[::3] if args.quick else minedit.KEEPS
+    for run, model in trained(args, check=check_exceptions):
+        began = time.perf_counter()
+        records = attention_stage(run, model, keeps)
+        run.add_results("attention", [asdict(record) for record in records], began)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = minedit.training_parser("python -m studies.attention", __doc__.split("\n\n")[0])
+    parser.set_defaults(**minedit.ABLATE)
+    return minedit.guarded(command, minedit.parse(parser, argv, {"quick": minedit.QUICK}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
