@@ -24,7 +24,8 @@ import edit as editing
 import minedit
 from minedit import Run
 from models import Model
-from studies.mass_edit import Group, MassStudy, Scores, best, trained_runs
+from studies.mass_edit import MassStudy, best
+from studies.mass_task import Group, Scores, trained_runs
 from studies.training import positive
 
 COUNTS = (1000, 3162, 10_000)

@@ -40,8 +40,8 @@ import minedit
 from minedit import Run, share_of
 from models import Model, states
 from studies import controls
-from studies.propagation import span, state_entry
 from studies.training import Moments, check_edits
+from studies.when import span, state_entry
 
 REGIMES = {
     "natural": [],
@@ -355,10 +355,7 @@ def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> di
             pair = same_paths(run, maps[moment], maps["end"])
             if moment != "end" and pair is not None:
                 same[queries][moment] = pair._asdict()
-    used, usual = found["ood"]["end"].visible, found["id"]["end"].visible
-    fake = None
-    if used is not None and usual is not None:
-        fake = run.history[-1]["ood"] >= 0.9 and used < USED * usual
+    fake = is_fake(run.history[-1]["ood"], found["id"]["end"], found["ood"]["end"])
     print(paths_table(found))
     print(worth_table(worth, same))
     print(f"fake grokking (OOD >= 0.9, visible swap below {USED} of that of ID): {fake}")
@@ -370,6 +367,14 @@ def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> di
         "same": same,
         "fake": fake,
     }
+
+
+def is_fake(accuracy: float | None, of_id: InferencePath, of_ood: InferencePath) -> bool | None:
+    """Whether OOD compositions are answered, but less by the bridge than ID ones; None where one of
+    these was not asked."""
+    if of_id.visible is None or of_ood.visible is None:
+        return None
+    return accuracy >= 0.9 and of_ood.visible < USED * of_id.visible
 
 
 def paths_table(found: dict[str, dict[str, InferencePath]]) -> str:

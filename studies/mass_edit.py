@@ -37,25 +37,21 @@ thread and 10 GiB; AlphaEdit would want an eigendecomposition of a matrix of thi
 """
 
 import itertools
-import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 import edit as editing
-import kg
 import minedit
-from minedit import Run, share_of
+from minedit import Run
 from models import Model, stores
-from studies.training import positive, trained
+from studies.mass_task import Group, MassTask, Scores, trained_runs
+from studies.peers import finetune_update, official_residual
+from studies.training import positive
 
 COUNTS = (1, 10, 100, 316, 1000, 3162, 10_000)
 TARGETS = ("prototype", "gradient", "official")
@@ -69,125 +65,6 @@ STRENGTHS = {  # the most careful first
     "finetune": (0.1, 0.3, 0.5, 0.7, 1.0, 2.0),  # bound, times the rms of W
 }
 NEARLY = 0.5  # points of the score below the best at which a more careful strength is taken
-
-# --- The task: every relation has two names -------------------------------------------------------
-
-
-class TwoNames(minedit.FactBatches):
-    """Batches in which half of the relations are asked for by their other token, R later."""
-
-    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, positions, answers = super().draw()
-        relations = tokens[:, 1:]
-        other = torch.randint(2, relations.shape, generator=self.generator, device=self.device)
-        tokens[:, 1:] += self.n_relations * other
-        return tokens, positions, answers
-
-    @cached_property
-    def n_relations(self) -> int:
-        return n_names(self.paths)
-
-
-def n_names(paths: kg.Paths) -> int:
-    """How far a relation's other token is from its own."""
-    return int(paths.facts[:, 1].max()) + 1
-
-
-def make_task(args, seed: int, graph) -> minedit.Task:
-    minedit.require(
-        args.branches == 0, f"--branches {args.branches}: facts alone are trained here, 0"
-    )
-    task = minedit.make_task(args, seed, graph)
-    return task._replace(data=task.data | {"aliases": True}, n_relations=2 * task.n_relations)
-
-
-def trained_runs(args) -> Iterator[tuple[Run, Model]]:
-    """Each run that was asked for, on relations of two names, with its model."""
-    return trained(args, check=check_plan, make_task=make_task, make_batches=TwoNames)
-
-
-def check_plan(run: Run):
-    """UserError where too few facts can be edited."""
-    n = len(minedit.mass_plan(run.paths, run.stream()).requests)
-    minedit.require(n >= 5, f"{run.folder}: fewer than 10 facts can be edited; use a larger graph")
-
-
-# --- Methods --------------------------------------------------------------------------------------
-
-
-def finetune_update(
-    model: nn.Module, name: str, requests: editing.Requests, bound: float, batch: int
-) -> Tensor:
-    """dW of the layer `name` by Adam on -log p(wanted answer), no entry above bound * rms(W), until
-    the mean loss is below 0.01, 45 steps at most: the constrained fine-tuning of Meng et al. 2022
-    (ROME), which ends so, at a rate that can reach the bound in 15 steps."""
-    weight = f"{name}.weight"
-    W, n = model.get_parameter(weight).detach(), len(requests)
-    limit = bound * float(W.square().mean().sqrt())
-    dW = torch.zeros_like(W, requires_grad=True)
-    optimizer = torch.optim.Adam([dW], lr=limit / 15)
-    for _ in range(45):
-        mean_loss = 0.0
-        for i in torch.arange(n, device=W.device).split(batch):
-            logits = functional_call(model, {weight: W + dW}, requests.tokens[i])[:, -1]
-            loss = F.cross_entropy(logits, requests.new[i], reduction="sum") / n
-            loss.backward(inputs=[dW])
-            mean_loss += loss.item()
-        if mean_loss < 0.01:
-            break
-        optimizer.step()
-        optimizer.zero_grad()
-        dW.data.clamp_(-limit, limit)
-    return dW.detach()
-
-
-def official_residual(
-    model: nn.Module, at: editing.Site, stream: Tensor, requests: editing.Requests, batch: int
-) -> Tensor:
-    """r [n, d_out] with the numbers of MEMIT's code for GPT-J: Adam at 0.5 on r itself, added to
-    what the store returns at the last token, 24 steps or until a request's loss, -log p(wanted
-    answer) + 0.5 |r| / |h|^2, is below 0.05; |r| <= 0.75 |h|. h: the fact's row of `stream`, what
-    the block leaves in the stream [facts, d_out]."""
-    parts, store = [], model.get_submodule(at.name.rpartition(".")[0])  # read by its winners
-    for i in torch.arange(len(requests), device=stream.device).split(batch):
-        h = stream[requests.fact[i]].norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        r = torch.zeros(len(i), stream.shape[1], requires_grad=True, device=h.device)
-        optimizer = torch.optim.Adam([r], lr=0.5)
-
-        for _ in range(24):
-            with editing.added(store, r, [at.call]):
-                logits = model(requests.tokens[i])[:, -1]
-            loss = F.cross_entropy(logits, requests.new[i], reduction="none")
-            length = (r.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-            loss = loss + (0.5 * length / h**2)[:, 0]
-            is_done = (loss < 0.05)[:, None]
-            if is_done.all():
-                break
-            (r.grad,) = torch.autograd.grad(loss.sum(), r)
-            kept = r.detach().clone()
-            optimizer.step()
-            length = r.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            r.data *= (0.75 * h / length).clamp(max=1)
-            r.data = torch.where(is_done, kept, r.data)
-        parts.append(r.detach())
-    return torch.cat(parts)
-
-
-@dataclass(kw_only=True)
-class Scores:
-    """What is left to say of an update that was asked; None where there is no such figure."""
-
-    infeasible: str | None = None  # why there is no solution
-    efficacy: float | None = None  # requests with their new answer
-    paraphrase: float | None = None  # the same, asked by the relation's other name
-    specificity: float | None = None  # facts never edited that keep their answers
-    score: float | None = None  # harmonic mean of the three, in percent
-    # the same as the papers count: the new answer is likelier than the old one, by either name, and
-    # for a fact of the same relation that is never edited its own than the new one of the request
-    new_likelier: float | None = None
-    new_likelier_paraphrase: float | None = None
-    own_likelier: float | None = None
-    paper_score: float | None = None
 
 
 @dataclass
@@ -225,17 +102,6 @@ class MassEntry(Scores):
         return found
 
 
-class Group(NamedTuple):
-    """Facts that are edited, and other facts that tell the specificity."""
-
-    name: str
-    requests: editing.Requests
-    spared: Tensor
-
-    def largest(self, n: int) -> int:
-        return min(n, len(self.requests))
-
-
 class Problem(NamedTuple):
     """The first n requests of a group, with a target: what an update is asked to do."""
 
@@ -253,44 +119,19 @@ def best(entries: list):
     return next(entry for entry in entries if (entry.score or 0) >= highest - NEARLY)
 
 
-@torch.no_grad()
-def compared(model: Model, tokens: Tensor, wanted: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the answer to each of the queries [n, token] is the one wanted [n], and whether this
-    one is likelier than the other [n]."""
-    is_answer, is_likelier = [], []
-    for i in torch.arange(len(tokens), device=tokens.device).split(4096):
-        logits = model(tokens[i])[:, -1]
-        mine = logits.gather(1, wanted[i, None])
-        is_answer.append(logits.argmax(-1) == wanted[i])
-        is_likelier.append((mine > logits.gather(1, other[i, None]))[:, 0])
-    return torch.cat(is_answer), torch.cat(is_likelier)
-
-
-def percent(*shares: float) -> float:
-    """The harmonic mean, in percent; next to 0 where one is 0."""
-    return 100 * statistics.harmonic_mean([max(share, 1e-9) for share in shares])
-
-
-class MassStudy:
+class MassStudy(MassTask):
     """Many facts of a model in one update, and what becomes of these and of other facts. Strengths
     are chosen by the group `choosing` alone. `most`: the largest number of edits."""
 
     def __init__(self, run: Run, model: Model, batch: int, most: int):
-        self.run, self.model, self.batch = run, model, batch
-        self.queries = run.paths.queries
-        self.second_name = torch.tensor([0, n_names(run.paths)], device=run.device)
+        super().__init__(run, model, most)
+        self.batch = batch
         self.site = stores(run.config)[0]
         began = time.perf_counter()
         self.at = editing.site(model, self.site.module, self.site.call, self.queries)
         self.gathered = time.perf_counter() - began  # seconds for keys, values and C
         self.weight = self.at.layer.weight.detach()
         self.is_wide = self.weight.shape[1] > minedit.WIDE
-        self.before = minedit.last_answers(model, self.queries)
-        self.known = self.before == run.paths.facts[:, 2]
-        plan = minedit.mass_plan(run.paths, run.stream())
-        others = plan.others[: max(most, 100)]
-        self.choosing = Group("choosing", others, plan.spared[::2])
-        self.scoring = Group("scoring", plan.requests[:most], plan.spared[1::2])
         self.sought = {}  # {(group, target): (r of all its requests, seconds for one)}
         self.swept = {}  # {(method, number of facts, target): [MassEntry]}
         self.made = {}  # {how: (what, seconds)}: see `decomposed`
@@ -497,35 +338,6 @@ class MassStudy:
         entry.seconds = round(seconds + time.perf_counter() - began, 3)
         self.score(entry, requests, updates, group)
         return entry
-
-    def score(
-        self, entry: Scores, requests: editing.Requests, updates: dict[str, Tensor], group: Group
-    ):
-        """Asks the edited model for the requests, by both names, and for what the group spares."""
-        renamed, other = requests.tokens + self.second_name, self.neighbours(requests, group)
-        tails = self.run.paths.facts[other, 2]
-        with editing.edited(self.model, updates):
-            new, likelier = compared(self.model, requests.tokens, requests.new, requests.old)
-            again, likelier_again = compared(self.model, renamed, requests.new, requests.old)
-            _, own = compared(self.model, self.queries[other], tails, requests.new)
-            now = minedit.last_answers(self.model, self.queries[group.spared])
-        entry.efficacy, entry.paraphrase = share_of(new), share_of(again)
-        entry.specificity = share_of(now == self.before[group.spared])
-        entry.score = percent(entry.efficacy, entry.paraphrase, entry.specificity)
-        entry.new_likelier, entry.new_likelier_paraphrase = share_of(likelier), share_of(
-            likelier_again
-        )
-        entry.own_likelier = share_of(own)
-        shares = (entry.new_likelier, entry.new_likelier_paraphrase, entry.own_likelier)
-        entry.paper_score = percent(*shares)
-
-    def neighbours(self, requests: editing.Requests, group: Group) -> Tensor:
-        """For each request a fact that the group spares, of the same relation where there is one
-        [n], the same in every call."""
-        relation = self.run.paths.facts[:, 1]
-        is_alike = relation[group.spared] == relation[requests.fact][:, None]
-        noise = torch.rand(is_alike.shape, generator=self.run.stream()).to(is_alike.device)
-        return group.spared[(noise + is_alike).argmax(1)]
 
 
 def spread(study: MassStudy, counts: list[int]) -> tuple[list[MassEntry], list[MassEntry]]:

@@ -31,7 +31,8 @@ import minedit
 from minedit import Run, share_of
 from models import Model
 from studies import capacity
-from studies.mass_edit import MassStudy, Scores, best, trained_runs
+from studies.mass_edit import MassStudy, best
+from studies.mass_task import Scores, trained_runs
 from studies.training import positive
 
 WAYS = ("carried", "forgotten", "anew")

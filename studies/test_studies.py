@@ -41,9 +41,10 @@ from studies import (
     gpu,
     images,
     mass_edit,
+    mass_task,
 )
 from studies import many, propagation, report, runs, second_moment, sequence, shrinkage
-from studies import attention, pages, times, training, transfer
+from studies import attention, pages, peers, times, training, transfer, when
 from studies.training import further
 from test_all import TINY, World, assert_same, checkpoint, close, generator, normal
 from test_all import results_of, tiny_model, tiny_paths, weights_of
@@ -257,7 +258,7 @@ def test_holding_a_state_as_it_was(world):
     def held(call, token, basis):
         state = models.State(call, "stream", "blocks.0", call)
         edits = minedit.Edits(at, 0, "rome", "gradient", u, r)
-        return propagation.held_answers(model, edits, probe, state, token, basis, chunk=3)
+        return when.held_answers(model, edits, probe, state, token, basis, chunk=3)
 
     assert torch.equal(held(1, 2, 0 * everything), edited), "nothing is held"
     assert torch.equal(held(2, 2, everything), before), "the last state decides"
@@ -470,7 +471,7 @@ def test_the_many_study_reports_and_leaves_the_model(tmp_path, capsys):
 
 def test_relations_are_asked_by_two_names():
     paths, recipe = tiny_paths(None), minedit.Recipe(batch=20, branches=0)
-    batches = mass_edit.TwoNames(paths, recipe, generator())
+    batches = mass_task.TwoNames(paths, recipe, generator())
     drawn = [batches.draw() for _ in range(20)]
     tokens, answers = (torch.cat([draw[i] for draw in drawn]) for i in (0, 2))
     relations = tokens[:, 1:]
@@ -602,7 +603,7 @@ def mass_runs(tmp_path_factory):
             [*options, "--out", str(tmp_path_factory.mktemp(arch))]
         )
         (run,) = minedit.prepare(
-            args, make_task=mass_edit.make_task, make_batches=mass_edit.TwoNames
+            args, make_task=mass_task.make_task, make_batches=mass_task.TwoNames
         )
         runs[arch] = run, run.train()
     return runs
@@ -612,13 +613,13 @@ class Scores:
     """Every call of MassStudy.score: what was asked of which facts."""
 
     def __init__(self, monkeypatch):
-        self.calls, score = [], mass_edit.MassStudy.score
+        self.calls, score = [], mass_task.MassTask.score
 
         def recorded(study, entry, requests, updates, group):
             score(study, entry, requests, updates, group)
             self.calls.append((study, requests.fact, group.spared))
 
-        monkeypatch.setattr(mass_edit.MassStudy, "score", recorded)
+        monkeypatch.setattr(mass_task.MassTask, "score", recorded)
 
     def check(self, n_swept: int, n_edits: int):
         """Strengths are chosen on facts of their own, by facts of their own, and nothing else."""
@@ -727,6 +728,36 @@ def test_the_most_careful_of_those_that_are_nearly_best_is_chosen():
     assert mass_edit.best(entries).strength == 3
 
 
+def test_alphaedit_is_given_its_ridge_in_squared_lengths_of_a_key(mass_runs):
+    study = mass_edit.MassStudy(*mass_runs["lmc"], 100, 10)
+    problem = study.problem(study.scoring, 6, "gradient")
+    keys, _ = editing.record(study.model, study.at.layer, study.queries)
+    squared = keys[study.at.call].double().square().sum(-1).mean()  # of ordinary keys, all tokens
+    dW = study.closed_form("alphaedit", problem.K, problem.r, (0.3, 2.0))
+    C = study.at.C
+    close(dW, editing.alphaedit_update(problem.K, problem.r, C, 0.3 * squared, threshold=2.0), 1e-6)
+    entry = study.entry("alphaedit", "gradient", (0.3, 2.0), 6)
+    assert (entry.strength, entry.threshold, entry.setting) == (0.3, 2.0, (0.3, 2.0))
+    official = study.closed_form("alphaedit-official", problem.K, problem.r, (10.0, 1e9))
+    options = {"threshold": 1e9, "absolute": True}
+    close(official, editing.alphaedit_update(problem.K, problem.r, C, 10.0, **options), 1e-6)
+
+
+def test_every_method_has_the_target_that_suits_it(mass_runs, monkeypatch):
+    study = mass_edit.MassStudy(*mass_runs["lmc"], 100, 10)
+    liked = {"memit": "official", "rome": "prototype", "emmet": "gradient"}
+
+    def chosen(method, n, target):
+        entry = study.entry(method, target, mass_edit.STRENGTHS[method][0], n)
+        entry.score = 90.0 if liked[method] == target else 50.0
+        return entry
+
+    monkeypatch.setattr(study, "chosen", chosen)
+    for method, target in liked.items():
+        assert study.target(method, 3) == target
+    assert study.target("finetune", 3) == "gradient"
+
+
 def test_fine_tuning_ends_where_the_answers_are_given(mass_runs, monkeypatch):
     run, trained = mass_runs["lmc"]
     model = copy.deepcopy(trained)
@@ -742,7 +773,7 @@ def test_fine_tuning_ends_where_the_answers_are_given(mass_runs, monkeypatch):
     n_steps = []
     for bound in (1e-6, 5.0):
         steps.clear()
-        mass_edit.finetune_update(model, "memory.values", requests, bound, 100)
+        peers.finetune_update(model, "memory.values", requests, bound, 100)
         n_steps.append(len(steps))
     assert n_steps[0] == 45 > n_steps[1] > 0
 
@@ -838,7 +869,7 @@ def test_the_official_target_search_keeps_its_length_and_finds_answers(world):
     at.values, before = at.values.float(), weights_of(model)
     try:
         _, stream = editing.last_token(model, "blocks.0", 0, world.paths.queries)
-        r = mass_edit.official_residual(model, at, stream.detach(), requests, 3)
+        r = peers.official_residual(model, at, stream.detach(), requests, 3)
         assert (r.norm(dim=-1) <= 0.7501 * stream[requests.fact].norm(dim=-1)).all()
         assert_same(model, before)
 
@@ -857,10 +888,10 @@ def test_the_official_target_search_keeps_its_length_and_finds_answers(world):
 def test_constrained_fine_tuning_keeps_its_bound_and_writes(world):
     model, layer, requests = world.model, world.at.layer, world.requests
     before, limit = weights_of(model), 0.1 * layer.weight.square().mean().sqrt()
-    dW = mass_edit.finetune_update(model, "memory.values", requests, 0.1, 100)
+    dW = peers.finetune_update(model, "memory.values", requests, 0.1, 100)
     assert 0.9 * limit < dW.abs().max() <= 1.0001 * limit
-    close(mass_edit.finetune_update(model, "memory.values", requests, 0.1, 3), dW, 1e-6)
-    large = mass_edit.finetune_update(model, "memory.values", requests, 20.0, 100)
+    close(peers.finetune_update(model, "memory.values", requests, 0.1, 3), dW, 1e-6)
+    large = peers.finetune_update(model, "memory.values", requests, 20.0, 100)
     assert_same(model, before)
     with editing.edited(model, {"memory.values": large}):
         assert torch.equal(model(requests.tokens)[:, -1].argmax(-1), requests.new)
@@ -1505,7 +1536,7 @@ def test_both_parts_of_a_swapped_state_are_the_whole(arch):
     model = tiny_model(arch)
     one = torch.randint(10, (6, 3), generator=generator())
     other = (one + torch.tensor([3, 1, 5])) % 10
-    basis = propagation.span(normal(6, 16), normal(6, 16, seed=1))
+    basis = when.span(normal(6, 16), normal(6, 16, seed=1))
     both = torch.cat([basis, circuits.complement(basis)], -1)
     close(both.mT @ both, torch.eye(16).double().expand(6, 16, 16), 1e-12)
     own, theirs = model(one)[:, -1].argmax(-1), model(other)[:, -1].argmax(-1)
@@ -1600,6 +1631,44 @@ def test_the_bridge_of_right_answers_is_looked_for_answer_by_answer(tmp_path):
     run.paths = replace(paths, two_hop=(answers + 1) % 10)
     circuits.read_with_lens(path, run, model, rows, sites, streams)
     assert path.unread is None, "nothing is right"
+
+
+def test_swaps_count_pairs_that_are_both_answered_right(tmp_path):
+    run = toy_run(tmp_path)
+    model, paths = run.train(), run.paths
+    answers = minedit.last_answers(model, paths.tokens)
+    half = torch.arange(len(answers)) % 2 == 0  # every other one is right
+    run.paths = replace(paths, two_hop=torch.where(half, answers, (answers + 1) % 10))
+    rows = torch.arange(60)
+    every = models.states(run.config)
+    sites = [(state.module, state.call) for state in every]
+    streams = [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+    path = circuits.InferencePath()
+    circuits.swap_bridges(path, run, model, rows, sites, streams, generator())
+    tokens, answer = paths.tokens[rows], run.paths.two_hop[rows]
+    one, other = editing.prompt_pairs(tokens[:, 1:], answer, 0, 200, generator())
+    follows, n_right = 0, 0
+    for i, j in zip(one.tolist(), other.tolist()):
+        if half[i] and half[j]:
+            swapped = circuits.swapped(model, tokens[[i]], tokens[[j]], sites[streams[0]], 1)
+            follows += int(swapped == answer[j])
+            n_right += 1
+    assert 0 < n_right == path.n_right < path.n_swap
+    assert path.whole_right == follows / n_right
+    run.paths = replace(paths, two_hop=(answers + 1) % 10)
+    path = circuits.InferencePath()
+    circuits.swap_bridges(path, run, model, rows, sites, streams, generator())
+    assert path.n_right == 0 and path.whole_right is None and path.whole is not None
+
+
+@pytest.mark.parametrize(
+    "ood, visible, fake",
+    [(0.95, 0.39, True), (0.95, 0.41, False), (0.89, 0.0, False), (0.95, None, None)],
+)
+def test_fake_grokking_answers_without_the_bridge(ood, visible, fake):
+    of_id, of_ood = circuits.InferencePath(visible=0.8), circuits.InferencePath(visible=visible)
+    assert circuits.is_fake(ood, of_id, of_ood) is fake
+    assert circuits.is_fake(ood, circuits.InferencePath(), of_id) is None
 
 
 def test_circuits_where_there_is_nothing_to_ask(tmp_path):
