@@ -732,7 +732,7 @@ def test_alphaedit_is_given_its_ridge_in_squared_lengths_of_a_key(mass_runs):
     study = mass_edit.MassStudy(*mass_runs["lmc"], 100, 10)
     problem = study.problem(study.scoring, 6, "gradient")
     keys, _ = editing.record(study.model, study.at.layer, study.queries)
-    squared = keys[study.at.call].double().square().sum(-1).mean()  # of ordinary keys, all tokens
+    squared = keys.double().square().sum(-1).mean()  # of ordinary keys, at every call and token
     dW = study.closed_form("alphaedit", problem.K, problem.r, (0.3, 2.0))
     C = study.at.C
     close(dW, editing.alphaedit_update(problem.K, problem.r, C, 0.3 * squared, threshold=2.0), 1e-6)
@@ -1637,7 +1637,7 @@ def test_swaps_count_pairs_that_are_both_answered_right(tmp_path):
     run = toy_run(tmp_path)
     model, paths = run.train(), run.paths
     answers = minedit.last_answers(model, paths.tokens)
-    half = torch.arange(len(answers)) % 2 == 0  # every other one is right
+    half = torch.arange(len(answers)) // 4 % 2 == 0  # of every first fact all, or none, are right
     run.paths = replace(paths, two_hop=torch.where(half, answers, (answers + 1) % 10))
     rows = torch.arange(60)
     every = models.states(run.config)
@@ -1683,8 +1683,9 @@ def test_circuits_where_there_is_nothing_to_ask(tmp_path):
 SPARSE = ["--entities", "20", "--relations", "6", "--out-degree", "5", "--ood-fraction", "0.2"]
 
 
-def test_new_facts_and_what_is_asked_of_them(tmp_path):
-    run = toy_run(tmp_path, *SPARSE)
+@pytest.mark.parametrize("seed", range(4))
+def test_new_facts_and_what_is_asked_of_them(tmp_path, seed):
+    run = toy_run(tmp_path, *SPARSE, "--seed", str(seed))
     child = transfer.grown(run)
     graph, paths, old = child.task.graph, child.paths, run.task.graph.facts
     assert torch.equal(torch.where(old >= 0, graph.facts, -1), old), "old facts stay"
@@ -1713,6 +1714,17 @@ def test_new_facts_and_what_is_asked_of_them(tmp_path):
     assert sets["new->old"] and sets["old->new"]
     for name in sets:
         assert triples(paths, name, 20) == sets[name]
+
+
+def test_new_tails_are_any_entities_but_their_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "NEW", 1.0)  # of all questions without an answer
+    tails = []
+    for seed in range(6):
+        run = toy_run(tmp_path / str(seed), *SPARSE, "--seed", str(seed))
+        old, facts = run.task.graph.facts, transfer.grown(run).task.graph.facts
+        assert (facts >= 0).all() and (facts != torch.arange(20)[:, None]).all()
+        tails += facts[old < 0].tolist()
+    assert set(tails) == set(range(20))
 
 
 @pytest.mark.parametrize(
