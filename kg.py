@@ -304,16 +304,21 @@ class Probes(NamedTuple):
 
 def draw_edits(paths: Paths, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     """(fact [n], new [n], n_fixed): n random ID facts, fewer where there are not so many, each with
-    a new tail out of the other tails of its relation; n_fixed ID facts have no other tail."""
+    a new tail out of the other tails of its relation: one that the head has under no relation, so
+    that confusing two of its facts is no success, or any where there is none; n_fixed ID facts have
+    no other tail."""
     facts = paths.facts.cpu()
     id_facts = (paths.real & ~paths.ood_fact).cpu().nonzero().flatten()
     tails = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
+    had = {h: facts[facts[:, 0] == h, 2].unique() for h in facts[:, 0].unique().tolist()}
     editable = [i for i in id_facts.tolist() if len(tails[int(facts[i, 1])]) > 1]
     order = torch.randperm(len(editable), generator=generator)[:n]
     fact = torch.tensor(editable, dtype=torch.long)[order]
     new = []
-    for _, relation, old in facts[fact].tolist():
-        others = tails[relation][tails[relation] != old]
+    for head, relation, old in facts[fact].tolist():
+        others = tails[relation][~torch.isin(tails[relation], had[head])]
+        if len(others) == 0:
+            others = tails[relation][tails[relation] != old]
         new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
     new = torch.tensor(new, dtype=torch.long)
     return fact.to(paths.facts.device), new.to(paths.facts.device), len(id_facts) - len(editable)

@@ -497,8 +497,10 @@ def test_edits_are_id_facts_with_another_tail_of_their_relation(n):
     fact, new, n_fixed = kg.draw_edits(paths, n, generator())
     assert n_fixed == fixed.sum() > 0 and set(fact.tolist()) <= editable
     assert len(fact) == len(fact.unique()) == min(n, len(editable))
-    for (_, relation, old), tail in zip(paths.facts[fact].tolist(), new.tolist()):
+    for (head, relation, old), tail in zip(paths.facts[fact].tolist(), new.tolist()):
         assert tail != old and tail in facts[:, relation]
+        can_be_new = set(facts[:, relation].tolist()) - set(facts[head].tolist())
+        assert tail in can_be_new or not can_be_new, "another fact of the head has it"
     again, other = kg.draw_edits(paths, n, generator()), kg.draw_edits(paths, n, generator(1))
     assert torch.equal(again[0], fact) and torch.equal(again[1], new)
     assert not torch.equal(other[0], fact)
