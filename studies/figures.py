@@ -308,7 +308,9 @@ def mass(groups: list[Group]):
         for run in group.runs:
             for entry in lookup(run, "mass.edits") or []:
                 if entry.get("score") is not None:
-                    line = f"{entry['method']}, {entry['target']}"
+                    line = entry["method"]
+                    if line == "memit":
+                        line = f"memit, {entry['target']}"
                     panels.add(group.name, line, entry["n"], entry["score"] / 100)
     return draw_lines(panels, "facts edited at once", "score / 100") if panels.values else None
 

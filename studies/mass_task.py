@@ -65,6 +65,8 @@ def check_plan(run: Run):
 
 # --- What is asked --------------------------------------------------------------------------------
 
+NEIGHBOURS = 10  # facts asked beside a request, as in CounterFact (Meng et al. 2022, 2202.05262)
+
 
 class Group(NamedTuple):
     """Facts that are edited, and other facts that tell the specificity."""
@@ -131,26 +133,33 @@ class MassTask:
         self, entry: Scores, requests: editing.Requests, updates: dict[str, Tensor], group: Group
     ):
         """Asks the edited model for the requests, by both names, and for what the group spares."""
-        renamed, other = requests.tokens + self.second_name, self.neighbours(requests, group)
+        renamed, (i, other) = requests.tokens + self.second_name, self.neighbours(requests, group)
         tails = self.run.paths.facts[other, 2]
         with editing.edited(self.model, updates):
             new, likelier = compared(self.model, requests.tokens, requests.new, requests.old)
             again, likelier_again = compared(self.model, renamed, requests.new, requests.old)
-            _, own = compared(self.model, self.queries[other], tails, requests.new)
+            _, own = compared(self.model, self.queries[other], tails, requests.new[i])
             now = minedit.last_answers(self.model, self.queries[group.spared])
         entry.efficacy, entry.paraphrase = share_of(new), share_of(again)
         entry.specificity = share_of(now == self.before[group.spared])
         entry.score = percent(entry.efficacy, entry.paraphrase, entry.specificity)
         entry.new_likelier = share_of(likelier)
         entry.new_likelier_paraphrase = share_of(likelier_again)
-        entry.own_likelier = share_of(own)
+        entry.own_likelier = share_of(own) or 0.0
         shares = (entry.new_likelier, entry.new_likelier_paraphrase, entry.own_likelier)
         entry.paper_score = percent(*shares)
 
-    def neighbours(self, requests: editing.Requests, group: Group) -> Tensor:
-        """For each request a fact that the group spares, of the same relation where there is one
-        [n], the same in every call."""
-        relation = self.run.paths.facts[:, 1]
-        is_alike = relation[group.spared] == relation[requests.fact][:, None]
+    def neighbours(self, requests: editing.Requests, group: Group) -> tuple[Tensor, Tensor]:
+        """(request [m], fact [m]): for each request NEIGHBOURS facts that the group spares (of more
+        than a thousand requests one each), of its relation where there are so many, whose tail is
+        not its new one; the same ones in every call."""
+        facts, n = self.run.paths.facts, len(requests)
+        n_each = min(NEIGHBOURS if n <= 1000 else 1, len(group.spared))
+        is_alike = facts[group.spared, 1] == facts[requests.fact, 1][:, None]  # [n, n_spared]
+        is_new = facts[group.spared, 2] == requests.new[:, None]
         noise = torch.rand(is_alike.shape, generator=self.run.stream()).to(is_alike.device)
-        return group.spared[(noise + is_alike).argmax(1)]
+        chosen = (noise + is_alike.float() - 3 * is_new.float()).topk(n_each).indices
+        request = torch.arange(n, device=chosen.device).repeat_interleave(n_each)
+        fact = group.spared[chosen.flatten()]
+        is_usable = facts[fact, 2] != requests.new[request]
+        return request[is_usable], fact[is_usable]

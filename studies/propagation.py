@@ -169,10 +169,10 @@ def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
     where compositions look for it as second hop, under other keys. The entry of edits of both by
     ROME with prototypes: of the first as everywhere; of the second with the mean key of some
     compositions that end in the fact, which are not asked then, and the mean value of compositions
-    that are answered by the wanted tail. None for a model with one store."""
-    last = stores(run.config)[-1]
-    if last.module == stores(run.config)[0].module:
+    that are answered by the wanted tail. None for the cells that share."""
+    if run.config.loop or run.config.memory:
         return None
+    last = stores(run.config)[-1]
     paths, known, requests = run.paths, case.known, case.requests
     lent, probes = set_apart(case.probes, run.stream())
     at = minedit.gather(run, model, case.chosen.site)

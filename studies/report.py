@@ -220,9 +220,8 @@ def mass_table(groups: list[Group]) -> Table | None:
                 found.append(entry | {"of": part})
         return found
 
-    words = same("of", "method", "target", "n", "strength", "blocks")
-    shares = {"threshold": "threshold"}
-    shares |= {"efficacy": "eff", "paraphrase": "para", "specificity": "spec", "score": "score"}
+    words = same("of", "method", "target", "n", "strength", "threshold", "blocks")
+    shares = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec", "score": "score"}
     shares |= {"new_likelier": "ES", "new_likelier_paraphrase": "PS", "own_likelier": "NS"}
     shares |= {"paper_score": "as papers"}
     shares |= {"condition": "cond", "residual_left": "left", "residual_predicted": "pred"}
@@ -365,7 +364,8 @@ before the last, gentle steps"""
             recipe = run["config"]["recipe"]
             learnt = recipe["steps"] - recipe["memorize"]
             earlier = [record for record in run["history"] if record["step"] <= learnt]
-            found = [record | {"method": "learnt"} for record in earlier[-1:]] + found
+            for record in earlier[-1:]:  # its "train" counts the exceptions, too
+                found = [record | {"method": "learnt", "train": None}, *found]
         controls = lookup(run, "attention") or []
         return found + [entry for entry in controls if entry["method"] != "kfac"]
 

@@ -696,12 +696,19 @@ def test_scores_as_the_papers_count_them(mass_runs):
     study = mass_edit.MassStudy(run, blank, 100, 10)
     entry, group = study.entry("memit", "gradient", 1.0, 10), study.scoring
     requests, facts = group.requests, study.run.paths.facts
-    other = study.neighbours(requests, group)
+    request, other = study.neighbours(requests, group)
     assert torch.isin(other, group.spared).all()
-    assert torch.equal(study.neighbours(requests[:4], group), other[:4])
-    for i, row in zip(requests.fact.tolist(), other.tolist()):
-        alike = facts[group.spared, 1] == facts[i, 1]
-        assert facts[row, 1] == facts[i, 1] or not alike.any(), "of the same relation"
+    again = study.neighbours(requests[:4], group)
+    mine = request < 4
+    assert torch.equal(again[0], request[mine]) and torch.equal(again[1], other[mine])
+    for i in range(len(requests)):
+        rows = other[request == i]
+        assert len(rows) == len(rows.unique()) <= mass_task.NEIGHBOURS
+        assert (facts[rows, 2] != requests.new[i]).all()
+        alike = group.spared[facts[group.spared, 1] == facts[requests.fact[i], 1]]
+        alike = alike[facts[alike, 2] != requests.new[i]]
+        n_alike = torch.isin(rows, alike).sum()
+        assert n_alike == min(len(alike), mass_task.NEIGHBOURS), "of the relation first"
     study.score(entry, requests, {study.at.name: 0 * study.weight}, group)
 
     def likelier(tokens, one, two):
@@ -713,7 +720,7 @@ def test_scores_as_the_papers_count_them(mass_runs):
     renamed = requests.tokens + torch.tensor([0, n_names])
     shares = [likelier(requests.tokens, requests.new, requests.old)]
     shares.append(likelier(renamed, requests.new, requests.old))
-    shares.append(likelier(study.queries[other], facts[other, 2], requests.new))
+    shares.append(likelier(study.queries[other], facts[other, 2], requests.new[request]))
     assert shares == [entry.new_likelier, entry.new_likelier_paraphrase, entry.own_likelier]
     assert 0 < min(shares) < max(shares) < 1
     assert entry.paper_score == pytest.approx(300 / sum(1 / share for share in shares))
