@@ -245,7 +245,7 @@ def learned_outcome(
 
 
 def with_other_answers(run: Run) -> Run:
-    """The run with exceptions at the same paths, whose answers are neither right nor the old ones."""
+    """The run with exceptions at the same paths: their answers are neither right nor the old."""
     paths, n = run.paths, run.task.graph.n_answers
     true = torch.where(paths.second >= 0, paths.facts[paths.second, 2], 0)
     old = (paths.two_hop - true) % n

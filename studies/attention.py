@@ -1,8 +1,9 @@
 """Do exceptions leave the attention by curvature alone? The core's --ablate beside its controls.
 
-Trains as `minedit.py --ablate` does, ablates the attention layers by K-FAC at the same shares of the
-mass, and then by every control of studies/controls.py with as large a change of each layer, |W - W'|
-/ |W|, as K-FAC's. After Merullo et al. 2025, arXiv 2510.24256, and what its reviewers asked for.
+Trains as `minedit.py --ablate` does, ablates the attention layers by K-FAC at the same shares of
+the mass, and then by every control of studies/controls.py with as large a change of each layer,
+|W - W'| / |W|, as K-FAC's. After Merullo et al. 2025, arXiv 2510.24256, and what its reviewers
+asked for.
 
     python -m studies.attention --arch lmc --seeds 3 --out runs/exceptions
 

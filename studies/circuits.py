@@ -1,4 +1,4 @@
-"""Is grokking worthwhile? Inference paths before compositions are learnt, after that and at the end.
+"""Is grokking worthwhile? Inference paths before compositions are learnt, after, and at the end.
 
 After He et al. 2026 [1] and Wang et al. 2024 [2]. Training keeps the weights of four moments: the
 last evaluation with facts >= 0.99 and train < 0.3 ("facts": they are known, and hardly composed),
@@ -9,8 +9,8 @@ and OOD compositions apart, these are taken apart by
     tracing   causal, with the model's own answers (a clean state into a run with one other token);
               the maps of a moment and of the end are correlated
     swaps     of the stream at r1 with that of a query with the same r2: whole, only its part in the
-              plane of both bridges' embeddings (what the lens sees), or only the rest; over all pairs
-              of queries, and over those of which both are answered right
+              plane of both bridges' embeddings (what the lens sees), or only the rest; over all
+              pairs of queries, and over those of which both are answered right
 
 and what waiting buys: edits, and what EK-FAC leaves. A run is called fake grokking where OOD >= 0.9
 while the visible swap redirects less than half as many OOD answers as ID ones.
@@ -389,8 +389,8 @@ def paths_table(found: dict[str, dict[str, InferencePath]]) -> str:
         "right: accuracy; bridge, relation: the lens at r1 (r2) has the bridge (second relation)\n"
         "first; whole, visible, rest, random: answers that follow a swap of the stream at r1 with\n"
         "that of a query of the same r2: all of it, the plane of both bridges, the rest, a random\n"
-        "plane; right: of the pairs that are both answered right; the largest over passes, the last\n"
-        "left out"
+        "plane; right: of the pairs that are both answered right; the largest over passes, the\n"
+        "last left out"
     )
 
 

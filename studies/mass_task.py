@@ -133,12 +133,13 @@ class MassTask:
         self, entry: Scores, requests: editing.Requests, updates: dict[str, Tensor], group: Group
     ):
         """Asks the edited model for the requests, by both names, and for what the group spares."""
-        renamed, (i, other) = requests.tokens + self.second_name, self.neighbours(requests, group)
-        tails = self.run.paths.facts[other, 2]
+        renamed = requests.tokens + self.second_name
+        request, other = self.neighbours(requests, group)
+        own_tail, new_tail = self.run.paths.facts[other, 2], requests.new[request]
         with editing.edited(self.model, updates):
             new, likelier = compared(self.model, requests.tokens, requests.new, requests.old)
             again, likelier_again = compared(self.model, renamed, requests.new, requests.old)
-            _, own = compared(self.model, self.queries[other], tails, requests.new[i])
+            _, own = compared(self.model, self.queries[other], own_tail, new_tail)
             now = minedit.last_answers(self.model, self.queries[group.spared])
         entry.efficacy, entry.paraphrase = share_of(new), share_of(again)
         entry.specificity = share_of(now == self.before[group.spared])

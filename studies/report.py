@@ -430,7 +430,7 @@ the pairs of queries that are both answered right."""
 def same_table(groups: list[Group]) -> Table | None:
     legend = """\
 r: correlation of the tracing maps of a moment and of the end, mean of the runs; ends: of the runs'
-95 % bootstrap intervals over prompts (each run's own), the lowest and the highest; n: prompts a run"""
+95 % bootstrap intervals over prompts (each run's own), lowest and highest; n: prompts a run"""
     rows = [("arch", "of", "at", "n", "r", "lowest end", "highest end")]
     for group in groups:
         for queries, moment in itertools.product(("id", "ood"), ("facts", "before", "memorized")):

@@ -37,9 +37,9 @@ def trained(args, **options) -> Iterator[tuple[Run, Model]]:
 
 
 def moments_due(run: Run) -> dict[str, int]:
-    """{moment: its step} of the training so far: the last evaluation at which the facts are known and
-    hardly anything is composed, the last before the training set is fit, the first after, the end.
-    """
+    """{moment: its step} of the training so far: the last evaluation at which the facts are known
+    and hardly anything is composed, the last before the training set is fit, the first after, the
+    end."""
     due = {}
     for record in run.history:
         fitted = record["train"] or 0.0

@@ -4,8 +4,8 @@ After He et al. 2026, arXiv 2601.09049, who add 2000 facts to 40 000: here, too,
 as there are, between entities and relations that the model knows, at questions that had no answer
 (so the graph must leave some: --out-degree below --relations). All facts, old and new, and the old
 compositions are trained on, from scratch, from the weights that had memorized and from the last
-ones; compositions with a new fact never are. The old fact beside a new one is ID: it was composed in
-training. With the recipe's rates and weight decay ("transfer"), and with a tenth of them
+ones; compositions with a new fact never are. The old fact beside a new one is ID: it was composed
+in training. With the recipe's rates and weight decay ("transfer"), and with a tenth of them
 ("transfer_gentle"), not from scratch, which would want more steps.
 
     python -m studies.transfer --arch all --seeds 5 --out-degree 19 --eval-every 50 --out runs/new
@@ -40,8 +40,8 @@ def questions_without_answer(run: Run) -> Tensor:
 
 
 def grown(run: Run) -> Run:
-    """The run in a graph with new facts, each with any tail but its head; the masks of its paths are
-    the old sets, and KINDS."""
+    """The run in a graph with new facts, each with any tail but its head; the masks of its paths
+    are the old sets, and KINDS."""
     graph, generator = run.task.graph, run.stream()
     old = graph.facts
     missing = questions_without_answer(run)
