@@ -151,6 +151,9 @@ def plan(umls: Path | None) -> list[Job]:
         options = f"--triples {shlex.quote(str(umls))} --tails numbered"
         runs = every_cell(options)
         runs["lmc-sorted"] = f"--arch lmc {options} --tail-order sorted"
+        dense = {"dense": runs.pop("dense")}  # where else than at one site?
+        everywhere, wants = [*real, "-m studies.propagation"], "edits tradeoff propagation"
+        jobs += each("umls", dense, 3, everywhere, wants, 14)
         jobs += each("umls", runs, 3, real, "edits tradeoff", 9)
     return jobs
 

@@ -289,7 +289,8 @@ def second_moment_table(groups: list[Group]) -> Table | None:
     shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
     legend = """\
 ROME by what C covers; here: paths at the call edited, questions at all calls; all: both at all
-calls; nothing: C = I. facts, comps.: others whose answer moved"""
+calls; nothing: C = I; half: here, of half of the heads. facts, comps.: others whose answer moved,
+with half those that begin with other heads"""
     words = {"covers": "C covers", "target": "target"}
     lowest = ("hop1", "hop2")
     return mean_table(

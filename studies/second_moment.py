@@ -10,6 +10,8 @@ the site of --edit, of the same facts, with C over:
     all          paths and questions at every call, those among them at which a composition is to
                  notice the edit
     nothing      C = I, the smallest change of the weight
+    half         as here, of half of the entities as heads; what moves is then asked of the other
+                 half alone, which C has not seen (elsewhere C covers all that is asked)
 
     python -m studies.second_moment --arch all --seeds 5 --out runs/main    # half a minute a run
 
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 import edit as editing
+import kg
 import minedit
 from minedit import Run
 from models import Model
@@ -34,9 +37,23 @@ from studies.training import check_edits, trained
 TARGETS = ("prototype", "gradient")
 
 
+def is_covered(run: Run) -> Tensor:
+    """Of each entity, whether "half" covers what begins with it."""
+    n = run.task.graph.n_entities
+    return (torch.randperm(n, generator=run.stream()) < n // 2).to(run.device)
+
+
+def not_covered(probes: kg.Probes, covered: Tensor) -> kg.Probes:
+    """Those that begin with other entities."""
+    keep = ~covered[probes.tokens[:, 0]]
+    return kg.Probes(*(column if column is None else column[keep] for column in probes))
+
+
 def moments(run: Run, model: Model, at: editing.Site) -> dict[str, Tensor]:
     """{what C covers: C [d_in, d_in]}."""
     questions, paths = run.paths.queries, run.ordinary()
+    covered = is_covered(run)
+    some_questions, some_paths = questions[covered[questions[:, 0]]], paths[covered[paths[:, 0]]]
 
     def empty() -> editing.Moment:
         return editing.Moment(model, at.layer)
@@ -47,6 +64,7 @@ def moments(run: Run, model: Model, at: editing.Site) -> dict[str, Tensor]:
         "questions": empty().add(questions).mean(),
         "all": empty().add(questions).add(paths).mean(),
         "nothing": torch.eye(len(at.C)).to(at.C),
+        "half": empty().add(some_questions).add(some_paths, at.call).mean(),
     }
 
 
@@ -57,13 +75,18 @@ def second_moment_stage(run: Run, model: Model, n_edits: int) -> list[dict]:
     at = minedit.gather(run, model, site)
     entries = []
     for covers, C in moments(run, model, at).items():
-        there = replace(at, C=C)
+        there, probes = replace(at, C=C), case.probes
+        if covers == "half":
+            others = {}
+            for name in ("facts", "compositions"):
+                others[name] = not_covered(getattr(probes, name), is_covered(run))
+            probes = probes._replace(**others)
         for target in TARGETS:
             known, requests, at_pass = case.known.facts, case.requests, site.at_pass
             edits = minedit.make_edits(
                 model, run.paths, known, requests, there, at_pass, "rome", target
             )
-            record = minedit.score(model, edits, case.probes)
+            record = minedit.score(model, edits, probes)
             entries.append({"covers": covers} | record.entry())
     return entries
 

@@ -323,7 +323,7 @@ def test_the_second_moment_study_and_its_table(tmp_path, capsys):
     assert run_study(second_moment, *TINY, "--out", tmp_path / "s") == 0
     entries = results_of(tmp_path / "s")["second_moment"]
     kinds = [(entry["covers"], entry["target"]) for entry in entries]
-    covers = ("here", "paths", "questions", "all", "nothing")
+    covers = ("here", "paths", "questions", "all", "nothing", "half")
     assert kinds == list(itertools.product(covers, second_moment.TARGETS))
     capsys.readouterr()
     assert run_study(report, tmp_path / "s") == 0
@@ -347,9 +347,22 @@ def test_every_edit_of_the_second_moment_study_has_the_C_that_it_names(tmp_path,
     entries = second_moment.second_moment_stage(run, model, 3)
     site = next(site for site in models.stores(run.config))
     found = second_moment.moments(run, model, minedit.gather(run, model, site))
-    assert len({C.sum().item() for C in used}) == len(found) == 5
+    assert len({C.sum().item() for C in used}) == len(found) == 6
     for C, entry in zip(used, entries):
         assert torch.equal(C, found[entry["covers"]])
+
+
+def test_what_moves_beyond_C_is_asked_of_heads_that_it_has_not_seen(tmp_path, monkeypatch):
+    run, asked, score = toy_run(tmp_path), [], minedit.score
+    model = run.train()
+    monkeypatch.setattr(minedit, "score", lambda *a: asked.append(a[2]) or score(*a))
+    entries = second_moment.second_moment_stage(run, model, 3)
+    covered = second_moment.is_covered(run)
+    for entry, probes in zip(entries, asked):
+        for several in (probes.facts, probes.compositions):
+            seen = covered[several.tokens[:, 0]]
+            assert len(seen) and seen.any() == (entry["covers"] != "half")
+        assert covered[probes.hop2.tokens[:, 0]].any() or not len(probes.hop2.edit)
 
 
 def test_what_C_covers_against_a_slow_reference(tmp_path):
@@ -370,6 +383,10 @@ def test_what_C_covers_against_a_slow_reference(tmp_path):
         "questions": [keys(questions, every)],
         "all": [keys(questions, every), keys(paths, every)],
     }
+    covered = set(second_moment.is_covered(run).nonzero().flatten().tolist())
+    assert len(covered) == 5
+    some = [torch.tensor([row[0] in covered for row in x.tolist()]) for x in (questions, paths)]
+    parts["half"] = [keys(questions[some[0]], every), keys(paths[some[1]], [call])]
     for covers, read in parts.items():
         K = torch.cat(read)
         close(found[covers], K.T @ K / len(K), 1e-5)
