@@ -1188,6 +1188,10 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def attention_layers(model: nn.Module) -> list[str]:
+    return [name for name in linear_layers(model) if ".attention." in name]
+
+
 def spectrum_of(run: Run, model: Model, mixture: list, names: list[str]) -> curvature.Spectrum:
     """Curvature of the layers over batches of (tokens, targets), labels sampled by the run's
     stream."""
@@ -1200,7 +1204,7 @@ def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
     attention layers, K-FAC and EK-FAC; nothing says which paths are exceptions. (Exceptions are
     made in the attention, facts are in the stores: results/RECIPE.md.)"""
     paths = run.paths
-    names = [name for name in linear_layers(model) if ".attention." in name]
+    names = attention_layers(model)
     batches = run.make_batches(paths, run.recipe, run.stream(run.device))
     mixture = batches.mixture(25)
     factors, masses = spectrum_of(run, model, mixture, names)

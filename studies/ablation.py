@@ -381,10 +381,14 @@ def check_exceptions(run: Run):
     minedit.require(0 < n_chosen_by < run.n_paths["exceptions"], message)
 
 
-def prepare(args) -> list[Run]:
-    """The runs, each with the mixture of its seed."""
+def require_exceptions(args):
     message = "--label-noise and --branches must be above 0: the study is about exceptions"
     minedit.require(args.label_noise > 0 and args.branches > 0, message)
+
+
+def prepare(args) -> list[Run]:
+    """The runs, each with the mixture of its seed."""
+    require_exceptions(args)
     for name in ("arithmetic", "zipf", "open_book", "images"):
         value = getattr(args, name)
         option = name.replace("_", "-")

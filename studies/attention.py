@@ -17,13 +17,13 @@ from dataclasses import asdict
 import minedit
 from minedit import AblationRecord, Run
 from models import Model
-from studies.ablation import check_exceptions
+from studies.ablation import check_exceptions, require_exceptions
 from studies.controls import CONTROLS, control, edited
 from studies.training import trained
 
 
 def attention_stage(run: Run, model: Model, keeps: tuple[float, ...]) -> list[AblationRecord]:
-    names = [name for name in minedit.linear_layers(model) if ".attention." in name]
+    names = minedit.attention_layers(model)
     batches = run.make_batches(run.paths, run.recipe, run.stream(run.device))
     spectrum = minedit.spectrum_of(run, model, batches.mixture(25), names)
     records = []
@@ -43,8 +43,7 @@ def attention_stage(run: Run, model: Model, keeps: tuple[float, ...]) -> list[Ab
 
 
 def command(args):
-    message = "--label-noise and --branches must be above 0: the study is about exceptions"
-    minedit.require(args.label_noise > 0 and args.branches > 0, message)
+    require_exceptions(args)
     keeps = minedit.KEEPS[::3] if args.quick else minedit.KEEPS
     for run, model in trained(args, check=check_exceptions):
         began = time.perf_counter()

@@ -38,7 +38,7 @@ import edit as editing
 import kg
 import minedit
 from minedit import Run, share_of
-from models import Model, states
+from models import Config, Model, states
 from studies import controls
 from studies.training import Moments, check_edits
 from studies.when import span, state_entry
@@ -159,6 +159,13 @@ class InferencePath:
         return dict(vars(self))
 
 
+def places(config: Config) -> tuple[list[tuple[str, int]], list[int]]:
+    """(module, call) of every state, and which of them are the stream after a pass but the last."""
+    every = states(config)
+    sites = [(state.module, state.call) for state in every]
+    return sites, [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+
+
 def inference_path(run: Run, model: Model, queries: str) -> tuple[InferencePath, dict[int, Traced]]:
     """Of the compositions of a set, and the tracing by the token that is replaced."""
     generator, paths = run.stream(), run.paths
@@ -167,9 +174,7 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[InferencePath,
     path = InferencePath(n=len(rows))
     if len(rows) == 0:
         return path, {}
-    every = states(run.config)
-    sites = [(state.module, state.call) for state in every]
-    streams = [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+    sites, streams = places(run.config)
     read_with_lens(path, run, model, rows, sites, streams)
     traced = trace_paths(run, model, queries, sites, generator)
     for place, found in traced.items():

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from minedit import UserError
-from studies.runs import Group, lookup
+from studies.runs import Group, kind_of_edit, lookup
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; a mark and a dash for each
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
@@ -308,10 +308,8 @@ def mass(groups: list[Group]):
         for run in group.runs:
             for entry in lookup(run, "mass.edits") or []:
                 if entry.get("score") is not None:
-                    line = entry["method"]
-                    if line == "memit":
-                        line = f"memit, {entry['target']}"
-                    panels.add(group.name, line, entry["n"], entry["score"] / 100)
+                    score = entry["score"] / 100
+                    panels.add(group.name, kind_of_edit(entry), entry["n"], score)
     return draw_lines(panels, "facts edited at once", "score / 100") if panels.values else None
 
 

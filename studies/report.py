@@ -19,7 +19,17 @@ import minedit
 from minedit import cell, mean, require
 from studies import gpt2
 from studies.claims import Results, claims_table, read_claims, summary_table
-from studies.runs import Group, Table, lookup, mean_table, named, read_groups, same, table_of
+from studies.runs import (
+    Group,
+    Table,
+    kind_of_edit,
+    lookup,
+    mean_table,
+    named,
+    read_groups,
+    same,
+    table_of,
+)
 from studies.times import times_table
 from studies.transfer import RATES
 
@@ -204,8 +214,7 @@ def by_number(groups: list[Group], score: str, legend: str) -> Table | None:
     def entries(run: dict) -> list[dict]:
         kinds = {}  # {method: {n: score}}
         for e in lookup(run, "mass.edits") or []:
-            kind = f"memit, {e['target']}" if e["method"] == "memit" else e["method"]
-            kinds.setdefault(kind, {})[str(e["n"])] = e.get(score)
+            kinds.setdefault(kind_of_edit(e), {})[str(e["n"])] = e.get(score)
         return named(kinds)
 
     shares = same("1", "10", "100", "316", "1000", "3162", "10000")

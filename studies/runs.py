@@ -101,6 +101,11 @@ def main_edit(result: dict) -> dict:
     return lookup(result, "edits[a_priori=True,method=rome,target=prototype]") or {}
 
 
+def kind_of_edit(entry: dict) -> str:
+    """Of mass edits the method; of MEMIT, which is run with all of them, its target besides."""
+    return f"memit, {entry['target']}" if entry["method"] == "memit" else entry["method"]
+
+
 def read_groups(folders: list[Path]) -> list[Group]:
     """All runs in or below the folders, in the order of the cells."""
     folders = [folder.resolve() for folder in folders]

@@ -1638,9 +1638,7 @@ def test_the_bridge_of_right_answers_is_looked_for_answer_by_answer(tmp_path):
     half = torch.arange(len(answers)) % 2 == 0  # every other one is right
     run.paths = replace(paths, two_hop=torch.where(half, answers, (answers + 1) % 10))
     rows = torch.arange(8)
-    every = models.states(run.config)
-    sites = [(state.module, state.call) for state in every]
-    streams = [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+    sites, streams = circuits.places(run.config)
     path = circuits.InferencePath()
     circuits.read_with_lens(path, run, model, rows, sites, streams)
     unread = []
@@ -1664,9 +1662,7 @@ def test_swaps_count_pairs_that_are_both_answered_right(tmp_path):
     half = torch.arange(len(answers)) // 4 % 2 == 0  # of every first fact all, or none, are right
     run.paths = replace(paths, two_hop=torch.where(half, answers, (answers + 1) % 10))
     rows = torch.arange(60)
-    every = models.states(run.config)
-    sites = [(state.module, state.call) for state in every]
-    streams = [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+    sites, streams = circuits.places(run.config)
     path = circuits.InferencePath()
     circuits.swap_bridges(path, run, model, rows, sites, streams, generator())
     tokens, answer = paths.tokens[rows], run.paths.two_hop[rows]
