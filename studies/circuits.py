@@ -40,7 +40,7 @@ import minedit
 from minedit import Run, share_of
 from models import Config, Model, states
 from studies import controls
-from studies.training import Moments, check_edits
+from studies.training import Moments, check_edits, require_compositions
 from studies.when import span, state_entry
 
 REGIMES = {
@@ -421,7 +421,7 @@ def worth_table(worth: dict[str, dict], same: dict[str, dict]) -> str:
 
 
 def command(args):
-    minedit.require(args.branches > 0, "the study looks at compositions; give --branches above 0")
+    require_compositions(args)
     is_natural = args.regime == "natural"
     message = f"--augment {args.augment:g} with --regime {args.regime}: a share above 0 is for the"
     message += " regimes other than natural, which need one"

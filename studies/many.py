@@ -35,7 +35,7 @@ import kg
 import minedit
 from minedit import MOST_MOVED, Run, share_of
 from models import Model
-from studies.training import trained
+from studies.training import require_compositions, trained
 
 COUNTS = (1, 3, 10, 30, 100, 300)  # facts in one update
 MOST_GROUPS = 8  # of as many facts each
@@ -226,7 +226,7 @@ def study(run: Run, model: Model):
 
 
 def command(args):
-    minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
+    require_compositions(args)
     for run, model in trained(args):
         study(run, model)
 

@@ -34,7 +34,7 @@ import minedit
 from minedit import Run, share_of
 from models import Model, State, stores
 from studies.shrinkage import set_apart
-from studies.training import check_edits
+from studies.training import check_edits, require_compositions
 from studies.when import locate_stage, when_stage
 
 # --- Edits at every site --------------------------------------------------------------------------
@@ -166,37 +166,43 @@ def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
 
 def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
     """Without sharing, a fact is held twice: where its own question finds it, and in the last store,
-    where compositions look for it as second hop, under other keys. The entry of edits of both by
-    ROME with prototypes: of the first as everywhere; of the second with the mean key of some
-    compositions that end in the fact, which are not asked then, and the mean value of compositions
-    that are answered by the wanted tail. None for the cells that share."""
+    where compositions look for it as second hop, under other keys. The entry of edits of both; the
+    compositions that lend the second copy its key are not asked. None for the cells that share."""
     if run.config.loop or run.config.memory:
         return None
-    last = stores(run.config)[-1]
-    paths, known, requests = run.paths, case.known, case.requests
     lent, probes = set_apart(case.probes, run.stream())
-    at = minedit.gather(run, model, case.chosen.site)
-    made = (model, paths, known.facts, requests)
-    first = minedit.make_edits(*made, at, case.chosen.site.at_pass)
+    site = case.chosen.site
+    at = minedit.gather(run, model, site)
+    first = minedit.make_edits(model, run.paths, case.known.facts, case.requests, at, site.at_pass)
+    second = edit_second_copy(run, model, case, lent)
+    entry = minedit.record_of(first, probes, partial(ask_under_all, model, [first, second])).entry()
+    return entry | {"site": "both copies", "pass": None, "a_priori": False}
 
-    at = minedit.gather(run, model, last)
-    lent_keys, _ = editing.last_token(model, last.module, last.call, lent.tokens)
+
+def edit_second_copy(run: Run, model: Model, case: Case, lent: kg.Probes) -> minedit.Edits:
+    """Edits by ROME at the last store. The key: the mean of those of the `lent` compositions that
+    end in the fact. The value: the mean of those of compositions that are answered by the wanted
+    tail; where there are none, nothing is changed."""
+    site = stores(run.config)[-1]
+    paths, known, requests = run.paths, case.known, case.requests
+    at = minedit.gather(run, model, site)
     keys = at.keys.clone()
+    lent_keys, _ = editing.last_token(model, site.module, site.call, lent.tokens)
     for edit in lent.edit.unique():
         keys[requests.fact[edit]] = lent_keys[lent.edit == edit].mean(0)
     at = replace(at, keys=keys)
+
     is_answered = known.right & known.asked & (paths.second >= 0)
     answers = paths.two_hop[is_answered]
-    _, values = editing.last_token(model, last.module, last.call, paths.tokens[is_answered])
-    r = torch.zeros_like(first.r)
+    _, values = editing.last_token(model, site.module, site.call, paths.tokens[is_answered])
+    W = at.layer.weight.detach()
+    r = W.new_zeros(len(requests), W.shape[0])
     for i, new in enumerate(requests.new.tolist()):
         alike = values[answers == new]
         if len(alike):
-            r[i] = alike.mean(0) - at.layer.weight.detach() @ keys[requests.fact[i]]
+            r[i] = alike.mean(0) - W @ keys[requests.fact[i]]
     u = editing.direction("rome", at, requests)
-    second = minedit.Edits(at, last.at_pass, "rome", "prototype", u, r)
-    entry = minedit.record_of(first, probes, partial(ask_under_all, model, [first, second])).entry()
-    return entry | {"site": "both copies", "pass": None, "a_priori": False}
+    return minedit.Edits(at, site.at_pass, "rome", "prototype", u, r)
 
 
 def ask_under_all(
@@ -291,7 +297,7 @@ def study(run: Run, model: Model, args, common: tuple[Tensor, Tensor] | None):
 
 
 def command(args):
-    minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
+    require_compositions(args)
     runs = minedit.prepare(args, check=check_edits)
     for seed in dict.fromkeys(run.seed for run in runs):
         models, common = {}, None

@@ -32,7 +32,7 @@ import minedit
 from minedit import Run
 from models import Model
 from studies.propagation import make_case
-from studies.training import check_edits, trained
+from studies.training import check_edits, require_compositions, trained
 
 TARGETS = ("prototype", "gradient")
 
@@ -104,7 +104,7 @@ def second_moment_table(entries: list[dict]) -> str:
 
 
 def command(args):
-    minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
+    require_compositions(args)
     for run, model in trained(args, check=check_edits):
         print(f"\n{run.arch}, seed {run.seed}: ROME, by what C covers:\n")
         began = time.perf_counter()

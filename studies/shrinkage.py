@@ -33,7 +33,7 @@ import kg
 import minedit
 from minedit import EditRecord, Run
 from models import Model
-from studies.training import check_edits, trained
+from studies.training import check_edits, require_compositions, trained
 
 SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 MOST_CONTEXTS = 8  # compositions whose keys are averaged, of an edit
@@ -127,7 +127,7 @@ def study(run: Run, model: Model, n_edits: int):
 
 
 def command(args):
-    minedit.require(args.branches > 0, "the study asks for compositions; give --branches above 0")
+    require_compositions(args)
     for run, model in trained(args, check=check_edits):
         study(run, model, args.n_edits)
 

@@ -20,6 +20,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def require_compositions(args):
+    """UserError where facts alone are to be trained."""
+    minedit.require(args.branches > 0, "the study is about compositions; give --branches above 0")
+
+
 def check_edits(run: Run):
     """UserError where no fact can be edited; for `minedit.prepare`."""
     fact, _, _ = kg.draw_edits(run.paths, 1, run.stream())

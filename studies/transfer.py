@@ -24,7 +24,7 @@ from torch import Tensor
 import kg
 import minedit
 from minedit import Run, require
-from studies.training import Moments, further, positive
+from studies.training import Moments, further, positive, require_compositions
 
 KINDS = ("new->old", "old->new", "new->new")  # first fact -> second
 RATES = {"transfer": 1.0, "transfer_gentle": 0.1}  # {entry of results.json: share of the rates}
@@ -143,7 +143,7 @@ def check_new_facts(run: Run):
 
 
 def command(args):
-    require(args.branches > 0, "the study looks at compositions; give --branches above 0")
+    require_compositions(args)
     runs = minedit.prepare(args, check=check_new_facts)
     kept = {run: Moments(run) for run in runs}
     for run, moments in kept.items():
