@@ -13,6 +13,7 @@ import doctest
 import gzip
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -2940,6 +2941,26 @@ def test_training_learns(tmp_path):
     assert run_main(*sizes.split(), "--out", tmp_path / "d") == 0
     accuracy = results_of(tmp_path / "d")["accuracy"]
     assert accuracy["one_hop"] >= 0.95 and accuracy["train"] >= 0.9
+
+
+REPEATED = """
+import resource, torch, minedit
+minedit.guarded(lambda: None)
+torch.ones(2**25)  # 128 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_a_command_keeps_the_memory_of_freed_tensors():
+    """Taken anew from the system, ten tensors of 128 MiB would touch 327,680 pages of 4 KiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPEATED], cwd=HERE, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 100_000, done.stderr
 
 
 # --- minedit.py: what is refused ------------------------------------------------------------------
