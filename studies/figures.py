@@ -411,7 +411,7 @@ SHOWN = {  # {folder of runs: the figures of it that README.md and FINDINGS.md s
     "circuits": (early, paths),
     "many": (many,),
     "mass": (mass,),
-    "capacity": (capacity,),
+    "capacity": (capacity, sequence),
     "ablate": (retention,),
     "exceptions": (exceptions,),
     "countries": (tradeoff,),

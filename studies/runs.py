@@ -107,7 +107,7 @@ def kind_of_edit(entry: dict) -> str:
 
 
 def read_groups(folders: list[Path]) -> list[Group]:
-    """All runs in or below the folders, in the order of the cells."""
+    """All runs in or below the folders, in the order of the cells and of their names."""
     folders = [folder.resolve() for folder in folders]
     files = set()
     for folder in folders:
@@ -125,8 +125,14 @@ def read_groups(folders: list[Path]) -> list[Group]:
             runs = [by_seed[seed] for seed in sorted(by_seed)]
             groups.append(Group(runs[0]["folder"], runs[0]["arch"], runs))
     name_groups(groups)
-    order = list(ARCHS)
-    return sorted(groups, key=lambda group: order.index(group.arch))
+    return sorted(groups, key=place_of)
+
+
+def place_of(group: Group) -> tuple:
+    """To sort by: the cells in their order, then the names, numbers in them by their size."""
+    parts = re.split(r"(\d+)", group.name)  # text and number by turns
+    parts[1::2] = [int(number) for number in parts[1::2]]
+    return list(ARCHS).index(group.arch), parts
 
 
 def put(result: dict, groups: list[dict[int, dict]]):

@@ -2041,6 +2041,13 @@ def test_runs_of_many_folders_merge(tmp_path, main_groups):
     assert len({group.name for group in both}) == 2
 
 
+def test_groups_stand_in_the_order_of_cells_and_of_the_numbers_in_their_names():
+    names = ["lmc-16384", "lmc-2048", "dense", "lmc-2048-b", "lmc", "dense-4x4096"]
+    groups = [runs.Group(name, name.partition("-")[0], []) for name in names]
+    ordered = [group.name for group in sorted(groups, key=runs.place_of)]
+    assert ordered == ["dense", "dense-4x4096", "lmc", "lmc-2048", "lmc-2048-b", "lmc-16384"]
+
+
 def test_a_group_alone_of_its_cell_keeps_the_name_of_its_folder(tmp_path):
     for source, name in (
         ("loop-seed0", "loop-few"),
@@ -2054,7 +2061,7 @@ def test_a_group_alone_of_its_cell_keeps_the_name_of_its_folder(tmp_path):
             result["config"]["recipe"]["label_noise"] = 0.02
             (folder / "results.json").write_text(json.dumps(result))
     names = [group.name for group in runs.read_groups([tmp_path])]
-    assert names == ["loop-few", "lmc-few", "lmc"]
+    assert names == ["loop-few", "lmc", "lmc-few"]
 
 
 @pytest.mark.parametrize("text", ["not JSON", "[]", '{"arch": "lmc"}', '{"arch": {}, "seed": 0}'])
