@@ -957,7 +957,8 @@ def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> lis
         records.append(score(model, edits, probes))
     print(f"compositions left out: {listed(probes.left_out)}")
     print(f"asked: {len(probes.hop1.edit)} of hop 1, {len(probes.hop2.edit)} of hop 2")
-    print(f"\nat {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}, without the edited facts:\n")
+    why = "" if found is None else ", as chosen on other facts"
+    print(f"\nat {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}{why}:\n")
     print(record_table(records, EDIT_COLUMNS, EDIT_LEGEND))
     return records
 
