@@ -347,8 +347,8 @@ def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, f
         one_hop = last_answers(model, paths.queries)
         return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | dict.fromkeys(masks)
     one_hop, two_hop = predict(model, paths)
-    asked = paths.first.unique_consecutive()  # facts
-    found = {"one_hop": share_of(one_hop == paths.facts[asked, 2])}
+    begins = paths.first.unique_consecutive()  # facts that begin a path
+    found = {"one_hop": share_of(one_hop == paths.facts[begins, 2])}
     for name, mask in masks.items():
         found[name] = share_of((two_hop == paths.two_hop)[mask])
     return found
@@ -747,9 +747,9 @@ def edit_probes(
 ) -> EditProbes:
     """The probes of edits that give facts `fact` [n_edits] the tails `new`: every composition that
     can be asked, and n unrelated facts and compositions for each edit."""
-    asked = (known.facts, known.right, known.asked)
-    hop1, without = kg.hop1_probes(paths, fact, new, *asked)
-    hop2, without2 = kg.hop2_probes(paths, fact, new, *asked)
+    usable = (known.facts, known.right, known.asked)
+    hop1, without = kg.hop1_probes(paths, fact, new, *usable)
+    hop2, without2 = kg.hop2_probes(paths, fact, new, *usable)
     facts = kg.unrelated_facts(paths, fact, known.one_hop, n, generator)
     compositions = kg.unrelated_paths(paths, fact, known.two_hop, known.asked, n, generator)
     left_out = {reason: without[reason] + without2[reason] for reason in without}
@@ -819,7 +819,7 @@ def ask(model: Model, edits: Edits, probes: kg.Probes, calls=None) -> Tensor:
 
 def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
     """Hop 1 and hop 2 of the edits with direct success; and what moved that should not."""
-    return record_of(edits, probes, lambda asked: ask(model, edits, asked))
+    return record_of(edits, probes, partial(ask, model, edits))
 
 
 def record_of(
@@ -828,8 +828,8 @@ def record_of(
     """`score` by answers(probes) [m] to each kind of probe."""
     hit = {}
     for name in ("direct", "hop1", "hop2", "facts", "compositions"):
-        asked = getattr(probes, name)
-        hit[name] = answers(asked) == asked.answer
+        probe = getattr(probes, name)
+        hit[name] = answers(probe) == probe.answer
     success = hit["direct"]
     counts1, counts2 = success[probes.hop1.edit], success[probes.hop2.edit]
     hop1, hop2 = hit["hop1"][counts1], hit["hop2"][counts2]
@@ -1004,7 +1004,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     fact, new = named_edits(run.task.graph, paths, wanted)
     known = what_is_known(model, paths)
     every = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
-    asked = (every, known.right, (paths.second >= 0) & paths.real[paths.first])  # not of clones
+    usable = (every, known.right, (paths.second >= 0) & paths.real[paths.first])  # not of clones
     chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
     at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
     at, _ = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
@@ -1015,8 +1015,8 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
         print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
     kinds = {
         "fact": kg.questions(paths, fact, new),
-        "first hop": kg.hop1_probes(paths, fact, new, *asked)[0],
-        "second hop": kg.hop2_probes(paths, fact, new, *asked)[0],
+        "first hop": kg.hop1_probes(paths, fact, new, *usable)[0],
+        "second hop": kg.hop2_probes(paths, fact, new, *usable)[0],
     }
     names = run.task.graph.entities + run.task.graph.relations
     rows = [("the edit in", "question", "before", "after", "should be", "")]
