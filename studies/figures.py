@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from minedit import UserError
-from studies.runs import Group, kind_of_edit, lookup
+from studies.runs import Group, at_moments, kind_of_edit, lookup
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; a mark and a dash for each
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
@@ -256,7 +256,7 @@ def early(groups: list[Group]):
     labels |= {"hop2": "edits: hop 2"}
     for group in groups:
         for run in group.runs:
-            for moment, entry in (lookup(run, "circuits.worth") or {}).items():
+            for moment, entry in at_moments(run, "worth").items():
                 panels.add_all(group.name, labels, moment, entry)
     return draw_lines(panels, "weights") if panels.values else None
 
@@ -282,7 +282,7 @@ def paths(groups: list[Group]):
     for group in groups:
         for run in group.runs:
             for queries in ("id", "ood"):
-                for moment, entry in (lookup(run, f"circuits.{queries}") or {}).items():
+                for moment, entry in at_moments(run, queries).items():
                     for key in keys:
                         row = f"{queries.upper()} {moment}"
                         panels.add(group.name, row, key, entry.get(key))

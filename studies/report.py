@@ -20,8 +20,10 @@ from minedit import cell, mean, require
 from studies import gpt2
 from studies.claims import Results, claims_table, read_claims, summary_table
 from studies.runs import (
+    MOMENTS,
     Group,
     Table,
+    at_moments,
     kind_of_edit,
     lookup,
     mean_table,
@@ -422,7 +424,7 @@ def paths_table(groups: list[Group]) -> Table | None:
     def entries(run: dict) -> list[dict]:
         found = []
         for queries in ("id", "ood"):
-            for entry in named(lookup(run, f"circuits.{queries}")):
+            for entry in named(at_moments(run, queries)):
                 found.append(entry | {"of": queries})
         return found
 
@@ -443,7 +445,7 @@ r: correlation of the tracing maps of a moment and of the end, mean of the runs;
 95 % bootstrap intervals over prompts (each run's own), lowest and highest; n: prompts a run"""
     rows = [("arch", "of", "at", "n", "r", "lowest end", "highest end")]
     for group in groups:
-        for queries, moment in itertools.product(("id", "ood"), ("facts", "before", "memorized")):
+        for queries, moment in itertools.product(("id", "ood"), MOMENTS[:-1]):
             found = [lookup(run, f"circuits.same.{queries}.{moment}") for run in group.runs]
             found = [entry for entry in found if entry]
             if found:
@@ -461,7 +463,7 @@ direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC 
     lowest = ("hop1", "hop2")
 
     def entries(run: dict) -> list[dict]:
-        return named(lookup(run, "circuits.worth"))
+        return named(at_moments(run, "worth"))
 
     return mean_table(groups, entries, {"at": "at"}, shares, legend, lowest)
 

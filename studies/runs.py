@@ -96,6 +96,15 @@ def read_run(file: Path) -> dict:
     return result
 
 
+MOMENTS = ("facts", "before", "memorized", "end")  # in order, see training.moments_due
+
+
+def at_moments(run: dict, name: str) -> dict[str, dict]:
+    """{moment: entry} of circuits.NAME, in the order of the moments."""
+    found = lookup(run, f"circuits.{name}") or {}
+    return {moment: found[moment] for moment in MOMENTS if moment in found}
+
+
 def main_edit(result: dict) -> dict:
     """The entry of ROME with a prototype at the a-priori site, {} where there is none."""
     return lookup(result, "edits[a_priori=True,method=rome,target=prototype]") or {}

@@ -2050,6 +2050,12 @@ def test_groups_stand_in_the_order_of_cells_and_of_the_numbers_in_their_names():
     assert ordered == ["dense", "dense-4x4096", "lmc", "lmc-2048", "lmc-2048-b", "lmc-16384"]
 
 
+def test_moments_stand_in_their_order_whatever_the_order_they_were_kept_in():
+    run = {"circuits": {"id": {"before": {}, "end": {}, "facts": {}}}}
+    assert list(runs.at_moments(run, "id")) == ["facts", "before", "end"]
+    assert runs.at_moments(run, "ood") == {}
+
+
 def test_a_group_alone_of_its_cell_keeps_the_name_of_its_folder(tmp_path):
     for source, name in (
         ("loop-seed0", "loop-few"),
