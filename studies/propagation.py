@@ -165,9 +165,10 @@ def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
 
 
 def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
-    """Without sharing, a fact is held twice: where its own question finds it, and in the last store,
-    where compositions look for it as second hop, under other keys. The entry of edits of both; the
-    compositions that lend the second copy its key are not asked. None for the cells that share."""
+    """Without sharing, a fact seems to be held twice: where its own question finds it, and in the
+    last store, where compositions look for it as second hop, under other keys. The entry of edits of
+    both; the compositions that lend the second copy its key are not asked. None for the cells that
+    share."""
     if run.config.loop or run.config.memory:
         return None
     lent, probes = set_apart(case.probes, run.stream())
