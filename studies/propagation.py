@@ -98,7 +98,7 @@ def address_overlap(
 
 
 def kinds_of_edit(at_chosen_site: bool) -> list[tuple[str, str]]:
-    """(method, target) of what is tried at a site; "short" and "near" at the one that was chosen."""
+    """(method, target) of what is tried at a site; "short" and "near" at the one chosen."""
     kinds = [("rome", "prototype"), ("rome", "gradient")]
     if at_chosen_site:
         kinds += [("rome", "short"), ("rome", "near")]
@@ -166,9 +166,9 @@ def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
 
 def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
     """Without sharing, a fact seems to be held twice: where its own question finds it, and in the
-    last store, where compositions look for it as second hop, under other keys. The entry of edits of
-    both; the compositions that lend the second copy its key are not asked. None for the cells that
-    share."""
+    last store, where compositions look for it as second hop, under other keys. The entry of edits
+    of both; the compositions that lend the second copy its key are not asked. None for the cells
+    that share."""
     if run.config.loop or run.config.memory:
         return None
     lent, probes = set_apart(case.probes, run.stream())
