@@ -47,6 +47,11 @@ class UserError(Exception):
         self.status = status
 
 
+def require(holds: bool, message: str):
+    if not holds:
+        raise UserError(message)
+
+
 RECITED = 0.85  # the share of exceptions recited at which a training with `memorize` ends
 
 
@@ -74,8 +79,9 @@ class Recipe:
     def __post_init__(self):
         for name, value in vars(self).items():
             low = 1 if name in ("steps", "batch", "eval_every") else 0
-            is_share = name in ("momentum", "label_smoothing", "ema", "label_noise")
-            high = 1 if is_share else 100 if name.endswith("lr") else 1e9
+            high = 100 if name.endswith("lr") else 1e9
+            if name in ("momentum", "label_smoothing", "ema", "label_noise"):
+                high = 1
             if not low <= value < high:
                 raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
 
@@ -160,10 +166,11 @@ class Batches:
         m = self.recipe.branches
         count = self.count[fact][:, None]  # [batch, 1]
         noise = torch.rand(len(fact), m, generator=self.generator, device=self.device)
-        place = ((torch.arange(m, device=self.device) + noise) / m * count).long()
-        place = place.minimum(count - 1) + self.start[fact][:, None]  # minimum: against rounding up
+        share = (torch.arange(m, device=self.device) + noise) / m  # in [0, 1), one a stratum
+        place = (share * count).long().minimum(count - 1)  # minimum: against rounding up
+        index = self.start[fact][:, None] + place
         # a fact that no trained path begins with gets any row here, and -100 below
-        row = self.rows[place.clamp(0, len(self.rows) - 1)]  # [batch, branches]
+        row = self.rows[index.clamp(0, len(self.rows) - 1)]  # [batch, branches]
         tokens = torch.cat([self.queries[fact], self.paths.tokens[row, 2]], 1)
         two_hop = torch.where(count > 0, self.paths.two_hop[row], -100)
         return tokens, self.positions, torch.cat([self.paths.facts[fact, 2:], two_hop], 1)
@@ -174,8 +181,8 @@ class Batches:
         return loss_of(forward(tokens, positions), answers, recipe)
 
     def mixture(self, n_steps: int) -> list[tuple[Tensor, Tensor]]:
-        """(tokens, targets), each [batch, 3], of n_steps batches, every path as a row of its own:
-        an exception counts as one path among the others."""
+        """(tokens, targets), each [batch, 3], of n_steps batches, every path a row of its own, so
+        that an exception weighs as much as any other path."""
         found = []
         for _ in range(n_steps):
             tokens, _, answers = self.draw()
@@ -187,8 +194,8 @@ class Batches:
 
 
 def bundles(prefix: Tensor, widest: int = 32) -> Tensor:
-    """Equal neighbours of prefix [n] as rows of their indices, `widest` in a row at most, in order:
-    [n_rows, width], -1 for filler. A row can be read as branches of one prefix."""
+    """The indices of prefix [n] as rows [n_rows, width], -1 for filler: a row holds equal
+    neighbours, in order, `widest` at most, and can be read as branches of one prefix."""
     index = torch.arange(len(prefix), device=prefix.device)
     begins = prefix.diff(prepend=prefix[:1] - 1) != 0  # a run of equal ones
     start = begins.nonzero().flatten()
@@ -201,8 +208,8 @@ def bundles(prefix: Tensor, widest: int = 32) -> Tensor:
 
 
 class FactBatches(Batches):
-    """Batches of facts alone, of all facts of a head or 32 of them: branches of one prefix, so that
-    the head is read once."""
+    """Batches of facts alone. The facts of a head, 32 in a row at most, are branches of one prefix,
+    so that the head is read once."""
 
     def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator):
         super().__init__(paths, recipe, generator)
@@ -340,8 +347,8 @@ def share_of(hit: Tensor) -> float | None:
 
 
 def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, float | None]:
-    """Share of right answers to the facts and, with `compose`, to each set of paths; the facts are
-    then those that begin a path, else all."""
+    """Share of right answers to the facts that begin a path, and to each set of paths; without
+    `compose` to all facts, and None for the sets."""
     masks = {name: mask for name, mask in paths.masks.items() if name != "validation"}
     if not compose:
         one_hop = last_answers(model, paths.queries)
@@ -381,10 +388,10 @@ def what_is_known(model: Model, paths: kg.Paths) -> Known:
     return Known(one_hop, two_hop, facts, two_hop == paths.two_hop, asked)
 
 
-MOST_WATCHED = 100_000  # paths, about, that an evaluation asks; the stages ask all
-
-
 # --- A run and its folder -------------------------------------------------------------------------
+
+MOST_WATCHED = 100_000  # paths, about, that an evaluation asks; the stages ask all
+INSTEAD = "use --retrain or another --out"  # of a folder that holds something else
 
 
 class Task(NamedTuple):
@@ -412,7 +419,7 @@ class Run:
     history: list = field(default_factory=list)  # an entry for each evaluation
     training: Training | None = None  # from the checkpoint
     results: dict = field(default_factory=dict)
-    written_before: int | None = None  # when the checkpoint was, that was here at the start
+    written_before: int | None = None  # when the checkpoint met at the start was written
 
     def __post_init__(self):
         self.paths = self.task.paths.to(self.device)
@@ -420,6 +427,10 @@ class Run:
         self.n_paths = {name: int(mask.sum()) for name, mask in self.paths.masks.items()}
         settings = {"model": asdict(self.config), "recipe": asdict(self.recipe)}
         self.identity = {"arch": self.arch, "seed": self.seed, "data": self.task.data} | settings
+
+    @property
+    def out(self) -> str:
+        return f"--out {self.folder}"
 
     @property
     def finished(self) -> bool:
@@ -455,17 +466,21 @@ class Run:
         self.written_before = self.written()
         if all(file.suffix == ".part" for file in self.folder.iterdir()):
             return  # empty, but for what an interrupted write has left
-        self.check_identity(resume, retrain)
+        there = self.read_identity()
         if retrain:
             return
-        out, remedy = f"--out {self.folder}", "use --retrain or another --out"
-        checkpoint, results = self.folder / "ckpt.pt", self.folder / "results.json"
-        if checkpoint.exists():
-            self.load_checkpoint(checkpoint)
+        if resume:
+            there = self.lengthened(there)
+        differs = ", ".join(differences(there, self.identity))
+        require(not differs, f"{self.out}: another run, which differs in {differs}; {INSTEAD}")
+        results = self.folder / "results.json"
+        if self.written_before is None:
+            message = f"{self.out}: results, but no ckpt.pt to go on from; {INSTEAD}"
+            require(not results.exists(), message)
         else:
-            require(not results.exists(), f"{out}: results, but no ckpt.pt to go on from; {remedy}")
+            self.load_checkpoint(self.folder / "ckpt.pt")
         at = f"at step {self.step} of {self.recipe.steps}"
-        require(self.finished or resume, f"{out}: unfinished, {at}; use --resume or --retrain")
+        require(self.finished or resume, f"{self.out}: unfinished, {at}; use --resume or --retrain")
         if self.finished and results.exists():
             self.results = read_json(results, "remove it and run the stages again")
 
@@ -475,23 +490,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError:
-            message = f"--out {self.folder}: cannot be written; choose another folder"
-            raise UserError(message) from None
+            raise UserError(f"{self.out}: cannot be written; choose another folder") from None
 
-    def check_identity(self, resume: bool, retrain: bool):
-        """UserError unless config.json is that of a run and, but for --retrain, of this one or,
-        with --resume, of a shorter training of it."""
-        out, remedy = f"--out {self.folder}", "use --retrain or another --out"
-        found = read_json(self.folder / "config.json", f"{out} is no run folder; choose another")
+    def read_identity(self) -> dict:
+        """What config.json says of the training there; UserError unless it is that of a run."""
+        remedy = f"{self.out} is no run folder; choose another"
+        found = read_json(self.folder / "config.json", remedy)
         fits = [type(found.get(key)) is type(value) for key, value in self.identity.items()]
-        require(all(fits), f"{out} is no run folder; choose another")
-        if retrain:
-            return
-        kept = {key: found[key] for key in self.identity}
-        if resume:
-            kept = self.lengthened(kept)
-        differs = differences(kept, self.identity)
-        require(not differs, f"{out}: another run, which differs in {', '.join(differs)}; {remedy}")
+        require(all(fits), remedy)
+        return {key: found[key] for key in self.identity}
 
     def lengthened(self, identity: dict) -> dict:
         """What the identity of a shorter training would be with this run's number of steps, so that
@@ -517,14 +524,13 @@ class Run:
                 raise ValueError("its weights are not finite")
         except Exception as error:  # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
-            raise UserError(
-                f"{path}: not a checkpoint of this run ({why}); use --retrain or another --out"
-            ) from None
+            message = f"{path}: not a checkpoint of this run ({why}); {INSTEAD}"
+            raise UserError(message) from None
         self.training, self.step, self.history = training, state["step"], state["history"]
 
     def train(self, on_evaluation=None, compiled: bool = False) -> Model:
-        """Train to the end of the budget, from the checkpoint where there is one; returns the
-        averaged model. Each evaluation is told to on_evaluation(training, record)."""
+        """Train until finished, from the checkpoint where there is one; returns the averaged model.
+        Each evaluation is told to on_evaluation(training, record)."""
         with self.locked():
             return self.train_on(on_evaluation, compiled)
 
@@ -534,18 +540,17 @@ class Run:
         training = self.training or self.fresh()
         forward = torch.compile(training.model) if compiled else training.model
         batches = self.make_batches(self.paths, self.recipe, training.generator)
-        total = torch.zeros((), device=self.device)
+        compose = self.recipe.branches > 0
+        watched = self.watched if compose else self.paths  # sampled paths miss some facts
         began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0)
         while not self.finished:
             n_steps = min(self.recipe.eval_every, self.recipe.steps - self.step)
+            total = torch.zeros((), device=self.device)
             for step in range(self.step, self.step + n_steps):
                 total += training.step(batches, self.recipe.at(step), step, forward)
             self.step += n_steps
             record = {"step": self.step, "loss": total.item() / n_steps}
-            total.zero_()
             self.check_finite(training, record)
-            compose = self.recipe.branches > 0
-            watched = self.watched if compose else self.paths  # sampled paths miss some facts
             record |= accuracy(training.average, watched, compose)
             record["seconds"] = round(time.perf_counter() - began, 2)
             self.history.append(record)
@@ -568,11 +573,10 @@ class Run:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                message = f"--out {self.folder}: another process is training there"
-                raise UserError(message) from None
+                raise UserError(f"{self.out}: another process is training there") from None
             try:
                 now = "another process has trained there in the meantime; start again"
-                require(self.written() == self.written_before, f"--out {self.folder}: {now}")
+                require(self.written() == self.written_before, f"{self.out}: {now}")
                 yield
             finally:
                 file.unlink(missing_ok=True)
@@ -617,7 +621,7 @@ class Run:
         when that was interrupted between two files."""
         file = self.folder / "config.json"
         if file.exists():
-            found = read_json(file, "use --retrain or another --out")
+            found = read_json(file, INSTEAD)
             if not differences({key: found.get(key) for key in self.identity}, self.identity):
                 return found
         return self.write_config()
@@ -714,9 +718,9 @@ def residual(
     known: Tensor,
     **options,
 ) -> tuple[Tensor, int]:
-    """r [n, d_out] of each request for the target "prototype" or "gradient" (sought through edits
-    in the directions u, see `editing.gradient_residual`, with `options`); how many have no
-    prototype and fall back on the gradient."""
+    """r [n, d_out] of each request: for "prototype" by the values of other `known` facts, for
+    "gradient" sought through edits in the directions u (`editing.gradient_residual`, with
+    `options`), as also where there is no prototype; and how many these were."""
     if target not in ("prototype", "gradient"):
         raise ValueError(f"target must be 'prototype' or 'gradient', got {target!r}")
     if target == "gradient":
@@ -753,7 +757,8 @@ def edit_probes(
     facts = kg.unrelated_facts(paths, fact, known.one_hop, n, generator)
     compositions = kg.unrelated_paths(paths, fact, known.two_hop, known.asked, n, generator)
     left_out = {reason: without[reason] + without2[reason] for reason in without}
-    direct, trained = kg.questions(paths, fact, new), paths.masks["train"][hop1.path]
+    direct = kg.questions(paths, fact, new)
+    trained = paths.masks["train"][hop1.path]
     return EditProbes(direct, hop1, hop2, facts, compositions, trained, left_out)
 
 
@@ -825,14 +830,15 @@ def score(model: Model, edits: Edits, probes: EditProbes) -> EditRecord:
 def record_of(
     edits: Edits, probes: EditProbes, answers: Callable[[kg.Probes], Tensor]
 ) -> EditRecord:
-    """`score` by answers(probes) [m] to each kind of probe."""
+    """`score`, given the answers after the edits: answers(probes) [m] for each kind of probe."""
     hit = {}
     for name in ("direct", "hop1", "hop2", "facts", "compositions"):
         probe = getattr(probes, name)
         hit[name] = answers(probe) == probe.answer
     success = hit["direct"]
-    counts1, counts2 = success[probes.hop1.edit], success[probes.hop2.edit]
-    hop1, hop2 = hit["hop1"][counts1], hit["hop2"][counts2]
+    valid1 = success[probes.hop1.edit]  # of edits with direct success
+    valid2 = success[probes.hop2.edit]
+    hop1, hop2 = hit["hop1"][valid1], hit["hop2"][valid2]
     return EditRecord(
         method=edits.method,
         target=edits.target,
@@ -841,7 +847,7 @@ def record_of(
         n=len(success),
         direct=share_of(success),
         hop1=share_of(hop1),
-        hop1_held_out=share_of(hit["hop1"][counts1 & ~probes.hop1_trained]),
+        hop1_held_out=share_of(hit["hop1"][valid1 & ~probes.hop1_trained]),
         hop2=share_of(hop2),
         probes_hop1=len(hop1),
         probes_hop2=len(hop2),
@@ -852,7 +858,7 @@ def record_of(
 
 
 SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # to choose from
-NEARLY = 0.02  # share that may follow less, for a smaller one
+NEARLY = 0.02  # so much less than at the best may follow, for a smaller shrinkage
 MOST_MOVED = 0.015  # share of other facts whose answer may change where a shrinkage is chosen
 
 
@@ -877,8 +883,8 @@ def choose_shrinkage(
 ) -> Shrinkage:
     """The shrinkage of C (`editing.shrunk`) for ROME with a prototype, by edits of n ID facts other
     than those to be `edited`. SHRINKS are tried from the smallest on, until 0.99 follows. Of those
-    that move at most MOST_MOVED of the unrelated facts the smallest is chosen at which NEARLY as
-    much follows as at the best; where all move more, none (0)."""
+    that move at most MOST_MOVED of the unrelated facts the smallest is chosen at which at most
+    NEARLY less follows than at the best; where all move more, none (0)."""
     # enough to be left with n usable ones
     fact, new, _ = kg.draw_edits(paths, 2 * n + len(edited), generator)
     r, has_one = editing.prototype_residual(
@@ -906,21 +912,23 @@ def choose_shrinkage(
     return Shrinkage(chosen, len(fact), followed, moved)
 
 
-def with_shrinkage(
-    run: Run,
-    model: Model,
-    known: Known,
-    edited: Tensor,
-    at: editing.Site,
-    at_pass: int,
-    shrink: float | str,
-) -> tuple[editing.Site, Shrinkage | None]:
-    """The site with its C shrunk, as given, or "auto", as chosen on facts other than `edited`; and
-    that choice."""
+def site_for_edits(
+    run: Run, model: Model, known: Known, fact: Tensor, shrink: float | str
+) -> tuple[APriori, editing.Site, Shrinkage | None]:
+    """The a-priori site for edits of `fact`; what is gathered there, its C shrunk by `shrink`; and,
+    where that is "auto", how it was chosen on other facts."""
+    chosen = a_priori_site(model, run.paths, fact, known.facts, run.stream())
+    at = gather(run, model, chosen.site)
     if shrink != "auto":
-        return editing.shrunk(at, shrink), None
-    found = choose_shrinkage(model, run.paths, known, edited, at, at_pass, run.stream())
-    return editing.shrunk(at, found.chosen), found
+        return chosen, editing.shrunk(at, shrink), None
+    at_pass = chosen.site.at_pass
+    found = choose_shrinkage(model, run.paths, known, fact, at, at_pass, run.stream())
+    return chosen, editing.shrunk(at, found.chosen), found
+
+
+def tell_fallbacks(edits: Edits):
+    if edits.n_fallbacks:
+        print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
 
 
 # (method, target); MEMIT of one request, with lam = 1
@@ -941,19 +949,17 @@ def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> lis
     if len(fact) == 0:
         return []
     probes = edit_probes(paths, known, fact, new, 100, generator)
-    chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
+    chosen, at, found = site_for_edits(run, model, known, fact, shrink)
     run.results["a_priori"] = chosen.site._asdict() | {"effects": chosen.effects, "n": chosen.n}
-    requests = requests_for(paths, fact, new)
-    at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
-    at, found = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
     run.results.pop("shrinkage", None)
     if found is not None:
         run.results["shrinkage"] = found._asdict() | {"tried": SHRINKS}
+    requests, at_pass = requests_for(paths, fact, new), chosen.site.at_pass
     records = []
     for kind in CORE_EDITS:
         edits = make_edits(model, paths, known.facts, requests, at, at_pass, *kind)
-        if edits.n_fallbacks and not records:
-            print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
+        if kind == CORE_EDITS[0]:
+            tell_fallbacks(edits)
         records.append(score(model, edits, probes))
     print(f"compositions left out: {listed(probes.left_out)}")
     print(f"asked: {len(probes.hop1.edit)} of hop 1, {len(probes.hop2.edit)} of hop 2")
@@ -1005,14 +1011,11 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     known = what_is_known(model, paths)
     every = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
     usable = (every, known.right, (paths.second >= 0) & paths.real[paths.first])  # not of clones
-    chosen = a_priori_site(model, paths, fact, known.facts, run.stream())
-    at, at_pass = gather(run, model, chosen.site), chosen.site.at_pass
-    at, _ = with_shrinkage(run, model, known, fact, at, at_pass, shrink)
-    requests = requests_for(paths, fact, new)
+    chosen, at, _ = site_for_edits(run, model, known, fact, shrink)
+    requests, at_pass = requests_for(paths, fact, new), chosen.site.at_pass
     edits = make_edits(model, paths, every, requests, at, at_pass)
     print(f"\nROME at {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}; prototype target")
-    if edits.n_fallbacks:
-        print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
+    tell_fallbacks(edits)
     kinds = {
         "fact": kg.questions(paths, fact, new),
         "first hop": kg.hop1_probes(paths, fact, new, *usable)[0],
@@ -1078,19 +1081,31 @@ def mass_residual(
     """As `residual`, with the change added to what the whole store returns at the site's call, so
     that wide stores are read by their winners."""
     store = model.get_submodule(at.name.rpartition(".")[0])  # it returns what its values return
-    whole, options = replace(at, layer=store), {"batch": batch} | MASS_TARGET
+    whole = replace(at, layer=store)
+    options = {"batch": batch} | MASS_TARGET
     return residual(model, run.paths, whole, requests, None, target, known, **options)
 
 
-def memit(C: Tensor | editing.Whitening, K: Tensor, r: Tensor, lam: float, **options) -> Tensor:
+def memit(K: Tensor, r: Tensor, C: Tensor | editing.Whitening, lam: float, **options) -> Tensor:
     """`editing.memit_update` in the form that suits the width of the layer."""
     form = "direct" if K.shape[1] > WIDE else None
     return editing.memit_update(K, r, C, lam, form=form, **options)
 
 
 def mean_relative(left: Tensor, r: Tensor) -> float:
-    """Mean of |left| / |r|: norms left [n], residuals r [n, d_out]."""
-    return float((left / r.double().norm(dim=-1).clamp(min=1e-12)).mean())
+    """Mean of left / |r|: norms left [n], residuals r [n, d_out]."""
+    return float((left / editing.double(r).norm(dim=-1).clamp(min=1e-12)).mean())
+
+
+def mass_update(
+    at: editing.Site, requests: editing.Requests, r: Tensor, lam: float
+) -> tuple[Tensor, float]:
+    """dW by MEMIT, and the mean of |r - dW k| / |r|; zeros and 1 where there is no request."""
+    if len(requests.fact) == 0:
+        return torch.zeros_like(at.layer.weight), 1.0
+    notes = {}
+    dW = memit(at.keys[requests.fact], r, at.C, lam, diagnostics=notes)
+    return dW, mean_relative(notes["residual_left"], r)
 
 
 def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[MassRecord]:
@@ -1116,20 +1131,16 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
     records = []
     for n in sorted({min(n, largest) for n in (1, 10, 100, 1000, 10_000)}):
         began = time.perf_counter()
-        requests, notes = plan.requests[:n], {}
+        requests = plan.requests[:n]
         alive = can_be_edited[requests.fact]
-        K, r = at.keys[requests.fact[alive]], sought[:n][alive]
-        dW, left = torch.zeros_like(at.layer.weight), 1.0
-        if alive.any():
-            dW = memit(at.C, K, r, lam, diagnostics=notes)
-            left = mean_relative(notes["residual_left"], r)
+        dW, left = mass_update(at, requests[alive], sought[:n][alive], lam)
         seconds = round(gathered + n * each + time.perf_counter() - began, 3)
         with editing.edited(model, {at.name: dW}):
             now = last_answers(model, paths.queries)
         efficacy = share_of(now[requests.fact] == requests.new)
         specificity = share_of(now[plan.spared] == before[plan.spared])
-        score = 100 * statistics.harmonic_mean([efficacy, specificity])
-        records.append(MassRecord(n, efficacy, specificity, score, left, seconds))
+        percent = 100 * statistics.harmonic_mean([efficacy, specificity])
+        records.append(MassRecord(n, efficacy, specificity, percent, left, seconds))
     print(record_table(records, MASS_COLUMNS, MASS_LEGEND))
     return records
 
@@ -1161,13 +1172,17 @@ class AblationRecord:
     ood: float | None
 
 
+def square_of(W: Tensor) -> float:
+    return float(editing.double(W).square().sum())
+
+
 def ablation_record(
     model: Model, paths: kg.Paths, weights: dict[str, Tensor], method: str, keep: float
 ) -> AblationRecord:
     """Ask the model with these weights; it is itself again afterwards."""
     old = {name: model.get_submodule(name).weight.detach() for name in weights}
-    changed = sum(float((old[name] - W).double().square().sum()) for name, W in weights.items())
-    norm = sum(float(W.double().square().sum()) for W in old.values())
+    changed = sum(square_of(old[name] - W) for name, W in weights.items())
+    norm = sum(square_of(W) for W in old.values())
     with curvature.ablated(model, weights):
         one_hop, two_hop = predict(model, paths)
     exceptions = paths.masks["exceptions"]
@@ -1211,13 +1226,12 @@ def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
     mixture = batches.mixture(25)
     factors, masses = spectrum_of(run, model, mixture, names)
     records = [ablation_record(model, paths, {}, "before", 1.0)]
-    for method in ("kfac", "ekfac"):
+    for method, given in (("kfac", {}), ("ekfac", masses)):
         for keep in KEEPS:
             weights = {}
             for name in names:
                 W = model.get_submodule(name).weight.detach()
-                own = masses[name] if method == "ekfac" else None
-                weights[name] = curvature.ablate(W, *factors[name], keep, own)
+                weights[name] = curvature.ablate(W, *factors[name], keep, given.get(name))
             records.append(ablation_record(model, paths, weights, method, keep))
     print(f"\n{run.n_paths['exceptions']} exceptions among {run.n_paths['train']} trained paths\n")
     print(record_table(records, ABLATION_COLUMNS, ABLATION_LEGEND))
@@ -1319,7 +1333,7 @@ def grouped(results: list[dict]) -> list[list[dict]]:
 def main_edit(result: dict) -> dict:
     """The entry of ROME with a prototype at the a-priori site, {} where there is none."""
     for entry in result.get("edits", []):
-        at_site = entry.get("a_priori", True) and not entry.get("near")  # of studies.propagation
+        at_site = entry.get("a_priori", True) and not entry.get("near")  # early files hold others
         if at_site and (entry["method"], entry["target"]) == ("rome", "prototype"):
             return entry
     return {}
@@ -1384,7 +1398,10 @@ def write_atomically(path: Path, content):
     if isinstance(content, dict):
         content = json.dumps(content, indent=1, allow_nan=False).encode()
     with open(part, "wb") as file:
-        content(file) if callable(content) else file.write(content)
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -1442,8 +1459,8 @@ def mebibytes(peak: int) -> int:
 
 def keep_freed_memory():
     """glibc gives a large tensor that is freed back to the system, which clears its pages, one by
-    one, for the next tensor: a fifth of the time of --mass-edit. Here it keeps them for the process;
-    with another C library nothing changes."""
+    one, for the next tensor: a fifth of the time of --mass-edit. Here it keeps them for the
+    process; with another C library nothing changes."""
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
@@ -1550,26 +1567,18 @@ def core_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv, presets: dict[str, dict]) -> argparse.Namespace:
     """Arguments, with the defaults of the first of `presets` {flag: defaults} that is asked for."""
     args = parser.parse_args(argv)
-    chosen = [defaults for flag, defaults in presets.items() if getattr(args, flag)]
-    defaults = chosen[0] if chosen else {}
+    defaults = next((presets[flag] for flag in presets if getattr(args, flag)), {})
     if args.triples:
         defaults = TRIPLES | defaults | {"entities": None, "relations": None}
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
 
-def require(holds: bool, message: str):
-    if not holds:
-        raise UserError(message)
-
-
 def check_options(args):
     """UserError for options that do not fit together, before any file is touched."""
-    require(args.seeds >= 1, f"--seeds must be at least 1, got {args.seeds}")
-    require(args.n_edits >= 1, f"--n-edits must be at least 1, got {args.n_edits}")
-    for name in ("edit_batch", "most_paths"):
-        value, option = getattr(args, name), name.replace("_", "-")
-        require(value >= 1, f"--{option} must be at least 1, got {value}")
+    for name in ("seeds", "n_edits", "edit_batch", "most_paths"):
+        value = getattr(args, name)
+        require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
     require(0 <= args.seed < 2**60, f"--seed must be in 0..2^60, got {args.seed}")
     require(
         not (args.resume and args.retrain), "--resume goes on with a run, --retrain replaces it"
@@ -1587,6 +1596,9 @@ def choose_device(name: str) -> torch.device:
         name in ("auto", *here), f"--device {name}: not available here; use --device auto or cpu"
     )
     return torch.device(here[0] if name == "auto" else name)
+
+
+READING = ("tails", "most_tails", "tail_order", "reciprocal", "clones")  # options of --triples
 
 
 def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> Task:
@@ -1610,9 +1622,6 @@ def paths_of(args, graph: kg.KnowledgeGraph, seed: int) -> kg.Paths:
     if args.label_noise:
         paths = kg.with_exceptions(paths, args.label_noise, graph.n_answers, seed)
     return paths
-
-
-READING = ("tails", "most_tails", "tail_order", "reciprocal", "clones")  # options of --triples
 
 
 def read_graph(args) -> kg.KnowledgeGraph:
@@ -1643,10 +1652,10 @@ def prepare(args, make_task=make_task, make_batches=None, check=None) -> list[Ru
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
         for seed in range(args.seed, args.seed + args.seeds):
             task = make_task(args, seed, graph)
+            sizes = {f.name: getattr(args, f.name) for f in fields(Config) if f.metadata}
+            sizes |= {"n_entities": task.graph.n_entities, "n_relations": task.n_relations}
+            sizes |= {"feed_forward": args.feed_forward}
             for arch in archs:
-                sizes = {f.name: getattr(args, f.name) for f in fields(Config) if f.metadata}
-                sizes |= {"n_entities": task.graph.n_entities, "n_relations": task.n_relations}
-                sizes |= {"feed_forward": args.feed_forward}
                 config = Config(**ARCHS[arch], **sizes)
                 alone = args.out and len(archs) * args.seeds == 1
                 folder = args.out if alone else parent / f"{arch}-seed{seed}"

@@ -210,7 +210,7 @@ class MassStudy(MassTask):
         made, W = self.decomposed(method)[0], self.weight
         options = {} if notes is None else {"W": W, "diagnostics": notes}
         if method == "memit":
-            return minedit.memit(made, K, r, strength, **options)
+            return minedit.memit(K, r, made, strength, **options)
         if method == "emmet":
             return editing.emmet_update(K, r, made, **options)
         if method == "rome":

@@ -68,7 +68,7 @@ def in_batches(study: MassStudy, way: str, n_batches: int, lam: float) -> list[S
             K, r = K[alive], r[alive]
             update = torch.zeros_like(W)
             if len(K):
-                update = minedit.memit(at.C, K, r, lam, carried=carried)
+                update = minedit.memit(K, r, at.C, lam, carried=carried)
             if len(K) and way != "forgotten":
                 carried = editing.add_gram(carried, K)
             edits.enter_context(editing.edited(model, {at.name: update}))
