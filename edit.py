@@ -51,7 +51,9 @@ way round; W and dW are [d_out, d_in] throughout, and values are without the bia
 
 from collections.abc import Collection
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -77,13 +79,11 @@ def row_direction(K: Tensor) -> Tensor:
 def row_update(k: Tensor, r: Tensor, diagnostics: dict | None = None) -> Tensor:
     """dW [d_out, d_in] that changes one column, at the entry of k [d_in] of largest magnitude, so
     that dW k = r [d_out] [1]. Raises ValueError for a bad request (`check_requests`)."""
-    check_requests(k[None], r[None])
-    dW = torch.outer(double(r), row_direction(k[None])[0])
-    check_values(dW, k[None], r[None])
-    dW = rounded(dW, r, k[None], r[None])
-    if diagnostics is not None:
-        diagnostics |= outcome(dW, k[None], r[None])
-    return dW
+    K, R = k[None], r[None]
+    check_requests(K, R)
+    dW = torch.outer(double(r), row_direction(K)[0])
+    check_values(dW, K, R)
+    return finish(dW, r, K, R, None, diagnostics)
 
 
 def second_moment(K: Tensor) -> Tensor:
@@ -145,12 +145,10 @@ def rome_update(
     check_requests(k[None], v[None], C, W)
     white = whiten(C)
     r = double(v) - double(W) @ double(k)
-    dW = torch.outer(r, rome_direction(white, k[None])[0])
-    check_values(dW, k[None], r[None])
-    dW = rounded(dW, W, k[None], r[None])
-    if diagnostics is not None:
-        diagnostics |= {"ridge": white.ridge} | outcome(dW, k[None], r[None], W)
-    return dW
+    K, R = k[None], r[None]
+    dW = torch.outer(r, rome_direction(white, K)[0])
+    check_values(dW, K, R)
+    return finish(dW, W, K, R, W, diagnostics, ridge=white.ridge)
 
 
 def rome_sequence(
@@ -160,16 +158,14 @@ def rome_sequence(
     updates. Only the last is sure to hold. As `rome_update`, with K [n, d_in] and V [n, d_out]."""
     check_requests(K, V, C, W)
     white = whiten(C)
-    now = double(W).clone()
-    for keys, values in zip(double(K).split(1024), double(V).split(1024)):
+    K, V, before = double(K), double(V), double(W)
+    now = before.clone()
+    for keys, values in zip(K.split(1024), V.split(1024)):
         for k, v, u in zip(keys, values, rome_direction(white, keys)):
-            now.addr_(v - now @ k, u)
-    R = double(V) - double(K) @ double(W).T
-    check_values(now - double(W), K, R, first=len(K) - 1)
-    dW = rounded(now - double(W), W, K, R)
-    if diagnostics is not None:
-        diagnostics |= {"ridge": white.ridge} | outcome(dW, K, R, W)
-    return dW
+            now.addr_(v - now @ k, u)  # W <- W + (v - W k) u^T
+    dW, R = now - before, V - K @ before.T
+    check_values(dW, K, R, first=len(K) - 1)
+    return finish(dW, W, K, R, W, diagnostics, ridge=white.ridge)
 
 
 # --- Many facts in one update: dW = R^T (K P K^T + lam I)^-1 K P ----------------------------------
@@ -198,10 +194,10 @@ def emmet_update(
     Z = solve_gram(X, 0.0, double(R))  # X X^T Z = R
     dW = white.back(X.T @ Z).T
     check_values(dW, K, R, X)
-    dW = rounded(dW, R, K, R)
+    dW = finish(dW, R, K, R, W, diagnostics, ridge=white.ridge)
     if diagnostics is not None:
         directions = white.back(X.T).T  # C^-1 k as rows
-        diagnostics |= diagnose(dW, K, R, X, directions, 0.0, True, W) | {"ridge": white.ridge}
+        diagnostics |= diagnose(R, X, directions, lam=0.0, dual=True)
     return dW
 
 
@@ -234,10 +230,10 @@ def memit_update(
     dual = is_dual(X, form)
     dW = white.back(least_squares(X, double(R), lam, dual)).T
     check_normal_equations(dW, K, R, white.C, lam)
-    dW = rounded(dW, R, K, R)
+    dW = finish(dW, R, K, R, W, diagnostics, ridge=white.ridge)
     if diagnostics is not None:
         directions = white.back(X.T).T  # C^-1 k as rows
-        diagnostics |= diagnose(dW, K, R, X, directions, lam, dual, W) | {"ridge": white.ridge}
+        diagnostics |= diagnose(R, X, directions, lam, dual)
     return dW
 
 
@@ -256,10 +252,7 @@ def direct_update(
     Y = Y + solve_factored(L, left)
     dW = Y.T
     check_normal_equations(dW, K, R, C, lam, ridge)
-    dW = rounded(dW, R, K, R)
-    if diagnostics is not None:
-        diagnostics |= outcome(dW, K, R, W) | {"ridge": ridge}
-    return dW
+    return finish(dW, R, K, R, W, diagnostics, ridge=ridge)
 
 
 def alphaedit_update(
@@ -277,11 +270,11 @@ def alphaedit_update(
     """dW = R^T K P (P K^T K P + lam I)^-1 with P the projection on the null space of C: AlphaEdit
     [6], for one batch. K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]; lam > 0 in
     squared lengths of a key. The null space is that of eigenvalues of C below bound = threshold *
-    trace(C) / d_in, or `absolute`, as in the paper's code, below the threshold; over ordinary keys
-    E |dW k|^2 <= bound * |dW|^2. diagnostics["null_space"] is its dimension. `spectrum`: what
-    torch.linalg.eigh returns for C, where several updates share it. The paper's term for earlier
-    edits is left out. Raises ValueError where the null space is empty and for a bad request. For
-    the rest see `diagnose`."""
+    trace(C) / d_in (ours) or, `absolute`, below the threshold itself (the paper's code); over
+    ordinary keys E |dW k|^2 <= bound * |dW|^2. diagnostics["null_space"] is its dimension.
+    `spectrum`: what torch.linalg.eigh returns for C, where several updates share it. The paper's
+    term for earlier edits is left out. Raises ValueError where the null space is empty and for a
+    bad request. For the rest see `diagnose`."""
     check_requests(K, R, C, W, lam)
     spectrum = torch.linalg.eigh(double(C)) if spectrum is None else spectrum
     eigenvalues, eigenvectors = map(double, spectrum)
@@ -298,45 +291,49 @@ def alphaedit_update(
     dual = is_dual(X, None)
     dW = (U @ least_squares(X, double(R), lam, dual)).T
     check_normal_equations(dW @ U, X, R, None, lam)
-    dW = rounded(dW, R, K, R)
+    dW = finish(dW, R, K, R, W, diagnostics, ridge=0.0, null_space=U.shape[1])
     if diagnostics is not None:
-        diagnostics |= diagnose(dW, K, R, X, X @ U.T, lam, dual, W)
-        diagnostics |= {"ridge": 0.0, "null_space": U.shape[1]}
+        diagnostics |= diagnose(R, X, X @ U.T, lam, dual)
     return dW
 
 
 # --- The linear algebra of the updates -----------------------------------------------------------
 
 
+SPARSE = 32  # keys are used as sparse ones where 1 in so many entries, at most, is not 0
+
+
 def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
-    """total + K^T K, in place where there is a total, float64. Where at most 1 in 32 entries of a
-    key of K [..., d_in] is not 0 (64 winners of 2048 slots or more) by the products of these alone:
-    m^2 a key for m of them, not d_in^2. Raises ValueError as `second_moment`."""
-    parts = K.flatten(0, -2).split(1024) if K.dim() > 1 and K.numel() else ()
-    if not parts or not all(part.isfinite().all() for part in parts):
+    """total + K^T K for keys K [..., d_in], in place where there is a total, float64; of sparse
+    keys by the entries alone that are not 0. Raises ValueError as `second_moment`."""
+    are_keys = K.dim() > 1 and K.numel() > 0
+    if not are_keys or not all(part.isfinite().all() for part in K.flatten(0, -2).split(1024)):
         raise ValueError(
             f"keys must be finite and [n, d_in] with n >= 1, got shape {list(K.shape)}"
         )
     K = K.flatten(0, -2)
     if total is None:
-        d_in, device = K.shape[1], double(K[:1]).device
-        total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-    most = max(int(part.count_nonzero(1).max()) for part in parts)  # m
-    if SPARSE * most > K.shape[1]:
-        K = double(K)
-        return total.addmm_(K.T, K)
+        total = double(K[:1]).new_zeros(K.shape[1], K.shape[1])
+    most = max(int(part.count_nonzero(1).max()) for part in K.split(1024))
+    if SPARSE * most <= K.shape[1]:
+        return add_sparse_gram(total, K, most)
+    K = double(K)
+    return total.addmm_(K.T, K)
+
+
+def add_sparse_gram(total: Tensor, K: Tensor, m: int) -> Tensor:
+    """`add_gram` where at most m entries of a key of K [n, d_in] are not 0 (64 winners of 2048
+    slots or more), by the products of these: m^2 a key, not d_in^2."""
     flat = (total if total.is_contiguous() else total.mT).view(-1)  # K^T K is symmetric
-    for part in K.split(max(1, min(1024, 2**22 // max(1, most) ** 2))):  # 32 MiB of products
-        place = (part != 0).byte().topk(most).indices  # [key, m], all entries that are not 0
+    chunk = max(1, min(1024, 2**22 // max(1, m) ** 2))  # 32 MiB of products
+    for part in K.split(chunk):
+        place = (part != 0).byte().topk(m).indices  # [key, m], all entries that are not 0
         value = double(part.gather(1, place))
         place = place.to(total.device)
         products = value[:, :, None] * value[:, None]  # [key, m, m]
         where = place[:, :, None] * len(total) + place[:, None]
         flat.index_add_(0, where.flatten(), products.flatten())
     return total
-
-
-SPARSE = 32  # keys are used as sparse ones where 1 in so many entries, at most, is not 0
 
 
 def sparse(K: Tensor) -> Tensor:
@@ -353,6 +350,7 @@ def moment_of(C: Tensor | Whitening) -> Tensor:
 def is_singular(L: Tensor) -> bool:
     """Whether L L^T is numerically singular, by the pivots of its factorisation."""
     pivots = L.diagonal().square()
+    # not a <= b, so that NaN counts, too (as in the checks below)
     return not pivots.min() > len(L) * torch.finfo(L.dtype).eps * pivots.max()
 
 
@@ -389,13 +387,16 @@ def is_dual(X: Tensor, form: str | None) -> bool:
         raise ValueError(
             f"form must be 'primal', 'dual', 'direct' or None for the smaller system, got {form!r}"
         )
-    return form == "dual" or form is None and X.shape[0] <= X.shape[1]
+    if form is None:
+        return X.shape[0] <= X.shape[1]
+    return form == "dual"
 
 
 def solve_gram(X: Tensor, lam: float, rhs: Tensor) -> Tensor:
-    """Z with (X X^T + lam I) Z = rhs, by Cholesky and one step of iterative refinement. What is
-    left is measured on X (X^T Z), which rounds less than the product X X^T does. Raises ValueError
-    with the reason where the system is numerically singular."""
+    """Z with (X X^T + lam I) Z = rhs, by Cholesky and, where that is off by more than PROMISE, one
+    step of iterative refinement. What is left is measured on X (X^T Z), which rounds less than the
+    product X X^T does. Raises ValueError with the reason where the system is numerically
+    singular."""
     gram = X @ X.T
     gram.diagonal().add_(lam)
     L, failed = torch.linalg.cholesky_ex(gram)
@@ -551,18 +552,19 @@ def outcome(dW: Tensor, K: Tensor, R: Tensor, W: Tensor | None = None) -> dict:
     return {"residual_left": left.norm(dim=-1)} | found
 
 
-def diagnose(
-    dW: Tensor,
-    K: Tensor,
-    R: Tensor,
-    X: Tensor,
-    directions: Tensor,
-    lam: float,
-    dual: bool,
-    W: Tensor | None,
-) -> dict:
-    """`outcome`, and of the system that was solved, K P K^T + lam I = X X^T + lam I (the directions
-    [n, d_in] are P k):
+def finish(
+    dW: Tensor, like: Tensor, K: Tensor, R: Tensor, W: Tensor | None, notes: dict | None, **more
+) -> Tensor:
+    """dW `rounded` as `like`; `notes`, where they are asked for, get its `outcome` and `more`."""
+    dW = rounded(dW, like, K, R)
+    if notes is not None:
+        notes |= outcome(dW, K, R, W) | more
+    return dW
+
+
+def diagnose(R: Tensor, X: Tensor, directions: Tensor, lam: float, dual: bool) -> dict:
+    """Of the system that was solved, K P K^T + lam I = X X^T + lam I or, not dual, X^T X + lam I
+    (the directions [n, d_in] are P k):
     "condition"            condition number of the system solved
     "residual_predicted"   [n] norms of the rows of lam (K P K^T + lam I)^-1 R: what must be left
     "largest_cosine"       largest |cosine| between the directions P k of two requests"""
@@ -573,7 +575,7 @@ def diagnose(
         left = lam * solve_gram(X, lam, double(R))
     else:  # by Woodbury's identity: R - X (X^T X + lam I)^-1 X^T R
         left = double(R) - X @ solve_gram(X.T, lam, X.T @ double(R))
-    return outcome(dW, K, R, W) | {
+    return {
         "condition": float(eigenvalues.max() / eigenvalues.min()),
         "residual_predicted": left.norm(dim=-1),
         "largest_cosine": largest_cosine(directions)[0],
@@ -606,7 +608,9 @@ class Layer(NamedTuple):
     @torch.no_grad()
     def returns(self, x: Tensor) -> bool:
         """Whether the module maps x [d_in] by `matrix`, up to rounding."""
-        x = (double(x) / double(x).abs().max() if x.any() else x).to(self.weight)
+        if x.any():
+            x = double(x) / double(x).abs().max()
+        x = x.to(self.weight)
         both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
         try:
             with torch.autocast(x.device.type, enabled=False):
@@ -709,6 +713,7 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor
             old[name] = layer.weight.detach().clone()
             W.copy_(cast(double(W) + double(dW).to(double(W).device), W))
             torch.clear_autocast_cache()  # of casts of the old weight
+            # asked for the longest row of dW, an input that dW changes: an old weight would show
             if not layer.returns(dW[dW.norm(dim=1).argmax()]):
                 raise ValueError(f"{name} does not return what was written to its weight")
     except BaseException:
@@ -742,12 +747,10 @@ def intervene(module: nn.Module, change, calls: Collection[int] | None = None):
     all its calls or at the `calls` given, counted from 0 at the start of the `with` block, which
     then is for one forward pass. Of a module that returns a tuple (a block of GPT-2) the output is
     the first of it."""
-    n_calls = 0
+    numbers = count()
 
     def hook(_, arguments, keywords, output):
-        nonlocal n_calls
-        n_calls += 1
-        if calls is not None and n_calls - 1 not in calls:
+        if calls is not None and next(numbers) not in calls:
             return None
         first, *others = output if isinstance(output, tuple) else (output,)
         changed = change((*arguments, *keywords.values())[0], first)
@@ -847,15 +850,16 @@ def last_token(
     return torch.cat(inputs), torch.cat(outputs)
 
 
+@dataclass
 class Moment:
     """C of a layer over several inputs, chunk by chunk: every token counts the same."""
 
-    def __init__(
-        self, model: nn.Module, layer: nn.Module, chunk: int = 1024, pad: int | None = None
-    ):
-        """`pad`: a token that does not count."""
-        self.model, self.layer, self.chunk, self.pad = model, layer, chunk, pad
-        self.total, self.n = None, 0
+    model: nn.Module
+    layer: nn.Module
+    chunk: int = 1024
+    pad: int | None = None  # a token that does not count
+    total: Tensor | None = None  # [d_in, d_in], sum of k k^T
+    n: int = 0  # of these keys
 
     def add(self, tokens: Tensor, call: int | None = None) -> "Moment":
         """Count the keys of tokens [n, token], at one call of the layer or (None) at every call."""
@@ -893,8 +897,7 @@ class Requests:
     position: Tensor | None = None  # [n] of the token at which the key is read; None: the last
 
     def __getitem__(self, rows) -> "Requests":
-        mine = [getattr(self, f.name) for f in fields(self)]
-        return Requests(*(x if x is None else x[rows] for x in mine))
+        return Requests(*(x if x is None else x[rows] for x in vars(self).values()))
 
     def __len__(self) -> int:
         return len(self.fact)
@@ -998,7 +1001,7 @@ def site(
     bias = getattr(layer.module, "bias", None)
     keys, values = last_token(model, name, call, queries, chunk, position)
     if phrasings:
-        others = [last_token(model, name, call, t, chunk, at)[0] for t, at in phrasings]
+        others = [last_token(model, name, call, t, chunk, place)[0] for t, place in phrasings]
         keys = torch.stack([keys, *others]).mean(0)
         values = keys @ layer.matrix.detach().mT
     elif bias is not None:
@@ -1031,9 +1034,9 @@ def direction(method: str, at: Site, requests: Requests, lam: float = 1.0) -> Te
 def prototype_residual(
     at: Site, requests: Requests, answers: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """r = v* - W k [n, d_out], v* the mean value over the other known facts (`known` [n_facts],
-    bool) with the wanted answer, among `answers` [n_facts]; and which requests have such a fact
-    [n]: r is 0 for the others."""
+    """r = v* - W k [n, d_out] with v* of ours, the mean value over the other known facts (`known`
+    [n_facts], bool) with the wanted answer, among `answers` [n_facts]; and which requests have such
+    a fact [n]: r is 0 for the others."""
     values = at.values.to(torch.promote_types(at.values.dtype, torch.float32))  # sums overflow
     n_facts, d_out = values.shape
     _, number = torch.cat([answers, requests.new]).unique(return_inverse=True)
@@ -1064,13 +1067,14 @@ def gradient_residual(
     diagnostics: dict | None = None,
 ) -> Tensor:
     """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|,
-    by Adam on r in units of |v0|; v0 = W k. The model runs with W + r u^T at every call of the
-    layer, as after the edit, or, where u is None, with r added to what the layer returns at the
-    site's call and the request's token alone, as MEMIT's code does (`added`), which needs neither C
-    nor keys; each request for itself, `batch` at a time (None: all). A penalty adds
-    penalty(v0 + r, |v0|), of [batch, d_out] and [batch, 1], to the summed loss. diagnostics:
-    "probability" [n] of the wanted answer with r in place, "reached" [n] whether it is answered."""
-    parts, probability, reached = [], [], []
+    by Adam on r in units of |v0|; v0 = W k. (After [2] and [4], whose code has |r| for |r|^2, and a
+    KL term.) The model runs with W + r u^T at every call of the layer, as after the edit, or, where
+    u is None, with r added to what the layer returns at the site's call and the request's token
+    alone, as MEMIT's code does (`added`), which needs neither C nor keys; each request for itself,
+    `batch` at a time (None: all). A penalty adds penalty(v0 + r, |v0|), of [batch, d_out] and
+    [batch, 1], to the summed loss. diagnostics: "probability" [n] of the wanted answer with r in
+    place, "reached" [n] whether it is answered."""
+    residuals, found = [], []
     usual = at.values.float().norm(dim=-1).mean()
     wide = torch.promote_types(at.values.dtype, torch.float32)  # sought in float32 at least
 
@@ -1100,16 +1104,14 @@ def gradient_residual(
                 optimizer.step()
                 length = scaled.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
                 scaled.data *= (clamp / length).clamp(max=1)
-        r = (scaled * size).detach()
-        parts.append(r)
+        residuals.append((scaled * size).detach())
         if diagnostics is not None:
-            with evaluation_mode(model), torch.no_grad(), changed(i, mine, r):
-                loss, hit = answered(logits_of(model(mine.tokens)), mine)
-            probability.append((-loss).exp())
-            reached.append(hit)
+            with evaluation_mode(model), torch.no_grad(), changed(i, mine, residuals[-1]):
+                found.append(answered(logits_of(model(mine.tokens)), mine))
     if diagnostics is not None:
-        diagnostics |= {"probability": torch.cat(probability), "reached": torch.cat(reached)}
-    return torch.cat(parts)
+        losses, reached = map(torch.cat, zip(*found))
+        diagnostics |= {"probability": (-losses).exp(), "reached": reached}
+    return torch.cat(residuals)
 
 
 def check_gradient(loss: Tensor, x: Tensor):
@@ -1186,14 +1188,14 @@ def memit_layers(
     for name, call in sites:
         moment = Moment(model, model.get_submodule(name), pad=pad)
         moments.append(moment.add(ordinary, call).mean())
-    asked = {"tokens": requests.tokens, "position": requests.position}
-    wanted = last_token(model, *stream, **asked)[0] + r
-    updates, carried = {}, {}
+    read = partial(last_token, model, tokens=requests.tokens, position=requests.position)
+    wanted = read(*stream)[0] + r
+    updates, carried = {}, {}  # of each layer: dW, and K^T K of the keys that it was written for
     with ExitStack() as edits:
         for i, (name, call) in enumerate(sites):
-            missing = wanted - last_token(model, *stream, **asked)[0]
-            share = missing / (len(sites) - i)
-            keys = last_token(model, name, call, **asked)[0]
+            missing = wanted - read(*stream)[0]
+            share = missing / (len(sites) - i)  # r_l = (wanted - now) / (layers left) [4]
+            keys = read(name, call)[0]
             alive = (keys != 0).any(-1)
             if not alive.any():
                 continue
@@ -1235,11 +1237,12 @@ def prompt_pairs(
     context = others.unique(dim=0, return_inverse=True)[1]  # [P]: equal where the others are
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[context[order].argsort(stable=True)]  # same context: neighbours, in random order
+    group = context[order]
     size = torch.bincount(context)
-    place_in_context = torch.arange(len(order), device=order.device)
-    place_in_context -= (size.cumsum(0) - size)[context[order]]  # 0, 1, ... within each context
+    begin = size.cumsum(0) - size  # [context] its first place in the order
+    rank = torch.arange(len(order), device=order.device) - begin[group]  # 0, 1, ... in each group
     clean, other = order[:-1], order[1:]
-    usable = (place_in_context[:-1] % 2 == 0) & (context[clean] == context[other])
+    usable = (rank[:-1] % 2 == 0) & (group[:-1] == group[1:])  # the first two of a group, the next
     usable &= answers[clean] != answers[other]
     if clean_rows is not None:
         usable &= clean_rows[clean]
@@ -1256,11 +1259,11 @@ def interchange(
     is: x <- x + B B^T (x_other - x)."""
 
     def change(_, x):
-        mine = x[:, token]  # [batch, d]
-        new = other
+        new = other  # [batch, d]
         if basis is not None:
+            mine = x[:, token]
             new = mine + (basis @ (basis.mT @ (other - mine)[..., None]))[..., 0]
-        return torch.cat([x[:, :token], new[:, None], x[:, token + 1 :]], 1)
+        return x.select_scatter(new.to(x), 1, token)
 
     return intervene(model.get_submodule(name), change, calls=[call])
 

@@ -1603,17 +1603,18 @@ def test_interchange_with_itself_changes_nothing_and_of_the_stream_everything(tw
     assert torch.equal(model(one), mine), "a hook was left behind"
 
 
-def test_interchange_in_a_plane_changes_that_component_alone(world):
+@pytest.mark.parametrize("token, rest", [(1, [0, 2]), (-1, [0, 1])])
+def test_interchange_in_a_plane_changes_that_component_alone(world, token, rest):
     model, tokens = world.model, world.paths.tokens[[3, 9, 20, 40]]
     B, other = torch.linalg.qr(normal(4, 16, 2)).Q, normal(4, 16, seed=4)
     old = editing.at_call(model, "blocks.0", 1, tokens)[1]
-    with editing.interchange(model, "blocks.0", 1, 1, other, B):
+    with editing.interchange(model, "blocks.0", 1, token, other, B):
         new = editing.at_call(model, "blocks.0", 1, tokens)[1]
-    inside = (B.mT @ new[:, 1, :, None])[..., 0]
+    inside = (B.mT @ new[:, token, :, None])[..., 0]
     close(inside, (B.mT @ other[..., None])[..., 0])
     across = torch.eye(16).double() - B @ B.mT
-    close((across @ new[:, 1, :, None]), across @ old[:, 1, :, None])
-    assert torch.equal(new[:, [0, 2]], old[:, [0, 2]])
+    close((across @ new[:, token, :, None]), across @ old[:, token, :, None])
+    assert torch.equal(new[:, rest], old[:, rest])
 
 
 def test_tracing_finds_the_state_that_carries_the_answer(two_runs):
