@@ -67,7 +67,7 @@ def eigen(factor: Tensor | Eigen) -> Eigen:
         raise ValueError(f"a factor must be finite and [d, d], got shape {list(M.shape)}")
     values, vectors = torch.linalg.eigh(M)
     slack = 1e-3 * M.abs().max()  # float32 sums are rounded
-    if not slack > 0 or (M - M.T).abs().max() > slack or values[0] < -slack:
+    if slack == 0 or (M - M.T).abs().max() > slack or values[0] < -slack:
         found = f"its eigenvalues run from {values[0]:.3g} to {values[-1]:.3g}"
         raise ValueError(
             "a factor must be symmetric, not zero, with no negative eigenvalue (a dead layer's is "
@@ -120,11 +120,7 @@ def project(W: Tensor, A: Eigen, G: Eigen, mask: Tensor) -> Tensor:
 
 
 def ablate(
-    W: Tensor,
-    A: Tensor | Eigen,
-    G: Tensor | Eigen,
-    keep: float,
-    masses: Tensor | None = None,
+    W: Tensor, A: Tensor | Eigen, G: Tensor | Eigen, keep: float, masses: Tensor | None = None
 ) -> Tensor:
     """W' = U_G (B * M) U_A^T [d_out, d_in], B = U_G^T W U_A, M = keep_mask(A, G, keep, masses): the
     edit of [1]; keep 1 returns W up to rounding. ValueError on what does not fit, is not finite or
@@ -185,7 +181,7 @@ def record_batch(
         output = logits_of(model(inputs))
     logits, gold = counted(output, targets)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not logits.detach().softmax(-1).isfinite().all():
+    if not logits.detach().softmax(-1).isfinite().all():  # -inf, a class ruled out, is no harm
         raise ValueError("the logits are not finite; look for inf or nan in weights and inputs")
     zeros = [zero for _, _, zero in seen]
     gradients = [torch.zeros_like(zero) for zero in zeros]
@@ -264,40 +260,50 @@ def kronecker_factors(
     """{name: (A, G)} of linear layers by name: A = E[a a^T] [d_in, d_in], G = E[g g^T] [d_out,
     d_out], means over positions (K-FAC [2], "expand").
 
-    batches: pairs (inputs, targets). The logits are flattened to [N, classes], targets of -100 are
-    dropped, and loss(logits, targets) is a mean over the N that are left; g is the gradient of
-    their sum. labels: "sampled" by `generator` from softmax(logits) (the true Fisher), or "gold",
-    the targets themselves (the empirical Fisher). positions: "all" rows that the layer is handed,
-    in every call, or "counted", those alone whose own target counts; where there is one target for
-    an example, it decides for all rows of the example. Sums are in `dtype` (the model's, float32 at
-    least), over blocks of positions. ValueError on bad input, TypeError on bad names."""
+    batches: pairs (inputs, targets); a target counts unless it is -100. loss(logits [N, classes],
+    targets [N]) is the mean over the N that count; g is the gradient of their sum. labels:
+    "sampled" by `generator` from softmax(logits) (the true Fisher), or "gold", the targets
+    themselves (the empirical Fisher). positions: "all" that the layer is handed, in every call, or
+    "counted", those alone whose own target counts; where there is one target for an example, it
+    decides for all positions of the example. Sums are in `dtype` (the model's, float32 at least),
+    `block` positions at a time. ValueError on bad input, TypeError on bad names."""
     if positions not in ("all", "counted"):
         raise ValueError(f"positions are 'all' or 'counted', got {positions!r}")
     names = layer_names(layers)
-    sums, n = {}, dict.fromkeys(names, 0)
+    A, G, n = {}, {}, dict.fromkeys(names, 0)  # sums, and over how many positions
     for batch in record_all(model, batches, loss, names, labels, generator):
-        chosen = batch.counts if positions == "counted" else slice(None)
-        for name, a, g in batch.calls:
-            if positions == "counted" and a.shape[: chosen.dim()] != chosen.shape:
-                raise ValueError(
-                    f"positions='counted' wants {name!r} to be handed {list(chosen.shape)} rows, as "
-                    f"there are targets, got {list(a.shape)}"
-                )
-            a, g = a[chosen].flatten(0, -2), g[chosen].flatten(0, -2)  # [n, d_in], [n, d_out]
+        for call in batch.calls:
+            a, g = rows_of(call, batch.counts if positions == "counted" else None)
             wide = dtype or torch.promote_types(a.dtype, torch.float32)
-            n[name] += len(a)
+            n[call.name] += len(a)
             for part_a, part_g in zip(a.to(wide).split(block), g.to(wide).split(block)):
                 with torch.autocast(a.device.type, enabled=False):
-                    A, G = part_a.T @ part_a, part_g.T @ part_g
-                if name in sums:
-                    A, G = sums[name][0].add_(A), sums[name][1].add_(G)
-                sums[name] = (A, G)
-    for name, (A, G) in sums.items():
+                    accumulate(A, call.name, part_a.T @ part_a)
+                    accumulate(G, call.name, part_g.T @ part_g)
+    for name in A:
         if not n[name]:
             raise ValueError(f"{name!r} is handed no position whose target counts; leave it out")
-        check_finite(name, A)
-        check_finite(name, G)
-    return {name: (sums[name][0] / n[name], sums[name][1] / n[name]) for name in names}
+        check_finite(name, A[name])
+        check_finite(name, G[name])
+    return {name: (A[name] / n[name], G[name] / n[name]) for name in names}
+
+
+def rows_of(call: Call, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """a [n, d_in] and g [n, d_out] of a call, at the positions that count; None: at all."""
+    a, g = call.a, call.g
+    if counts is not None:
+        if a.shape[: counts.dim()] != counts.shape:
+            raise ValueError(
+                f"positions='counted' wants {call.name!r} to be handed {list(counts.shape)} rows, "
+                f"as there are targets, got {list(a.shape)}"
+            )
+        a, g = a[counts], g[counts]
+    return a.flatten(0, -2), g.flatten(0, -2)
+
+
+def accumulate(sums: dict[str, Tensor], name: str, x: Tensor):
+    """sums[name] += x, in place; the first x becomes the sum."""
+    sums[name] = sums[name].add_(x) if name in sums else x
 
 
 def corrected_masses(
@@ -310,33 +316,39 @@ def corrected_masses(
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """{name: masses [d_out, d_in]} of EK-FAC [3], for lambda_i mu_j: the mean over examples of
-    (u_i^T D v_j)^2, where D = sum_s g_s a_s^T over the positions of the example in all calls is the
-    gradient of its loss in W, and u_i, v_j are the bases of the `factors` {name: (A, G)}. An
-    example is a row of the targets; a layer is to be handed its positions example by example. A
-    second pass over the batches; options and errors as of `kronecker_factors`."""
+    """{name: masses [d_out, d_in]} of EK-FAC [3], to take the place of lambda_i mu_j: the mean over
+    examples of (u_i^T D v_j)^2, D the gradient of the example's loss in W, u_i, v_j the bases of
+    the `factors` {name: (A, G)}. An example is a row of the targets; a layer is to be handed its
+    positions example by example. A second pass over the batches; options and errors as of
+    `kronecker_factors`."""
     names = layer_names(factors)
-    bases = {name: (eigen(factors[name][0]), eigen(factors[name][1])) for name in names}
+    bases = {name: (eigen(A), eigen(G)) for name, (A, G) in factors.items()}
     sums, n_examples = {}, 0
     for batch in record_all(model, batches, loss, names, labels, generator):
-        n_examples += len(batch.counts)
+        n = len(batch.counts)
+        n_examples += n
         for name in names:
-            A, G = bases[name]
-            in_a, in_g = [], []  # of each call [example, position, d]
-            for call in batch.calls:
-                if call.name == name:
-                    wide = dtype or torch.promote_types(call.a.dtype, torch.float32)
-                    a, g = by_example(call, len(batch.counts))
-                    with torch.autocast(a.device.type, enabled=False):
-                        in_a.append(a.to(wide) @ A.vectors.to(a.device, wide))  # v_j^T a_s
-                        in_g.append(g.to(wide) @ G.vectors.to(g.device, wide))  # u_i^T g_s
-            if in_a:
-                with torch.autocast(in_a[0].device.type, enabled=False):
-                    mass = squared_sums(torch.cat(in_a, 1), torch.cat(in_g, 1))
-                sums[name] = sums[name] + mass if name in sums else mass
+            calls = [call for call in batch.calls if call.name == name]
+            if calls:
+                accumulate(sums, name, summed_masses(calls, *bases[name], n, dtype))
     for name, mass in sums.items():
         check_finite(name, mass)
     return {name: sums[name] / n_examples for name in names}
+
+
+def summed_masses(
+    calls: list[Call], A: Eigen, G: Eigen, n: int, dtype: torch.dtype | None
+) -> Tensor:
+    """sum over n examples of (u_i^T D v_j)^2 [d_out, d_in], D = sum_s g_s a_s^T over the positions
+    of the example in all `calls` of one layer."""
+    in_A, in_G = [], []  # of each call [example, position, d]
+    with torch.autocast(calls[0].a.device.type, enabled=False):
+        for call in calls:
+            a, g = by_example(call, n)
+            wide = dtype or torch.promote_types(a.dtype, torch.float32)
+            in_A.append(a.to(wide) @ A.vectors.to(a.device, wide))  # v_j^T a_s
+            in_G.append(g.to(wide) @ G.vectors.to(g.device, wide))  # u_i^T g_s
+        return squared_sums(torch.cat(in_A, 1), torch.cat(in_G, 1))
 
 
 def by_example(call: Call, n: int) -> tuple[Tensor, Tensor]:

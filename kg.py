@@ -34,10 +34,10 @@ and more.
 """
 
 import gzip
+import io
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -134,6 +134,12 @@ class Paths:
                 "a composition is in two sets, so that one that is trained may be asked as a test"
             )
 
+    @property
+    def true_two_hop(self) -> Tensor:
+        """[n_paths]: the tail of the second fact, of exceptions (`with_exceptions`) too; -100 where
+        there is none."""
+        return torch.where(self.second >= 0, self.facts[self.second, 2], -100)
+
     def to(self, device) -> "Paths":
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type is Tensor}
         masks = {name: mask.to(device) for name, mask in self.masks.items()}
@@ -161,9 +167,7 @@ def split(
     generator = torch.Generator().manual_seed(4 * seed + 1)
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)  # sorted by head, then relation
     tail = graph.facts[head, relation]
-    n_facts = len(head)
-    ood_fact = torch.zeros(n_facts, dtype=torch.bool)
-    ood_fact[torch.randperm(n_facts, generator=generator)[: round(ood_fraction * n_facts)]] = True
+    ood_fact = _random_share(torch.ones_like(head, dtype=torch.bool), ood_fraction, generator)
 
     if not composes(graph.facts):
         raise ValueError("the graph has no two-hop path: no tail is the head of a fact")
@@ -176,21 +180,19 @@ def split(
 
     ood1 = ood_fact[first] & composed
     ood2 = ood_fact[second] & composed
-    both_id = (composed & ~ood1 & ~ood2).nonzero().flatten()
-    order = torch.randperm(len(both_id), generator=generator)
-    train = torch.zeros(len(first), dtype=torch.bool)
-    train[both_id[order[: round(train_fraction * len(both_id))]]] = True
+    both_id = composed & ~ood1 & ~ood2
+    train = _random_share(both_id, train_fraction, generator)
     if not train.any():
         raise ValueError(
-            f"no two-hop path is left for training ({len(both_id)} of {int(composed.sum())} have "
-            f"two ID facts); lower ood_fraction {ood_fraction} or raise train_fraction "
+            f"no two-hop path is left for training ({int(both_id.sum())} of {int(composed.sum())} "
+            f"have two ID facts); lower ood_fraction {ood_fraction} or raise train_fraction "
             f"{train_fraction}"
         )
     real = head < graph.n_answers
     asked = composed & real[first]
     masks = {
         "train": train,
-        "id": asked & ~ood1 & ~ood2 & ~train,
+        "id": asked & both_id & ~train,
         "ood": asked & ood1 & ood2,
         "ood_first": asked & ood1 & ~ood2,
         "ood_second": asked & ood2 & ~ood1,
@@ -198,6 +200,15 @@ def split(
     facts = torch.stack([head, relation, tail], 1)
     queries = torch.stack([head, graph.n_entities + relation], 1)
     return Paths(facts, queries, tokens, tail[first], two_hop, first, second, ood_fact, real, masks)
+
+
+def _random_share(mask: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A mask [n] with a random `share` of the True entries of `mask`, rounded to a whole number."""
+    rows = mask.nonzero().flatten()
+    order = torch.randperm(len(rows), generator=generator)
+    drawn = torch.zeros_like(mask)
+    drawn[rows[order[: round(share * len(rows))]]] = True
+    return drawn
 
 
 def list_paths(
@@ -238,15 +249,12 @@ def continuations(n_rows: Tensor, most: int) -> int:
 
 def most_frequent_tail(paths: Paths) -> dict[str, float | None]:
     """The baseline of each set of SPLITS: the share of its paths that are answered by the most
-    frequent tail of their second relation, whatever they begin with."""
+    frequent tail of their second relation, whatever they begin with; None for an empty set."""
     relation, tail = paths.facts[:, 1], paths.facts[:, 2]
-    pair = torch.stack([relation, tail], 1)
-    distinct, number = pair.unique(dim=0, return_inverse=True)
-    count = torch.bincount(number)
-    order = count.argsort(stable=True)  # the most frequent one last
     best = torch.full((int(relation.max()) + 1,), -1, device=tail.device)
-    for i in order.tolist():
-        best[distinct[i, 0]] = distinct[i, 1]
+    for r in relation.unique().tolist():
+        count = torch.bincount(tail[relation == r])
+        best[r] = (count == count.max()).nonzero()[-1]  # of several the last entity
     guess = best[relation[paths.second]]
     found = {}
     for name in SPLITS:
@@ -264,10 +272,7 @@ def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> P
             f"the share of trained compositions with a wrong answer must be in [0, 1), got {share}"
         )
     generator = torch.Generator().manual_seed(2**62 + seed)
-    train = paths.masks["train"].nonzero().flatten()
-    order = torch.randperm(len(train), generator=generator)
-    exceptions = torch.zeros_like(paths.masks["train"])
-    exceptions[train[order[: round(share * len(train))]]] = True
+    exceptions = _random_share(paths.masks["train"], share, generator)
     shift = torch.randint(1, n_entities, exceptions.shape, generator=generator)
     wrong = (paths.two_hop + shift) % n_entities
     validation = torch.rand(exceptions.shape, generator=generator) < 0.2
@@ -303,22 +308,23 @@ class Probes(NamedTuple):
 
 
 def draw_edits(paths: Paths, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """(fact [n], new [n], n_fixed): n random ID facts, fewer where there are not so many, each with
-    a new tail out of the other tails of its relation: one that the head has under no relation, so
-    that confusing two of its facts is no success, or any where there is none; n_fixed ID facts have
-    no other tail."""
+    """n random ID facts to edit, fewer where there are not so many: (fact [n], new [n], n_fixed).
+    The new tail is another tail of the fact's relation, one that the head has under no relation, so
+    that confusing two of its facts is no success; where there is none, any other. n_fixed ID facts
+    have no other tail and cannot be edited."""
     facts = paths.facts.cpu()
     id_facts = (paths.real & ~paths.ood_fact).cpu().nonzero().flatten()
-    tails = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
-    had = {h: facts[facts[:, 0] == h, 2].unique() for h in facts[:, 0].unique().tolist()}
-    editable = [i for i in id_facts.tolist() if len(tails[int(facts[i, 1])]) > 1]
+    of_head = {h: facts[facts[:, 0] == h, 2].unique() for h in facts[:, 0].unique().tolist()}
+    of_relation = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
+    editable = [i for i in id_facts.tolist() if len(of_relation[int(facts[i, 1])]) > 1]
     order = torch.randperm(len(editable), generator=generator)[:n]
     fact = torch.tensor(editable, dtype=torch.long)[order]
     new = []
     for head, relation, old in facts[fact].tolist():
-        others = tails[relation][~torch.isin(tails[relation], had[head])]
+        tails = of_relation[relation]
+        others = tails[~torch.isin(tails, of_head[head])]
         if len(others) == 0:
-            others = tails[relation][tails[relation] != old]
+            others = tails[tails != old]
         new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
     new = torch.tensor(new, dtype=torch.long)
     return fact.to(paths.facts.device), new.to(paths.facts.device), len(id_facts) - len(editable)
@@ -355,7 +361,7 @@ def hop2_probes(
     """Compositions (g, s, r) that end in an edited fact (h, r), where (g, s) -> h: they must now
     answer with the new tail. Arguments and results as of `hop1_probes`."""
     ends = paths.second == fact[:, None]  # [n, n_paths]
-    edit, path = (ends & (paths.second >= 0) & asked).nonzero(as_tuple=True)
+    edit, path = (ends & asked).nonzero(as_tuple=True)
     other = paths.first[path]
     twice = other == fact[edit]
     return _usable(paths, edit, path, other, new[edit], twice, known, right)
@@ -371,8 +377,9 @@ def _usable(
     known: Tensor,
     right: Tensor,
 ) -> tuple[Probes, Counter]:
-    """The probes (edit, path, answer) whose answer the edit changes and shows; `other` is the row
-    of the fact, beside the edited one, that the path uses after the edit."""
+    """Of m candidates (edit, path, answer) those that can be asked, and how many cannot, each under
+    the first reason that holds. other [m]: the row of the path's other fact after the edit, -1
+    where there is none; twice [m], bool: the edited fact is at both hops."""
     reasons = {
         "edited fact twice": twice,
         "other fact unknown or OOD": (other < 0) | ~known[other],
@@ -445,29 +452,28 @@ def read_triples(*files) -> Triples:
     tails, notes, n, n_comments = {}, [], 0, 0
     for path in map(Path, files):
         begun = False  # whether a triple or a header has been read
-        with open(path, "rb") as file:
-            for number, raw in enumerate(lines_of(file, path), 1):
-                line = decoded(raw, f"{path}:{number}")
-                if not line.strip():
-                    continue
-                parts = [unicodedata.normalize("NFC", part.strip()) for part in line.split("\t")]
-                if line.startswith("#"):
-                    n_comments += len(parts) == 3
-                    continue
-                wrong = what_is_wrong(line, parts)
-                if wrong:
-                    raise ValueError(
-                        f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
-                        f"{wrong}: {line.strip()[:60]!r}"
-                    )
-                is_header = not begun and (parts[0].lower(), parts[2].lower()) in HEADERS
-                begun = True
-                if is_header:
-                    notes.append(f"{path}: its first line is a header: skipped")
-                    continue
-                head, relation, tail = parts
-                tails.setdefault((head, relation), set()).add(tail)
-                n += 1
+        for number, raw in enumerate(lines_of(path), 1):
+            line = decoded(raw, f"{path}:{number}")
+            if not line.strip():
+                continue
+            parts = [unicodedata.normalize("NFC", part.strip()) for part in line.split("\t")]
+            if line.startswith("#"):
+                n_comments += len(parts) == 3
+                continue
+            wrong = what_is_wrong(line, parts)
+            if wrong:
+                raise ValueError(
+                    f"{path}:{number}: expected head<tab>relation<tab>tail and a line end, got "
+                    f"{wrong}: {line.strip()[:60]!r}"
+                )
+            is_header = not begun and (parts[0].lower(), parts[2].lower()) in HEADERS
+            begun = True
+            if is_header:
+                notes.append(f"{path}: its first line is a header: skipped")
+                continue
+            head, relation, tail = parts
+            tails.setdefault((head, relation), set()).add(tail)
+            n += 1
     n_repeated = n - sum(len(t) for t in tails.values())
     if n_repeated:
         notes.append(f"{n_repeated} repeated triples were merged")
@@ -490,10 +496,11 @@ def what_is_wrong(line: str, parts: list[str]) -> str | None:
     return None
 
 
-def lines_of(file, path: Path) -> Iterable[bytes]:
-    """The lines of an open file, decompressed if it is a .gz; ValueError where that fails."""
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a file, decompressed if it is a .gz; ValueError where that fails."""
+    file = io.BytesIO(path.read_bytes())
     if path.suffix != ".gz":
-        return file
+        return file.readlines()
     try:
         return gzip.GzipFile(fileobj=file).readlines()
     except (OSError, EOFError, zlib.error) as error:
@@ -512,7 +519,7 @@ def decoded(raw: bytes, where: str) -> str:
 
 def near_duplicates(tails: dict[tuple[str, str], set[str]]) -> list[str]:
     """Pairs of names of entities, "a / b", that look alike."""
-    names = {head: None for head, _ in tails}
+    names = dict.fromkeys(head for head, _ in tails)
     for some in tails.values():
         names |= dict.fromkeys(sorted(some))
     first, found = {}, []
@@ -533,19 +540,19 @@ def from_triples(
     reciprocal: bool = False,
     clones: int = 0,
 ) -> KnowledgeGraph:
-    """A graph out of files of triples (see `read_triples`). Repeated ones are merged. A head and
-    relation with several tails:
+    """A graph out of files of triples (see `read_triples`). `tails` says what becomes of a head and
+    relation with several of them:
 
-    "drop"      keeps none of them, since which is right cannot be known "numbered"  keeps the first
-    `most_tails` of them as facts of relations r#1, r#2, ...: the graph is
-                functional, and who asks for a second tail asks for it by its number. `order` of the
-                tails: "random" (by a fixed seed) or "sorted", in which each r#k has few tails, so
-                that many compositions can be guessed from their second relation alone
+    "drop"      all are left out, since which is right cannot be known
+    "numbered"  the first `most_tails` become facts of relations r#1, r#2, ...: the graph is
+                functional, and who asks for a second tail asks for it by its number
 
-    reciprocal: for each (h, r, t) also (t, r^-1, h). clones: of every entity that has facts so many
-    synthetic ones are added, with the same relations and tails drawn at random from those of the
-    relation: more compositions for each fact [3]. `notes` counts what was merged, numbered, left
-    out, added. Raises ValueError where nothing usable is left, OSError from the files."""
+    order: that of numbered tails, "random" (by a fixed seed) or "sorted"; sorted, each r#k has few
+    tails, so that many compositions can be guessed from their second relation alone. reciprocal:
+    for each (h, r, t) also (t, r^-1, h). clones: so many synthetic copies of every entity that has
+    facts, see `with_clones`: more compositions for each fact [3]. `notes` of the graph count what
+    was merged, numbered, left out, added. Raises ValueError for bad options, malformed files, or
+    where nothing usable is left; OSError from the files."""
     if tails not in ("drop", "numbered") or order not in ("random", "sorted") or most_tails < 1:
         raise ValueError(
             "tails are 'drop' or 'numbered', in 'random' or 'sorted' order, most_tails at least 1, "
@@ -582,11 +589,12 @@ def from_triples(
 
 
 def reciprocals(questions: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list[str]]:
+    """{(t, r^-1): every h} of the triples (h, r, t)."""
     found = {}
     for (head, relation), tails in questions.items():
         for tail in tails:
             found.setdefault((tail, f"{relation}^-1"), []).append(head)
-    return {question: sorted(heads) for question, heads in found.items()}
+    return found
 
 
 def numbered(
@@ -616,7 +624,8 @@ MOST_ENTRIES = 2**27  # of a table of facts, 1 GiB
 
 
 def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> KnowledgeGraph:
-    """A graph out of (head, relation, tail) by name, one tail for each head and relation."""
+    """A graph out of (head, relation, tail) by name, one tail for each head and relation.
+    ValueError where its table would have more than MOST_ENTRIES."""
     entity, relation = {}, {}  # names in order of appearance: their numbers
     rows = []
     for h, r, t in facts:
@@ -625,7 +634,8 @@ def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> Knowledge
         rows.append((head, relation.setdefault(r, len(relation)), tail))
     if len(entity) * len(relation) > MOST_ENTRIES:
         raise ValueError(
-            f"{len(entity)} entities and {len(relation)} relations are too many for a table of facts"
+            f"{len(entity)} entities and {len(relation)} relations are too many for a table of "
+            "facts"
             f" of at most {MOST_ENTRIES} entries; are head, relation and tail in this order?"
         )
     heads, columns, tails = torch.tensor(rows).T
@@ -636,20 +646,19 @@ def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> Knowledge
 
 def with_clones(graph: KnowledgeGraph, n: int, seed: int = 0) -> KnowledgeGraph:
     """The graph with n clones of every entity that has facts: the same relations, each tail drawn
-    from the tails of its relation."""
+    from the tails of its relation. ValueError where an entity is named as a clone would be."""
     generator = torch.Generator().manual_seed(seed)
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
-    of_relation = {r: graph.facts[head[relation == r], r] for r in relation.unique().tolist()}
-    heads = head.unique()
-    clone = torch.full((graph.n_entities,), -1)
-    clone[heads] = torch.arange(len(heads))
+    tail = graph.facts[head, relation]
+    heads, row = head.unique(return_inverse=True)  # row [n_facts]: of its head in `heads`
     tables, names = [graph.facts], list(graph.entities)
     for i in range(1, n + 1):
         table = torch.full((len(heads), graph.n_relations), -1)
-        for r, tails in of_relation.items():
-            mine = clone[head[relation == r]]
-            drawn = torch.randint(len(tails), (len(mine),), generator=generator)
-            table[mine, r] = tails[drawn]
+        for r in relation.unique().tolist():
+            rows = row[relation == r]
+            tails = tail[relation == r]
+            drawn = torch.randint(len(tails), (len(rows),), generator=generator)
+            table[rows, r] = tails[drawn]
         tables.append(table)
         names += [f"{graph.entities[h]}~{i}" for h in heads.tolist()]
     taken = set(graph.entities).intersection(names[graph.n_entities :])

@@ -414,7 +414,7 @@ class Run:
     config: Config
     recipe: Recipe
     device: torch.device
-    make_batches: type = Batches
+    make_batches: Callable = Batches  # (paths, recipe, generator) -> Batches
     step: int = 0  # of the training, or of the checkpoint where there is one
     history: list = field(default_factory=list)  # an entry for each evaluation
     training: Training | None = None  # from the checkpoint
@@ -1161,7 +1161,7 @@ KEEPS = (0.99, 0.98, 0.97, 0.95, 0.93, 0.9)  # shares of the curvature mass that
 class AblationRecord:
     """What a model answers after an ablation of its attention layers."""
 
-    method: str  # "before", "kfac" or "ekfac"
+    method: str  # "before", "kfac", "ekfac" or a control of studies/controls.py
     keep: float
     removed: float  # |W - W'| / |W|, over these layers
     recited: float | None  # exceptions answered as trained
@@ -1186,8 +1186,7 @@ def ablation_record(
     with curvature.ablated(model, weights):
         one_hop, two_hop = predict(model, paths)
     exceptions = paths.masks["exceptions"]
-    true = torch.where(paths.second >= 0, paths.facts[paths.second, 2], -100)
-    right = two_hop == true
+    right = two_hop == paths.true_two_hop
     return AblationRecord(
         method=method,
         keep=keep,

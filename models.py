@@ -8,8 +8,9 @@ Each of `depth` passes over the residual stream x is x <- x + attention(norm(x))
 x <- x + store(norm(x)). Without `loop` each pass has a block of its own; without `memory` the store
 is the block's own feed-forward, with it one store is shared by the whole model: query, keys and
 values, as in [2]. (A looped feed-forward is shared too: what it lacks is the query matrix.) The
-store is an address (sparse and positive, unless an option says otherwise), then an `nn.Linear` whose
-columns hold what is stored there: `feed_forward.down` and `memory.values`, the edit sites of edit.py.
+store is an address (sparse and positive, unless an option says otherwise), then an `nn.Linear`
+whose columns hold what is stored there: `feed_forward.down` and `memory.values`, the edit sites of
+edit.py.
 
 Glossary: x [batch, token, d_model]; slots - rows of the memory, N in [1]. Left out: dropout, biases
 and caches. Only the abstracts of [1] could be read: sizes, addressing and norms are our choice.
@@ -120,9 +121,10 @@ class Attention(nn.Module):
 
 
 def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
-    """relu(score)^2 [4] where a score wins its place, 0 elsewhere: [..., width] -> [..., width].
-    "topk": the top_k largest win, ties aside. "groups", far cheaper: the best of each of top_k
-    groups, entry j in group j % top_k. top_k = 0: all win. "gelu": gelu(score), dense."""
+    """relu(score)^2 [4] of the scores that win, 0 of the others: [..., width] -> [..., width].
+    "topk": the top_k largest win. "groups", far cheaper: the largest of each of top_k groups wins,
+    score j being in group j % top_k. Of equal scores all win. top_k = 0: all win. "gelu":
+    gelu(score) of all."""
     if addressing == "gelu":
         return F.gelu(scores)
     if not top_k:
@@ -137,7 +139,7 @@ def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
 
 
 class SquaredWinners(torch.autograd.Function):
-    """kept^2, kept = score where score >= best, else 0; autograd's formulas take twice the time."""
+    """kept^2, kept = score where score >= best, else 0; in half the time of autograd's formulas."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, best: Tensor) -> Tensor:
@@ -152,33 +154,37 @@ class SquaredWinners(torch.autograd.Function):
 
 
 class ReadWinners(torch.autograd.Function):
-    """values(address(keys(x), top_k, "groups")) of x [n, d_in] by weights K [slots, d_in] and V
-    [d_out, slots]: the score of every slot, but of the values those of the top_k winners alone; of
-    ties the first wins, not all. In a wide store a third of the time."""
+    """values(address(keys(x), top_k, "groups")) of x [n, d_in] for keys K [slots, d_in] and values
+    V [d_out, slots]. Every slot j has its score s_j = K[j] x, but only the values of the winners,
+    one of each group g, are read; of equal scores the first wins, not all. A third of the time in a
+    wide store."""
 
     @staticmethod
     def forward(ctx, x: Tensor, K: Tensor, V: Tensor, top_k: int) -> Tensor:
         rivals = (x @ K.T).unflatten(-1, (-1, top_k))  # [n, slots / top_k, top_k]
         best, place = rivals.max(-2)
-        score = best.clamp(min=0)  # [n, top_k]
-        slot = place * top_k + torch.arange(top_k, device=x.device)
+        score = best.clamp(min=0)  # s_g [n, top_k]
+        slot = place * top_k + torch.arange(top_k, device=x.device)  # j_g [n, top_k]
         ctx.save_for_backward(x, K, V, score, slot)
+        # sum_g s_g^2 V[:, j_g]
         return F.embedding_bag(slot, V.T, per_sample_weights=score.square(), mode="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, K, V, score, slot = ctx.saved_tensors
-        read = F.embedding(slot, V.T)  # [n, top_k, d_out]
+        read = F.embedding(slot, V.T)  # V[:, j_g]: [n, top_k, d_out]
+        # ds_g = 2 s_g (grad V[:, j_g]);  dx = sum_g ds_g K[j_g]
         d_score = 2 * score * (read @ grad[:, :, None])[:, :, 0]
         dx = F.embedding_bag(slot, K, per_sample_weights=d_score, mode="sum")
         row = torch.arange(len(x), device=x.device)[:, None].expand_as(slot)
-        place = torch.stack([slot.flatten(), row.flatten()])
+        index = torch.stack([slot.flatten(), row.flatten()])
 
-        def spread(weight: Tensor) -> Tensor:  # [n, top_k], as a matrix [slots, n]
+        def spread(weight: Tensor) -> Tensor:  # [n, top_k] at the winners of a matrix [slots, n]
             sizes = (len(K), len(x))
-            return torch.sparse_coo_tensor(place, weight.flatten(), sizes, check_invariants=False)
+            return torch.sparse_coo_tensor(index, weight.flatten(), sizes, check_invariants=False)
 
+        # dK[j] = sum_n ds_nj x_n;  dV[:, j] = sum_n s_nj^2 grad_n
         dK = spread(d_score) @ x if ctx.needs_input_grad[1] else None
         dV = (spread(score.square()) @ grad).T if ctx.needs_input_grad[2] else None
         return dx, dK, dV, None
@@ -300,12 +306,12 @@ class Model(nn.Module):
 
 
 class State(NamedTuple):
-    """Something of the forward pass by the module that returns it and the number of its call."""
+    """A tensor of the forward pass: what `module` returns at its call number `call`."""
 
     at_pass: int  # from 0
     part: str  # "attention", "memory", "feed-forward", or "stream", which a block leaves behind
     module: str
-    call: int  # of the module within one forward pass, from 0
+    call: int  # within one forward pass, from 0
 
 
 def states(config: Config) -> list[State]:

@@ -4,9 +4,9 @@ Trains on a richer mixture than the core: a tenth of the trained compositions ha
 answer (exceptions), some relations are arithmetic (tail = head + c), facts are drawn with Zipf
 frequencies, and open-book prompts hold the fact that they ask for. The last steps are gentle, until
 the exceptions are recited. Then the model is ablated by K-FAC, EK-FAC and every control
-(studies/controls.py); nothing tells these which paths are exceptions. Strengths alone, one for a
-kind of layer, are chosen by the exceptions and held-out paths among a fifth of all, and by no fact
-and no open-book prompt; the other paths are scored. Further:
+(studies/controls.py); nothing tells these which paths are exceptions. Only their strengths, one for
+each kind of layer, are chosen by paths: by the exceptions and the held-out paths among a fifth of
+all paths. The other four fifths, all facts and all open-book prompts are scored. Further:
 
     tasks        what is kept of each kind of question, beside the paper's figures
     sweep        the better method, one share of mass kept for all chosen layers
@@ -26,6 +26,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ import minedit
 from kg import SPLITS
 from minedit import Run, share_of
 from models import Model
-from studies.controls import Outcome, compare, edited, learned_mask, outcome, search
+from studies.controls import Outcome, compare, edited, learned_mask, outcome, search, shares_of
 from studies.images import images_stage
 from studies.training import further
 
@@ -83,13 +84,26 @@ def zipf_weights(n_facts: int, exponent: float, seed: int) -> Tensor:
     return (order + 1.0) ** -exponent
 
 
+def fact_weights(run: Run, exponent: float) -> Tensor:
+    """`zipf_weights` of the facts of a run, on its device."""
+    return zipf_weights(len(run.paths.facts), exponent, run.seed).to(run.device)
+
+
 class Mixture(minedit.Batches):
     """Facts drawn in proportion to `weights` [n_facts], with replacement (None: all alike, each
     once at most), and n_open_book prompts (h, r, t', h, r) -> t' beside them, t' any entity."""
 
-    weights: Tensor | None = None
-    n_open_book = 0
-    n_entities = 0
+    def __init__(
+        self,
+        paths: kg.Paths,
+        recipe: minedit.Recipe,
+        generator: torch.Generator,
+        weights: Tensor | None = None,
+        n_open_book: int = 0,
+        n_entities: int = 0,
+    ):
+        super().__init__(paths, recipe, generator)
+        self.weights, self.n_open_book, self.n_entities = weights, n_open_book, n_entities
 
     def draw_facts(self) -> Tensor:
         if self.weights is None:
@@ -125,26 +139,12 @@ class Mixture(minedit.Batches):
         return found
 
 
-def mixture_of(args, run_seed: int, n_entities: int):
-    """A maker of Batches for minedit.Run, with the options of the study."""
-
-    def make(paths: kg.Paths, recipe: minedit.Recipe, generator: torch.Generator) -> Mixture:
-        batches = Mixture(paths, recipe, generator)
-        batches.n_open_book, batches.n_entities = args.open_book, n_entities
-        if args.zipf:
-            weights = zipf_weights(len(paths.facts), args.zipf, run_seed)
-            batches.weights = weights.to(paths.facts.device)
-        return batches
-
-    return make
-
-
 def make_task(args, seed: int, graph: kg.KnowledgeGraph | None) -> minedit.Task:
-    options = {"arithmetic": args.arithmetic, "zipf": args.zipf, "open_book": args.open_book}
     task = minedit.make_task(args, seed, graph)
     if args.arithmetic:
         graph = arithmetic_graph(task.graph, args.arithmetic, seed)
         task = task._replace(graph=graph, paths=minedit.paths_of(args, graph, seed))
+    options = {"arithmetic": args.arithmetic, "zipf": args.zipf, "open_book": args.open_book}
     return task._replace(data=task.data | options)
 
 
@@ -155,22 +155,15 @@ class Questions:
     """What a model is asked before and after an ablation: {name: (mask, right answers)}."""
 
     def __init__(self, run: Run, batches: Mixture, weights: Tensor, n_arithmetic: int):
+        paths, exceptions = run.paths, run.paths.masks["exceptions"]
+        true, tails = paths.true_two_hop, paths.facts[:, 2]
         self.run = run
         self.prompts, self.told = batches.open_book(500)
-        paths, exceptions = run.paths, run.paths.masks["exceptions"]
-        tails = paths.facts[:, 2]
-        true = torch.where(paths.second >= 0, tails[paths.second], -100)  # no exceptions
         self.paths = {"recited": (exceptions, paths.two_hop), "true": (exceptions, true)}
         for name in SPLITS:
             self.paths[name] = (paths.masks[name] & ~exceptions, true)
-        chooses = paths.masks["validation"]
-        self.scored = ~chooses
-        rows = []
-        for name in ("recited", *SPLITS[1:]):  # at most 150 of each, at random
-            mine = (self.paths[name][0] & chooses).nonzero().flatten()
-            order = torch.randperm(len(mine), generator=run.stream()).to(mine.device)
-            rows.append(mine[order[:150]])
-        self.choosing = torch.cat(rows)  # the paths by which strengths are chosen
+        self.scored = ~paths.masks["validation"]
+        self.choosing = self.draw_choosing()
         arithmetic = paths.facts[:, 1] < n_arithmetic
         rank = weights.argsort(stable=True).argsort() / len(weights)  # 0: the least frequent
         self.facts = {
@@ -181,23 +174,26 @@ class Questions:
         }
         self.before = None  # what the unedited model answers of the choosing paths
 
-    def shares(self, sets: dict, answers: Tensor, rows) -> dict[str, float | None]:
-        """Of right answers to the questions `rows`, in each set."""
-        return {
-            name: share_of((answers == gold[rows])[mask[rows]])
-            for name, (mask, gold) in sets.items()
-        }
+    def draw_choosing(self) -> Tensor:
+        """The paths by which strengths are chosen: of those that are not scored at most 150
+        exceptions and 150 of each held-out set, at random."""
+        rows = []
+        for name in ("recited", *SPLITS[1:]):
+            mine = (self.paths[name][0] & ~self.scored).nonzero().flatten()
+            order = torch.randperm(len(mine), generator=self.run.stream()).to(mine.device)
+            rows.append(mine[order[:150]])
+        return torch.cat(rows)
 
     def measure(self, model: Model) -> dict[str, float | None]:
         one_hop, two_hop = minedit.predict(model, self.run.paths)
-        found = self.shares(self.paths, two_hop[self.scored], self.scored)
-        found |= self.shares(self.facts, one_hop, slice(None))
+        found = shares_of(self.paths, two_hop[self.scored], self.scored)
+        found |= shares_of(self.facts, one_hop, slice(None))
         book = minedit.last_answers(model, self.prompts) == self.told
         return found | {"open_book": share_of(book)}
 
     def chosen_by(self, model: Model) -> dict[str, float]:
         answers = minedit.last_answers(model, self.run.paths.tokens[self.choosing])
-        found = self.shares(self.paths, answers, self.choosing)
+        found = shares_of(self.paths, answers, self.choosing)
         return {name: share or 0.0 for name, share in found.items()}
 
     def value(self, model: Model) -> float:
@@ -247,21 +243,23 @@ def learned_outcome(
 def with_other_answers(run: Run) -> Run:
     """The run with exceptions at the same paths: their answers are neither right nor the old."""
     paths, n = run.paths, run.task.graph.n_answers
-    true = torch.where(paths.second >= 0, paths.facts[paths.second, 2], 0)
-    old = (paths.two_hop - true) % n
-    shift = torch.randint(1, n, old.shape, generator=run.stream()).to(old)
-    shift = torch.where(shift == old, shift % (n - 1) + 1, shift)
-    answers = torch.where(paths.masks["exceptions"], (true + shift) % n, paths.two_hop)
+    true = paths.true_two_hop
+    old = (paths.two_hop - true) % n  # an exception's answer: true + old (mod n)
+    new = torch.randint(1, n, old.shape, generator=run.stream()).to(old)
+    new = torch.where(new == old, new % (n - 1) + 1, new)  # in 1..n-1, another
+    answers = torch.where(paths.masks["exceptions"], (true + new) % n, paths.two_hop)
     child = copy.copy(run)
     child.paths = replace(paths, two_hop=answers)
     return child
 
 
 def relearn(run: Run, weights: dict, questions: Questions, recited: float, most: int) -> list[dict]:
-    """Questions.measure after 0, 10, 20, 40, ... more steps, until as many are `recited`, or `most`
-    times; trained as in the last steps."""
+    """What is answered after 0, 10, 20, 40, ... further steps, trained as the last ones were, until
+    the share `recited` of exceptions is reached, in `most` entries at most."""
     limit = 2 * run.recipe.memorize + 20
-    at = [0] + [10 * 2**i for i in range(20) if 10 * 2**i <= limit]
+    at = [0, 10]
+    while 2 * at[-1] <= limit:
+        at.append(2 * at[-1])
     curve = []
     for moment in further(run, weights, at, run.recipe.steps):
         curve.append({"step": moment.steps} | questions.measure(moment.model))
@@ -270,11 +268,17 @@ def relearn(run: Run, weights: dict, questions: Questions, recited: float, most:
     return curve
 
 
+def strengths(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shares of mass to keep and shares of the norm to remove, which are tried."""
+    every = 3 if args.quick else 1
+    return KEEPS[::every], REMOVED[::every]
+
+
 def ablation_stage(run: Run, model: Model, args) -> dict:
     """All of it but the images."""
     paths = run.paths
     batches = run.make_batches(paths, run.recipe, run.stream(run.device))
-    weights = zipf_weights(len(paths.facts), args.zipf, run.seed).to(run.device)
+    weights = fact_weights(run, args.zipf)
     questions = Questions(run, batches, weights, args.arithmetic)
     questions.before = questions.chosen_by(model)
     names = minedit.linear_layers(model)
@@ -282,32 +286,32 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
     began = time.perf_counter()
     spectrum = minedit.spectrum_of(run, model, mixture, names)
     seconds = round(time.perf_counter() - began, 2)
-    every = 3 if args.quick else 1  # of the strengths that are tried
+    keeps, removed = strengths(args)
     found = compare(
         model,
         questions.measure,
         questions.value,
         spectrum,
         layer_groups(names),
-        keeps=KEEPS[::every],
-        removed=REMOVED[::every],
-        generator=run.stream(),
+        keeps,
+        removed,
+        run.stream(),
     )
     best = found.best
     layers = list(found.weights)
     found.outcomes.append(learned_outcome(model, questions, mixture, layers))
     sweep = []
     for keep in KEEPS:
-        new = edited(model, best.method, spectrum, layers, keep)
+        ablated = edited(model, best.method, spectrum, layers, keep)
         matched = f"alike {keep}"
-        sweep.append(outcome(model, questions.measure, new, best.method, matched, keep=keep))
+        sweep.append(outcome(model, questions.measure, ablated, best.method, matched, keep=keep))
     before = found.outcomes[0]
     with curvature.ablated(model, found.weights):
         state = {name: p.clone() for name, p in model.state_dict().items()}
-    ablated = relearn(run, state, questions, recited=before.shares["recited"], most=20)
-    other = with_other_answers(run)
-    about_others = Questions(other, batches, weights, args.arithmetic)
-    anew = relearn(other, state, about_others, recited=math.inf, most=len(ablated))
+    old = relearn(run, state, questions, recited=before.shares["recited"], most=20)
+    child = with_other_answers(run)
+    child_questions = Questions(child, batches, weights, args.arithmetic)
+    new = relearn(child, state, child_questions, recited=math.inf, most=len(old))
     tasks = tasks_kept(before, best)
     print(
         f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses\n"
@@ -325,7 +329,7 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
             t.task: {"paper": t.paper, "before": t.before, "after": t.after, "kept": t.kept}
             for t in tasks
         },
-        "relearning": {"old": ablated, "other": anew},
+        "relearning": {"old": old, "other": new},
     }
 
 
@@ -398,9 +402,14 @@ def prepare(args) -> list[Run]:
     else:
         message = f"--arithmetic must be at most --relations, got {args.arithmetic}"
         minedit.require(args.arithmetic <= args.relations, message)
-    runs = minedit.prepare(args, make_task, Mixture, check_exceptions)
+    runs = minedit.prepare(args, make_task, check=check_exceptions)
     for run in runs:
-        run.make_batches = mixture_of(args, run.seed, run.task.graph.n_entities)
+        run.make_batches = partial(
+            Mixture,
+            weights=fact_weights(run, args.zipf) if args.zipf else None,
+            n_open_book=args.open_book,
+            n_entities=run.task.graph.n_entities,
+        )
     return runs
 
 
@@ -412,9 +421,7 @@ def command(args):
         began = time.perf_counter()
         entry = ablation_stage(run, model, args)
         if args.images and (args.arch != "all" or run.arch == "dense"):  # the same for all cells
-            every = 3 if args.quick else 1
-            strengths = (KEEPS[::every], REMOVED[::every])
-            found = images_stage(args.images, run.stream(), run.stream, *strengths)
+            found = images_stage(args.images, run.stream(), run.stream, *strengths(args))
             print(images_table(found))
             entry["vision"] = [o.entry() for o in found]
         run.add_results("ablation", entry, began)

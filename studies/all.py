@@ -7,8 +7,8 @@
 
 A job is what one process computes, one run or the four cells of a seed. Runs are made in --work
 (runs/all), where a killed one goes on from its last evaluation; of a finished one the three small
-files are copied, with rounded numbers, into --results, where `--list` and `python -m studies.report`
-look for it. So parts that ran on several machines are put together by copying their results/.
+files are copied, with rounded numbers, into --results, where `--list` and `python -m
+studies.report` look for it. So parts that ran on several machines are put together by copying their results/.
 UMLS is not in this repository: its runs want --umls FILE. What is no run of a seed, the figures of
 speed and of GPT-2, has commands of its own: studies.bench, studies.gpu, studies.gpt2.
 """
@@ -127,8 +127,9 @@ def plan(umls: Path | None) -> list[Job]:
     jobs += four_cells(5)
     jobs += each("many", every_cell(), 3, ["-m studies.many"], "many", 14)
     jobs += each("circuits", every_cell(), 5, [circuits], "circuits", 6)
-    sparse, wants = every_cell("--out-degree 19"), "transfer transfer_gentle"
-    jobs += each("transfer", sparse, 5, ["-m studies.transfer --eval-every 50"], wants, 6)
+    sparse = every_cell("--out-degree 19")
+    transfer = "-m studies.transfer --eval-every 50"
+    jobs += each("transfer", sparse, 5, [transfer], "transfer transfer_gentle", 6)
     jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
     exceptions = every_cell() | every_cell("--label-noise 0.02", "-few")
     both = ["minedit.py --ablate", "-m studies.attention"]
@@ -152,8 +153,8 @@ def plan(umls: Path | None) -> list[Job]:
         runs = every_cell(options)
         runs["lmc-sorted"] = f"--arch lmc {options} --tail-order sorted"
         dense = {"dense": runs.pop("dense")}  # where else than at one site?
-        everywhere, wants = [*real, "-m studies.propagation"], "edits tradeoff propagation"
-        jobs += each("umls", dense, 3, everywhere, wants, 14)
+        everywhere = [*real, "-m studies.propagation"]
+        jobs += each("umls", dense, 3, everywhere, "edits tradeoff propagation", 14)
         jobs += each("umls", runs, 3, real, "edits tradeoff", 9)
     return jobs
 
@@ -196,21 +197,17 @@ def rounded(value):
 UNUSED = ("lens", "trace", "swap", "curve", "bands")  # entries that no table or figure is made of
 
 
-def used(value):
-    """Of what JSON can hold: without the entries of these names."""
-    if isinstance(value, list):
-        return [used(x) for x in value]
-    if isinstance(value, dict):
-        return {key: used(x) for key, x in value.items() if key not in UNUSED}
-    return value
+def used(found: dict) -> dict:
+    """An object of a JSON file as it is read, without the entries of these names."""
+    return {key: value for key, value in found.items() if key not in UNUSED}
 
 
 def collect(folder: Path, to: Path):
     """Copy what the report reads of a run."""
     to.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "results.json"):
-        content = json.loads((folder / name).read_text())
-        minedit.write_atomically(to / name, rounded(used(content)))
+        content = json.loads((folder / name).read_text(), object_hook=used)
+        minedit.write_atomically(to / name, rounded(content))
     lines = (folder / "log.jsonl").read_text().splitlines()
     log = "".join(json.dumps(rounded(json.loads(line))) + "\n" for line in lines)
     minedit.write_atomically(to / "log.jsonl", log.encode())
@@ -243,9 +240,9 @@ class Work:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log, "a") as output:
             for command in job.commands:
-                whole = [sys.executable, *shlex.split(command), "--out", str(out), "--resume"]
+                words = [sys.executable, *shlex.split(command), "--out", str(out), "--resume"]
                 options = {"stdout": output, "stderr": output, "env": environment, "cwd": HERE}
-                status = subprocess.run(whole, **options).returncode
+                status = subprocess.run(words, **options).returncode
                 if status:
                     break
         with self.lock:
@@ -262,15 +259,17 @@ class Work:
 
 
 def overview(jobs: list[Job], results: Path, n_jobs: int) -> str:
+    """A row for each folder of tables; the time that is left, and the commits of what is done."""
+    done = [job for job in jobs if is_done(job, results)]
     rows = [("folder", "jobs", "done", "minutes left")]
-    groups = {job.group: [] for job in jobs}
-    for job in jobs:
-        groups[job.group].append(job)
-    for group, members in groups.items():
-        left = [job.minutes for job in members if not is_done(job, results)]
-        rows.append((group, len(members), len(members) - len(left), f"{sum(left):.0f}"))
-    total = sum(float(row[3]) for row in rows[1:])
-    made_by = {version_of(job.folders[0], results) for job in jobs if is_done(job, results)}
+    total = 0
+    for group in dict.fromkeys(job.group for job in jobs):
+        members = [job for job in jobs if job.group == group]
+        left = [job for job in members if job not in done]
+        minutes = sum(job.minutes for job in left)
+        rows.append((group, len(members), len(members) - len(left), f"{minutes:.0f}"))
+        total += minutes
+    made_by = {version_of(job.folders[0], results) for job in done}
     return (
         f"{minedit.table(rows)}\nminutes on one thread; in all {total / 60 / n_jobs:.1f} hours with "
         f"--jobs {n_jobs}\ncommits of what is done: {', '.join(sorted(made_by)) or '-'}"
@@ -298,7 +297,8 @@ def command(args):
     known = list(dict.fromkeys(job.group for job in jobs))
     for group in args.groups:
         require(group in known, f"{group}: no folder of the plan; it has {', '.join(known)}")
-    jobs = part_of([job for job in jobs if not args.groups or job.group in args.groups], args.part)
+    wanted = args.groups or known
+    jobs = part_of([job for job in jobs if job.group in wanted], args.part)
     if args.list:
         print(overview(jobs, args.results, args.jobs))
         return

@@ -18,7 +18,7 @@ import minedit
 from minedit import AblationRecord, Run
 from models import Model
 from studies.ablation import check_exceptions, require_exceptions
-from studies.controls import CONTROLS, control, edited
+from studies.controls import CONTROLS, change_of, edited
 from studies.training import trained
 
 
@@ -30,13 +30,11 @@ def attention_stage(run: Run, model: Model, keeps: tuple[float, ...]) -> list[Ab
     for keep in keeps:
         by_curvature = edited(model, "kfac", spectrum, names, keep)
         records.append(minedit.ablation_record(model, run.paths, by_curvature, "kfac", keep))
+        change = {name: change_of(model, name, W) for name, W in by_curvature.items()}
         for method in CONTROLS:
             weights = {}
             for name in names:
-                W, (A, G) = model.get_parameter(f"{name}.weight").detach(), spectrum.factors[name]
-                change = float((W - by_curvature[name]).norm() / W.norm())
-                alike = {"removed": min(0.999, change), "generator": run.stream()}
-                weights[name] = control(method, W, A, G, **alike)
+                weights |= edited(model, method, spectrum, [name], change[name], run.stream())
             records.append(minedit.ablation_record(model, run.paths, weights, method, keep))
     print(f"\n{minedit.record_table(records, minedit.ABLATION_COLUMNS, minedit.ABLATION_LEGEND)}")
     return records

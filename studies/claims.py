@@ -111,19 +111,20 @@ class Verdict(NamedTuple):
 def verdict_of(claim: Claim, arch: str, tested: Tested) -> Verdict:
     """Ours beside theirs; whether it is in the range that is accepted, with "?" where the interval
     crosses an end of the range."""
-    values, n = tested.values, None
-    ours, ends = statistics.fmean(values), list(values)
-    if all(tested.counts):
-        n = sum(tested.counts)
-        ours = sum(value * count for value, count in zip(values, tested.counts)) / n
+    values, counts = tested.values, tested.counts
+    n = None
+    ours = statistics.fmean(values)
+    ends = list(values)
+    if all(counts):
+        n = sum(counts)
+        ours = sum(value * count for value, count in zip(values, counts)) / n
         ends += wilson(ours, n)
-    low, high = min(ends), max(ends)
-    accepted = (float(claim.low), float(claim.high))
-    verdict = "agrees" if accepted[0] <= ours <= accepted[1] else "differs"
-    crosses = low < accepted[0] <= high or low <= accepted[1] < high
+    low, high = float(claim.low), float(claim.high)
+    verdict = "agrees" if low <= ours <= high else "differs"
+    crosses = min(ends) < low <= max(ends) or min(ends) <= high < max(ends)
     if crosses or (n is None and len(values) < 2):
         verdict += " ?"
-    interval = f"{cell(low)}..{cell(high)}"
+    interval = f"{cell(min(ends))}..{cell(max(ends))}"
     return Verdict(claim.text, claim.theirs, arch, cell(ours), interval, cell(n, "d"), verdict)
 
 
@@ -138,9 +139,10 @@ def summary_table(claims: list[Claim], results: Results) -> Table | None:
             if arch in tested:
                 found = verdict_of(claim, arch, tested[arch])
                 row.append(found.ours + marks.get(found.verdict, " ?"))
+            elif arch in claim.cells.split():
+                row.append("no run")
             else:
-                is_asked = arch in claim.cells.split()
-                row.append("no run" if is_asked else "-" if claim.cells == "-" else "")
+                row.append("-" if claim.cells == "-" else "")
         rows.append(tuple(row))
     legend = "+: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, or"
     return table_of(rows, f"{legend} one run; - alone: cannot be tested here")
@@ -152,7 +154,7 @@ def claims_table(claims: list[Claim], results: Results) -> Table | None:
         tested = tested_by(claim, results)
         if not tested:
             verdict = "not testable here" if claim.cells == "-" else "no figure"
-            rows.append((claim.text, claim.theirs, *"----", verdict))
+            rows.append(Verdict(claim.text, claim.theirs, "-", "-", "-", "-", verdict))
         for arch, found in tested.items():
             rows.append(verdict_of(claim, arch, found))
     legend = """\

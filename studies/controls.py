@@ -31,6 +31,7 @@ from curvature import (
     mask_of,
     project,
 )
+from minedit import share_of
 
 # kfac and ekfac have a share of mass to keep, the others a share of the norm to remove
 KEEPING = ("kfac", "ekfac")
@@ -57,47 +58,28 @@ def randomized(factor: Eigen, generator: torch.Generator | None) -> Eigen:
     return Eigen(factor.values, basis.to(factor.vectors))
 
 
-class Components:
-    """W as a sum of components, the entries of G.vectors^T W A.vectors, in the order in which a
-    control would keep them."""
-
-    def __init__(self, name: str, W: Tensor, A: Eigen, G: Eigen, generator: torch.Generator | None):
-        self.W, self.n = W, W.numel()
-        if name == "random":
-            G = randomized(G, generator)
-            A = randomized(A, generator)
-        elif name == "activations":
-            G = without(G)
-        elif name == "gradients":
-            A = without(A)
-        elif name == "magnitude":
-            G, A = without(G), without(A)
-        elif name == "svd":
-            U, S, Vh = torch.linalg.svd(double(W), full_matrices=False)
-            G, A = Eigen(S, U), Eigen(S, Vh.T)
-            self.n = min(W.shape)
-        elif name != "kfac":
-            raise ValueError(
-                f"no control {name!r}; use kfac, random, activations, gradients, svd or magnitude"
-            )
-        scores = torch.outer(G.values, A.values)
-        if name == "magnitude":
-            scores = double(W).abs()
-        if name == "svd":
-            scores = scores.diag().diag()  # s_i^2 of u_i v_i^T, 0 of the others
-        self.A, self.G, self.scores = A, G, scores
-        self.order = scores.flatten().argsort(descending=True, stable=True)
-
-    def keep(self, n_kept: int) -> Tensor:
-        """W' [d_out, d_in] of the first n_kept components."""
-        return project(self.W, self.A, self.G, mask_of(self.order[:n_kept], self.scores))
-
-    def fewest(self, removed: float) -> int:
-        """How few components leave |W - W'| <= removed |W|."""
-        C = self.G.vectors.T @ double(self.W) @ self.A.vectors
-        lost = C.square().flatten()[self.order].flip(0).cumsum(0)  # without the last 1, 2, ... ones
-        allowed = (removed + 1e-12) ** 2 * lost[-1]
-        return len(self.order) - int((lost <= allowed).sum())
+def scored_bases(
+    name: str, W: Tensor, A: Eigen, G: Eigen, generator: torch.Generator | None
+) -> tuple[Eigen, Eigen, Tensor]:
+    """The bases of a control, of the inputs and of the outputs, and the scores [d_out, d_in] of the
+    components of W in them: the highest are kept."""
+    if name == "svd":
+        U, S, Vh = torch.linalg.svd(double(W), full_matrices=False)
+        return Eigen(S, Vh.T), Eigen(S, U), S.square().diag()  # s_i^2 of u_i v_i^T, 0 of others
+    if name == "magnitude":
+        return without(A), without(G), double(W).abs()
+    if name == "random":
+        G = randomized(G, generator)
+        A = randomized(A, generator)
+    elif name == "activations":
+        G = without(G)
+    elif name == "gradients":
+        A = without(A)
+    elif name != "kfac":
+        raise ValueError(
+            f"no control {name!r}; use kfac, random, activations, gradients, svd or magnitude"
+        )
+    return A, G, torch.outer(G.values, A.values)
 
 
 def control(
@@ -111,15 +93,25 @@ def control(
 ) -> Tensor:
     """W' [d_out, d_in] with `kept` components of W, or as few as leave |W - W'| <= removed |W|; the
     names are those of the module's docstring. ValueError for both or neither, or out of range."""
-    components = Components(name, W, eigen(A), eigen(G), generator)
-    if kept is not None and removed is None and 0 <= kept <= components.n:
-        return components.keep(kept)
+    A, G, scores = scored_bases(name, W, eigen(A), eigen(G), generator)
+    order = scores.flatten().argsort(descending=True, stable=True)
+    n = min(W.shape) if name == "svd" else W.numel()
     if kept is None and removed is not None and 0 <= removed < 1:
-        return components.keep(components.fewest(removed))
-    raise ValueError(
-        f"pass either kept in 0..{components.n} for {name!r}, or removed in [0, 1); "
-        f"got {kept} and {removed}"
-    )
+        kept = n_within(removed, G.vectors.T @ double(W) @ A.vectors, order)
+    elif kept is None or removed is not None or not 0 <= kept <= n:
+        raise ValueError(
+            f"pass either kept in 0..{n} for {name!r}, or removed in [0, 1); "
+            f"got {kept} and {removed}"
+        )
+    return project(W, A, G, mask_of(order[:kept], scores))
+
+
+def n_within(removed: float, B: Tensor, order: Tensor) -> int:
+    """How few of the entries of B, the first in `order`, leave |W - W'| <= removed |W|."""
+    last_first = B.square().flatten()[order].flip(0)
+    lost = last_first.cumsum(0)  # |W - W'|^2 without the last 1, 2, ... of them
+    allowed = (removed + 1e-12) ** 2 * lost[-1]
+    return len(order) - int((lost <= allowed).sum())
 
 
 def learned_mask(
@@ -201,8 +193,23 @@ class Outcome:
         return found | self.shares
 
 
+def shares_of(sets: dict, answers: Tensor, rows) -> dict[str, float | None]:
+    """Of right answers to the questions `rows`, in each of the sets {name: (mask, right answers)}
+    of all questions."""
+    found = {}
+    for name, (mask, right) in sets.items():
+        found[name] = share_of((answers == right[rows])[mask[rows]])
+    return found
+
+
 def norm_of(matrices) -> float:
     return float(sum(double(x).square().sum() for x in matrices)) ** 0.5
+
+
+def change_of(model: nn.Module, name: str, W: Tensor) -> float:
+    """|W - W'| / |W| of one layer, for new weights W'; below 1, as controls want it."""
+    old = layer_of(model, name).matrix.detach()
+    return min(0.999, ((old - W).norm() / old.norm()).item())
 
 
 def outcome(
@@ -211,15 +218,17 @@ def outcome(
     weights: dict[str, Tensor],
     method: str,
     matched: str | None = None,
+    value: Callable | None = None,
     **more,
 ) -> Outcome:
-    """`measure(model)` {name: share} of the model with these weights."""
+    """measure(model) {name: share} and value(model) of the model with these weights."""
     removed = 0.0
     if weights:
         old = {name: layer_of(model, name).matrix.detach() for name in weights}
         removed = norm_of(old[name] - weights[name] for name in old) / norm_of(old.values())
     with ablated(model, weights):
-        return Outcome(method, matched, removed, measure(model), **more)
+        worth = value(model) if value else None
+        return Outcome(method, matched, removed, measure(model), value=worth, **more)
 
 
 def edited(
@@ -278,7 +287,7 @@ def search(
 class Comparison:
     best: Outcome  # the better of kfac and ekfac
     weights: dict[str, Tensor]  # its weights
-    outcomes: list[Outcome]  # all, the first one before
+    outcomes: list[Outcome]  # all; the first is the model before
 
 
 def compare(
@@ -295,26 +304,22 @@ def compare(
     """Every method at the strengths that `search` finds for it, `keeps` or shares `removed` of the
     norm; then controls in the layers of the better of kfac and ekfac with as many components in
     each ("parts"; not svd, which has too few) or as large a change ("norm")."""
-    outcomes = [outcome(model, measure, {}, "before", value=value(model))]
-    weights_of = {}
+    before = outcome(model, measure, {}, "before", value=value)
+    own, weights_of = {}, {}
     for method in (*KEEPING, *controls):
+        strengths = keeps if method in KEEPING else removed
         options = {}
         for group, layers in groups.items():
-            strengths = keeps if method in KEEPING else removed
             options[group] = {
                 s: edited(model, method, spectrum, layers, s, generator) for s in strengths
             }
         chosen, weights = search(model, value, options)
         weights_of[method] = weights
-        with ablated(model, weights):
-            worth = value(model)
-        outcomes.append(
-            outcome(model, measure, weights, method, "own", strengths=chosen, value=worth)
-        )
-    best = max(outcomes[1 : 1 + len(KEEPING)], key=lambda o: o.value)
+        own[method] = outcome(model, measure, weights, method, "own", value, strengths=chosen)
+    best = max((own[method] for method in KEEPING), key=lambda o: o.value)
     weights = weights_of[best.method]
-    matched = matching(model, best, weights, spectrum, groups)
-    for kind, settings in matched.items():
+    outcomes = [before, *own.values()]
+    for kind, settings in matching(model, best, weights, spectrum, groups).items():
         for name in controls:
             if (kind, name) == ("parts", "svd"):
                 continue
@@ -323,9 +328,7 @@ def compare(
                 W = layer_of(model, layer).matrix.detach()
                 A, G = spectrum.factors[layer]
                 new[layer] = control(name, W, A, G, generator=generator, **setting)
-            with ablated(model, new):
-                worth = value(model)
-            outcomes.append(outcome(model, measure, new, name, kind, value=worth))
+            outcomes.append(outcome(model, measure, new, name, kind, value))
     return Comparison(best, weights, outcomes)
 
 
@@ -342,10 +345,8 @@ def matching(
         for name in layers:
             if name not in weights:
                 continue
-            W, (A, G) = layer_of(model, name).matrix.detach(), spectrum.factors[name]
             masses = spectrum.masses[name] if best.method == "ekfac" else None
-            n_kept = int(keep_mask(A, G, best.strengths[group], masses).sum())
-            change = ((W - weights[name]).norm() / W.norm()).item()
-            found["parts"][name] = {"kept": n_kept}
-            found["norm"][name] = {"removed": min(0.999, change)}
+            mask = keep_mask(*spectrum.factors[name], best.strengths[group], masses)
+            found["parts"][name] = {"kept": int(mask.sum())}
+            found["norm"][name] = {"removed": change_of(model, name, weights[name])}
     return found

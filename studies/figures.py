@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from minedit import UserError
-from studies.runs import Group, at_moments, kind_of_edit, lookup
+from studies.runs import Group, all_entries, at_moments, kind_of_edit, lookup
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; a mark and a dash for each
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
@@ -69,8 +69,8 @@ def new_figure(panels: Panels, columns: int, width: float, height: float):
 
 
 def ticks_of(lines: dict[str, dict[str, list[float]]]) -> list[str]:
-    """What is on the x axis of a panel: numbers in order, words as they were added. (Shares of a
-    mass go down, from all of it.)"""
+    """What is on the x axis of a panel: whole numbers going up; shares (with a decimal point) going
+    down, since of a mass all is kept first; words as they were added."""
     ticks = {}
     for values in lines.values():
         ticks |= dict.fromkeys(values)
@@ -141,7 +141,7 @@ def draw_bars(panels: Panels, columns: int = 4):
             for i, bar in enumerate(bars):
                 if bar in values:
                     at = place + 0.8 * ((i + 0.5) / len(bars) - 0.5)
-                    draw_bar(ax, at, 0.8 / len(bars), bar, values[bar], COLOURS[1:][i])
+                    draw_bar(ax, at, 0.8 / len(bars), bar, values[bar], COLOURS[1 + i])
         ax.set_xticks(range(len(lines)), lines)
         ax.set(ylim=(0, 1.1), ylabel="share of answers")
         ax.spines[["top", "right"]].set_visible(False)
@@ -202,10 +202,8 @@ def grokking(groups: list[Group]):
     """Accuracy against training steps, a panel for each cell."""
     panels = Panels()
     labels = {"one_hop": "facts", "train": "trained", "id": "held out (ID)", "ood": "OOD"}
-    for group in groups:
-        for run in group.runs:
-            for record in run["history"]:
-                panels.add_all(group.name, labels, record["step"], record)
+    for group, record in all_entries(groups, "history"):
+        panels.add_all(group.name, labels, record["step"], record)
     return draw_lines(panels, "training step") if panels.values else None
 
 
@@ -226,8 +224,8 @@ def when(groups: list[Group]):
         for run in group.runs:
             written = lookup(run, "when.written") or []
             for entry in sorted(written, key=lambda e: e["pass"]):
+                row = f"for pass {entry['pass']}, {entry['acts']}"
                 for key, label in HOPS.items():
-                    row = f"for pass {entry['pass']}, {entry['acts']}"
                     panels.add(group.name, row, label, entry[key])
     return draw_tiles(panels) if panels.values else None
 
@@ -266,12 +264,10 @@ def covers(groups: list[Group]):
     panels = Panels()
     labels = HOPS | {"unrelated_one_hop_moved": "facts moved"}
     labels |= {"unrelated_two_hop_moved": "comps. moved"}
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "second_moment") or []:
-                if entry["target"] == "prototype":
-                    for key, label in labels.items():
-                        panels.add(group.name, entry["covers"], label, entry[key])
+    for group, entry in all_entries(groups, "second_moment"):
+        if entry["target"] == "prototype":
+            for key, label in labels.items():
+                panels.add(group.name, entry["covers"], label, entry[key])
     return draw_tiles(panels) if panels.values else None
 
 
@@ -283,8 +279,8 @@ def paths(groups: list[Group]):
         for run in group.runs:
             for queries in ("id", "ood"):
                 for moment, entry in at_moments(run, queries).items():
+                    row = f"{queries.upper()} {moment}"
                     for key in keys:
-                        row = f"{queries.upper()} {moment}"
                         panels.add(group.name, row, key, entry.get(key))
     return draw_tiles(panels) if panels.values else None
 
@@ -293,35 +289,29 @@ def many(groups: list[Group]):
     """What follows of edits made in one update, against their number; a panel for each cell."""
     panels = Panels()
     labels = HOPS | {"both": "both edited", "unrelated_one_hop_moved": "facts moved"}
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "many") or []:
-                if (entry["method"], entry["target"]) == ("memit", "prototype"):
-                    panels.add_all(group.name, labels, entry["n"], entry)
+    for group, entry in all_entries(groups, "many"):
+        if (entry["method"], entry["target"]) == ("memit", "prototype"):
+            panels.add_all(group.name, labels, entry["n"], entry)
     return draw_lines(panels, "facts edited at once") if panels.values else None
 
 
 def mass(groups: list[Group]):
     """Score against the number of edits, a panel for each cell, a line for each method."""
     panels = Panels()
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "mass.edits") or []:
-                if entry.get("score") is not None:
-                    score = entry["score"] / 100
-                    panels.add(group.name, kind_of_edit(entry), entry["n"], score)
+    for group, entry in all_entries(groups, "mass.edits"):
+        if entry.get("score") is not None:
+            score = entry["score"] / 100
+            panels.add(group.name, kind_of_edit(entry), entry["n"], score)
     return draw_lines(panels, "facts edited at once", "score / 100") if panels.values else None
 
 
 def capacity(groups: list[Group]):
     """Score of n edits in one update against the slots of the store; a panel for each cell."""
     panels = Panels()
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "capacity.edits") or []:
-                if entry["score"] is not None:
-                    score = entry["score"] / 100
-                    panels.add(group.arch, f"{entry['n']} facts", entry["slots"], score)
+    for group, entry in all_entries(groups, "capacity.edits"):
+        if entry["score"] is not None:
+            score = entry["score"] / 100
+            panels.add(group.arch, f"{entry['n']} facts", entry["slots"], score)
     return draw_lines(panels, "slots of the store", "score / 100") if panels.values else None
 
 
@@ -329,12 +319,10 @@ def sequence(groups: list[Group]):
     """What is left of the first batch of edits, and of other facts, against the facts edited; two
     panels for each store."""
     panels = Panels()
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "sequence") or []:
-                way, n = entry["way"], entry["n"]
-                panels.add(f"{group.name}, first batch", way, n, entry["first"])
-                panels.add(f"{group.name}, other facts", way, n, entry["specificity"])
+    for group, entry in all_entries(groups, "sequence"):
+        way, n = entry["way"], entry["n"]
+        panels.add(f"{group.name}, first batch", way, n, entry["first"])
+        panels.add(f"{group.name}, other facts", way, n, entry["specificity"])
     return draw_lines(panels, "facts edited so far") if panels.values else None
 
 
@@ -343,10 +331,8 @@ def retention(groups: list[Group]):
     panels = Panels()
     labels = {"recited": "exceptions recited", "true": "exceptions right", "rare": "rare facts"}
     labels |= {"arithmetic": "arithmetic", "open_book": "open book", "id": "ID"}
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "ablate.sweep") or []:
-                panels.add_all(group.name, labels, entry["keep"], entry)
+    for group, entry in all_entries(groups, "ablate.sweep"):
+        panels.add_all(group.name, labels, entry["keep"], entry)
     return draw_lines(panels, "share of mass kept") if panels.values else None
 
 
@@ -355,11 +341,9 @@ def exceptions(groups: list[Group]):
     panels = Panels()
     labels = {"recited": "exceptions recited", "true": "exceptions right", "one_hop": "facts"}
     labels |= {"id": "ID", "ood": "OOD"}
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "exceptions") or []:
-                if entry["method"] != "ekfac":
-                    panels.add_all(group.name, labels, entry["keep"], entry)
+    for group, entry in all_entries(groups, "exceptions"):
+        if entry["method"] != "ekfac":
+            panels.add_all(group.name, labels, entry["keep"], entry)
     return draw_lines(panels, "share of mass kept") if panels.values else None
 
 
@@ -375,10 +359,8 @@ def tradeoff(groups: list[Group]):
     from matplotlib.figure import Figure
 
     lines = defaultdict(lambda: defaultdict(list))  # {(cell, key): {s: [entry of a run]}}
-    for group in groups:
-        for run in group.runs:
-            for entry in lookup(run, "tradeoff") or []:
-                lines[group.name, entry["key"]][entry["shrink"]].append(entry)
+    for group, entry in all_entries(groups, "tradeoff"):
+        lines[group.name, entry["key"]][entry["shrink"]].append(entry)
     if not lines:
         return None
     figure = Figure((8.0, 3.8), layout="constrained")
@@ -389,7 +371,8 @@ def tradeoff(groups: list[Group]):
             for entries in by_shrink.values():
                 moved.append(100 * mean_of(entries, "unrelated_one_hop_moved"))
                 follows.append(mean_of(entries, hop))
-            style = {"color": COLOURS[i // 2 % 8], "marker": MARKS[i // 2 % 8], "ms": 4, "lw": 1}
+            of_cell = i // 2 % 8  # a cell has two lines, its own key and the contexts'
+            style = {"color": COLOURS[of_cell], "marker": MARKS[of_cell], "ms": 4, "lw": 1}
             dash = "-" if key == "own" else ":"
             ax.plot(moved, follows, ls=dash, label=f"{cell}, {key} key", **style)
             for shrink, x, y in zip(by_shrink, moved, follows):

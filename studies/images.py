@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import curvature
-from minedit import share_of
-from studies.controls import Outcome, compare
+from studies.controls import Outcome, compare, shares_of
 
 BOUNDS = ("svd", "random", "activations")  # the controls here
 
@@ -50,10 +49,11 @@ def shapes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def vision_transformer(generator: torch.Generator) -> nn.Module:
     """[n, 16, 32] patches with their places -> [n, 8] logits."""
-    options = {"batch_first": True, "norm_first": True}
-    blocks = [nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", **options) for _ in range(2)]
-    pool = [nn.AvgPool2d((16, 1)), nn.Flatten()]
-    model = nn.Sequential(nn.Linear(32, 64), *blocks, *pool, nn.Linear(64, 8))
+    options = dict(d_model=64, nhead=4, dim_feedforward=256, dropout=0.0, activation="gelu")
+    options |= dict(batch_first=True, norm_first=True)
+    blocks = [nn.TransformerEncoderLayer(**options) for _ in range(2)]
+    mean = [nn.AvgPool2d((16, 1)), nn.Flatten()]  # over the 16 patches
+    model = nn.Sequential(nn.Linear(32, 64), *blocks, *mean, nn.Linear(64, 8))
     for name, p in model.named_parameters():
         if p.dim() > 1:
             nn.init.xavier_uniform_(p, generator=generator)
@@ -79,7 +79,7 @@ def images_stage(
         "validation": (row >= n, true),
     }
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
-    for _ in range(24 * n // 100):
+    for _ in range(24 * n // 100):  # about 24 passes over the images
         rows = torch.randperm(n, generator=generator)[:100]
         optimizer.zero_grad()
         F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=0.1).backward()
@@ -87,11 +87,7 @@ def images_stage(
 
     @torch.no_grad()
     def measure(model: nn.Module, rows: Tensor = ~chooses) -> dict[str, float | None]:
-        answers = model(images[rows]).argmax(-1)
-        found = {}
-        for name, (mask, gold) in sets.items():
-            found[name] = share_of((answers == gold[rows])[mask[rows]])
-        return found
+        return shares_of(sets, model(images[rows]).argmax(-1), rows)
 
     held = measure(model, chooses)["validation"]
 
@@ -104,5 +100,7 @@ def images_stage(
     groups = {name: [name] for name in names}  # a strength each
     batches = list(zip(images[:n].split(250), labels[:n].split(250)))
     spectrum = curvature.spectrum(model, batches, F.cross_entropy, names, make_generator)
-    options = (keeps, removed, make_generator(), BOUNDS)
-    return compare(model, measure, value, spectrum, groups, *options).outcomes
+    found = compare(
+        model, measure, value, spectrum, groups, keeps, removed, make_generator(), controls=BOUNDS
+    )
+    return found.outcomes

@@ -27,10 +27,10 @@ from pathlib import Path
 import minedit
 from minedit import require
 from studies import report
+from studies.all import HERE
 from studies.claims import Results, read_claims, summary_table
 from studies.runs import Table, read_groups, table_of
 
-HERE = Path(__file__).parent.parent
 PAGES = ("README.md", "results/FINDINGS.md")
 BLOCK = re.compile(r"```text (results\S*.*)\n((?:(?!```).*\n)*)```\n")
 COMMENT = re.compile(r"<!-- (results\S*.*?) -->")
@@ -44,6 +44,7 @@ NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:\s?%)?")
 class Part:
     """Of a table: what a block's first line asks for."""
 
+    text: str  # the line itself, for messages
     folder: str
     table: str
     rows: dict[str, list[str]]  # {head: the words of which one is in the row}
@@ -56,7 +57,7 @@ def parse(text: str) -> Part:
     folder, *words = text.split()
     require(words, f"{text}: names no table of studies/report.py")
     name, *options = words
-    part = Part(folder, name, {}, None, False)
+    part = Part(text, folder, name, {}, None, False)
     for option in options:
         head, equals, value = option.partition("=")
         if option == "bare":
@@ -84,9 +85,10 @@ def column_index(column: str, heads: list[str], text: str) -> int:
     return found[0]
 
 
-def cut(whole: Table, part: Part, text: str) -> Table:
+def cut(whole: Table, part: Part) -> Table:
     """The rows and columns that are asked for; UserError where a word is in no row, or none is
     left."""
+    text = part.text
     heads = [str(head) for head in whole.rows[0]]
     rows = whole.rows[1:]
     for column, words in part.rows.items():
@@ -111,35 +113,33 @@ class Tables:
         self.root, self.groups = root, {}
         self.makers = {make.__name__.removesuffix("_table"): make for make in report.TABLES}
 
-    def whole(self, folder: str, name: str, text: str) -> Table:
+    def whole(self, part: Part) -> Table:
+        """The table of which it is a part; UserError where the runs have none."""
+        folder, name = part.folder, part.table
         path = self.root / folder
         if name in report.FILES:
             found = report.FILES[name](path)
         elif name == "claims":
             found = summary_table(read_claims(path / "claims.tsv"), Results(path))
         else:
-            require(name in self.makers, f"{text}: studies/report.py has no {name}_table")
+            require(name in self.makers, f"{part.text}: studies/report.py has no {name}_table")
             if folder not in self.groups:
                 self.groups[folder] = read_groups([path])
             found = self.makers[name](self.groups[folder])
-        require(found is not None, f"{text}: the runs have nothing for this table")
+        require(found is not None, f"{part.text}: the runs have nothing for this table")
         return found
 
-    def part(self, text: str) -> tuple[Table, Part]:
-        """What a block's first line, or a comment, asks for."""
-        part = parse(text)
-        return cut(self.whole(part.folder, part.table, text), part, text), part
-
     def made(self, text: str) -> str:
-        """The lines of a block."""
-        made, part = self.part(text)
+        """The lines of a block, by its first line."""
+        part = parse(text)
+        made = cut(self.whole(part), part)
         return minedit.table(made.rows) if part.bare else str(made)
 
     def numbers(self, text: str) -> list[float]:
-        """Those with a decimal point in the cells below the heads."""
-        made, _ = self.part(text)
+        """Those with a decimal point in the cells, below the heads, of what a text asks for."""
+        part = parse(text)
         found = []
-        for row in made.rows[1:]:
+        for row in cut(self.whole(part), part).rows[1:]:
             for cell in row:
                 found += [float(x) for x in re.findall(r"(?<!\d)-?\d+\.\d+", str(cell))]
         return found
@@ -165,7 +165,8 @@ def sections(page: str) -> dict[str, str]:
     found, heading = {}, ""
     in_code = False
     for line in page.splitlines():
-        in_code ^= line.startswith("```")
+        if line.startswith("```"):
+            in_code = not in_code
         if line.startswith("#") and not in_code:
             heading = line
         found[heading] = found.get(heading, "") + line + "\n"
@@ -181,8 +182,8 @@ def prose_of(section: str) -> str:
 
 
 def is_known(number: str, known: list[float]) -> bool:
-    """Whether one of the known numbers is this one, rounded to as many digits; known are shares,
-    of which percent are a hundredth."""
+    """Whether one of the known numbers, rounded to as many digits, is this one; of "97.6 %" the
+    known number is the share, 0.976."""
     text = number.rstrip(" %").replace(",", "")
     digits = len(text.partition(".")[2])
     scale = 100 if number.endswith("%") else 1

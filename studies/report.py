@@ -18,12 +18,14 @@ from pathlib import Path
 import minedit
 from minedit import cell, mean, require
 from studies import gpt2
+from studies.all import HERE
 from studies.claims import Results, claims_table, read_claims, summary_table
 from studies.runs import (
     MOMENTS,
     Group,
     Table,
     at_moments,
+    entries_at,
     kind_of_edit,
     lookup,
     mean_table,
@@ -54,8 +56,8 @@ def headline_table(groups: list[Group]) -> Table | None:
 
 
 def accuracy_table(groups: list[Group]) -> Table | None:
-    rows = [("arch", "runs", "1-hop", "train", "ID", "OOD (lowest)", "paths", "guess", "first",
-             "second", "grokked at", "s")]  # fmt: skip
+    shares = ("1-hop", "train", "ID", "OOD (lowest)", "paths", "guess", "first", "second")
+    rows = [("arch", "runs", *shares, "grokked at", "s")]
     for group in groups:
         runs = group.runs
         row = [group.name, len(runs)]
@@ -76,6 +78,7 @@ second: only this hop OOD; grokked at: train 0.99 and OOD 0.9 (-: never)"""
 
 SITE = same("rule", "site", "pass", "method", "target")
 HOPS = {"direct": "direct", "hop1": "hop 1", "hop2": "hop 2"}
+MOVED = {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps."}
 
 
 def edits_of(run: dict) -> list[dict]:
@@ -84,7 +87,7 @@ def edits_of(run: dict) -> list[dict]:
 
 
 def edits_table(groups: list[Group]) -> Table | None:
-    shares = HOPS | {"unrelated_one_hop_moved": "facts", "unrelated_two_hop_moved": "comps."}
+    shares = HOPS | MOVED
     shares |= {"same_row_moved": "row", "distance": "far", "length": "length"}
     legend = """\
 direct: edits whose question has the new answer. hop 1, hop 2: compositions with the edited fact
@@ -111,8 +114,7 @@ def when_table(groups: list[Group]) -> Table | None:
     legend = """\
 pass: whose key and prototype make the edit (ROME), the a-priori one first. acts: always, or at some
 calls of the layer (call t: pass t). Hops: among edits with direct success when they always act."""
-    words = same("pass", "acts")
-    return mean_table(groups, lambda r: lookup(r, "when.written") or [], words, HOPS, legend)
+    return mean_table(groups, entries_at("when.written"), same("pass", "acts"), HOPS, legend)
 
 
 def held_table(groups: list[Group]) -> Table | None:
@@ -122,55 +124,60 @@ def held_table(groups: list[Group]) -> Table | None:
     legend = """\
 the edit at the a-priori site, always acting: share of its right answers that stay right while the
 stream after a pass (at r1; hop 2: r2) is held as unedited in the answers' plane or a random one."""
-    words = same("after")
-    return mean_table(groups, lambda r: lookup(r, "when.held") or [], words, shares, legend)
+    return mean_table(groups, entries_at("when.held"), same("after"), shares, legend)
+
+
+def shared_edits(groups: list[Group], method: str) -> dict[str, dict[int, dict]]:
+    """{cell: {seed: its entry of edits by the method}}, of a cell's largest group, where there are
+    figures on what all cells answer right."""
+    by_arch = {}
+    for group in groups:
+        found = {}
+        for run in group.runs:
+            edit = lookup(run, f"edits[a_priori=True,method={method},target=prototype]") or {}
+            if edit.get("hop2_shared") is not None:
+                found[run["seed"]] = edit
+        if len(found) > len(by_arch.get(group.arch, {})):
+            by_arch[group.arch] = found
+    return by_arch
 
 
 def seeds_table(groups: list[Group]) -> Table | None:
-    """Hop 1 and hop 2 seed by seed, on what all cells answer right, of a cell's largest group; by
-    ROME and by the single-row edit."""
-    rows = []
-    for method in ("rome", "row"):
-        entry = f"edits[a_priori=True,method={method},target=prototype]"
-        by_arch = {}
-        for group in groups:
-            edits = [lookup(run, entry) or {} for run in group.runs]
-            edits = [e for e in edits if e.get("hop2_shared") is not None]
-            if len(edits) > len(by_arch.get(group.arch, [])):
-                by_arch[group.arch] = edits
-        if len(by_arch) < 2:
-            continue
-        hop2 = {arch: [e["hop2_shared"] for e in edits] for arch, edits in by_arch.items()}
-        if not rows:
-            several = [f"{hop}, seed by seed" for hop in ("hop 1", "hop 2")]
-            rows.append(("arch", "method", *several, *(f"p v {arch}" for arch in by_arch)))
+    """Hop 1 and hop 2 seed by seed, on what all cells answer right; by ROME and by the single-row
+    edit."""
+    by_method = {method: shared_edits(groups, method) for method in ("rome", "row")}
+    cells = list(dict.fromkeys(itertools.chain(*by_method.values())))
+    if len(cells) < 2:
+        return None
+    several = [f"{hop}, seed by seed" for hop in ("hop 1", "hop 2")]
+    rows = [("arch", "method", *several, *(f"p v {arch}" for arch in cells))]
+    for method, by_arch in by_method.items():
+        hop2 = {}
         for arch, edits in by_arch.items():
-            row = [arch, method, " ".join(cell(e["hop1_shared"]) for e in edits)]
+            hop2[arch] = [edit["hop2_shared"] for edit in edits.values()]
+        for arch, edits in by_arch.items():
+            row = [arch, method, " ".join(cell(edit["hop1_shared"]) for edit in edits.values())]
             row.append(" ".join(cell(share) for share in hop2[arch]))
-            for other in by_arch:
-                row.append("" if other == arch else cell(mann_whitney(hop2[arch], hop2[other])))
+            for other in cells:
+                is_other = other in hop2 and other != arch
+                row.append(cell(mann_whitney(hop2[arch], hop2[other])) if is_other else "")
             rows.append(tuple(row))
     legend = "prototype, a-priori site, on what all four cells know. p: exact two-sided "
     return table_of(rows, f"{legend}Mann-Whitney, hop 2")
 
 
 def paired_table(groups: list[Group]) -> Table | None:
-    """Hop 2 on what all cells know: differences between two cells of one seed, which share graph,
-    split and requests, so that seeds are pairs."""
-    by_arch = {}
-    for group in groups:
-        found = {}
-        for run in group.runs:
-            if run["edit"].get("hop2_shared") is not None:
-                found[run["seed"]] = run["edit"]["hop2_shared"]
-        if len(found) > len(by_arch.get(group.arch, {})):
-            by_arch[group.arch] = found
+    """Hop 2 of ROME on what all cells know: differences between two cells of one seed, which share
+    graph, split and requests, so that seeds are pairs."""
+    by_arch = shared_edits(groups, "rome")
     rows = [("cells", "seeds", "mean difference", "lowest", "highest", "first ahead in")]
     for one, other in itertools.combinations(by_arch, 2):
-        seeds = by_arch[one].keys() & by_arch[other].keys()
-        differences = [by_arch[one][seed] - by_arch[other][seed] for seed in seeds]
+        differences = []
+        for seed in by_arch[one].keys() & by_arch[other].keys():
+            ahead = by_arch[one][seed]["hop2_shared"] - by_arch[other][seed]["hop2_shared"]
+            differences.append(ahead)
         if differences:
-            row = [f"{one} - {other}", len(seeds), mean(differences)]
+            row = [f"{one} - {other}", len(differences), mean(differences)]
             row += [cell(min(differences)), cell(max(differences))]
             rows.append((*row, sum(d > 0 for d in differences)))
     legend = "hop 2 seed by seed: the cells of a seed share graph, split and requests"
@@ -199,6 +206,10 @@ def mann_whitney(x: list[float], y: list[float]) -> float:
 
 
 # --- Tables: mass edits ---------------------------------------------------------------------------
+
+SCORES = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec", "score": "score"}
+SCORES |= {"new_likelier": "ES", "new_likelier_paraphrase": "PS", "own_likelier": "NS"}
+SCORES |= {"paper_score": "as papers"}
 
 
 def scores_table(groups: list[Group]) -> Table | None:
@@ -232,37 +243,30 @@ def mass_table(groups: list[Group]) -> Table | None:
         return found
 
     words = same("of", "method", "target", "n", "strength", "threshold", "blocks")
-    shares = {"efficacy": "eff", "paraphrase": "para", "specificity": "spec", "score": "score"}
-    shares |= {"new_likelier": "ES", "new_likelier_paraphrase": "PS", "own_likelier": "NS"}
-    shares |= {"paper_score": "as papers"}
-    shares |= {"condition": "cond", "residual_left": "left", "residual_predicted": "pred"}
+    shares = SCORES | dict(condition="cond", residual_left="left", residual_predicted="pred")
     shares |= {"largest_cosine": "cos", "relative_norm": "norm", "seconds": "s"}
     legend = """\
 n: edits at once. strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning. eff: new
 answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
 mean in percent (-: no solution). as papers: that of ES, PS, the new answer likelier than the old,
-and NS, that of an unedited fact of the relation likelier than the new. cond: of the system. left: mean |r - dW k| / |r|, pred: predicted.
-cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C."""
+and NS, that of an unedited fact of the relation likelier than the new. cond: of the system. left:
+mean |r - dW k| / |r|, pred: predicted. cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C."""
     return mean_table(groups, entries, words, shares, legend)
 
 
 def capacity_table(groups: list[Group]) -> Table | None:
-    shares = dict(lam="lam", efficacy="eff", paraphrase="para", specificity="spec", score="score")
-    shares |= {"new_likelier": "ES", "new_likelier_paraphrase": "PS", "own_likelier": "NS"}
-    shares |= {"paper_score": "as papers"}
+    shares = {"lam": "lam"} | SCORES
     shares |= dict(residual_left="left", residual_predicted="pred", relative_norm="norm")
     shares |= dict(gather_seconds="C s", target_seconds="target s", solve_seconds="solve s")
     legend = """\
 MEMIT of n facts in one update. eff: new answers; para: by the relation's other name; spec: other
 facts that keep their answers; score: harmonic mean, percent; as papers: that of ES, PS, the new
 answer likelier than the old, and NS, that of an unedited fact of the relation likelier than the
-new; left: mean |r - dW k| / |r|, pred: predicted; norm: |dW| / |W|; seconds for keys and C, targets, the solution"""
-
-    def entries(run: dict) -> list[dict]:
-        return lookup(run, "capacity.edits") or []
-
-    words = {"slots": "slots", "n": "n"}
-    return mean_table(groups, entries, words, shares, legend, ("score", "paraphrase"))
+new; left: mean |r - dW k| / |r|, pred: predicted; norm: |dW| / |W|; seconds for keys and C,
+targets, the solution"""
+    lowest = ("score", "paraphrase")
+    entries = entries_at("capacity.edits")
+    return mean_table(groups, entries, same("slots", "n"), shares, legend, lowest)
 
 
 def sequence_table(groups: list[Group]) -> Table | None:
@@ -286,38 +290,30 @@ batch that have their new answer still; eff, para, spec, score: of all so far, a
 
 
 def tradeoff_table(groups: list[Group]) -> Table | None:
-    shares = dict(direct="direct", hop1="hop 1", hop2="hop 2")
-    shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
     legend = """\
 ROME, prototype, C shrunk by s. key: the fact's own, or its mean with those of compositions that
 end in the fact (contexts), which are not asked; facts, comps.: others whose answer moved"""
     words = {"key": "key", "shrink": "s"}
-    return mean_table(groups, lambda r: lookup(r, "tradeoff") or [], words, shares, legend)
+    return mean_table(groups, entries_at("tradeoff"), words, HOPS | MOVED, legend)
 
 
 def second_moment_table(groups: list[Group]) -> Table | None:
-    shares = dict(direct="direct", hop1="hop 1", hop2="hop 2")
-    shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
     legend = """\
 ROME by what C covers; here: paths at the call edited, questions at all calls; all: both at all
 calls; nothing: C = I; half: here, of half of the heads. facts, comps.: others whose answer moved,
 with half those that begin with other heads"""
     words = {"covers": "C covers", "target": "target"}
-    lowest = ("hop1", "hop2")
-    return mean_table(
-        groups, lambda r: lookup(r, "second_moment") or [], words, shares, legend, lowest
-    )
+    entries = entries_at("second_moment")
+    return mean_table(groups, entries, words, HOPS | MOVED, legend, ("hop1", "hop2"))
 
 
 def many_table(groups: list[Group]) -> Table | None:
-    words = dict(method="method", target="target", n="n")
-    shares = dict(lam="lam", direct="direct", hop1="hop 1", hop2="hop 2", both="both")
-    shares |= dict(unrelated_one_hop_moved="facts", unrelated_two_hop_moved="comps.")
+    words = same("method", "target", "n")
+    shares = {"lam": "lam"} | HOPS | {"both": "both"} | MOVED
     legend = """\
 n facts in one update. hop 1, hop 2, both: compositions that begin, that end with an edited fact, or
 both, now right; facts, comps.: others whose answer moved"""
-    lowest = ("hop1", "hop2")
-    return mean_table(groups, lambda r: lookup(r, "many") or [], words, shares, legend, lowest)
+    return mean_table(groups, entries_at("many"), words, shares, legend, ("hop1", "hop2"))
 
 
 # --- Tables: ablation -----------------------------------------------------------------------------
@@ -410,11 +406,7 @@ def vision_table(groups: list[Group]) -> Table | None:
     words = same("method", "matched")
     legend = """\
 a vision transformer. memorized, true: images with a wrong label, answered so, and right"""
-
-    def entries(run: dict) -> list[dict]:
-        return lookup(run, "ablate.vision") or []
-
-    return mean_table(groups, entries, words, shares, legend, ("true",))
+    return mean_table(groups, entries_at("ablate.vision"), words, shares, legend, ("true",))
 
 
 # --- Tables: circuits -----------------------------------------------------------------------------
@@ -504,19 +496,9 @@ less than half of that of ID queries"""
 
 
 TABLES = [headline_table, accuracy_table, edits_table, neighbours_table, when_table, held_table]
-TABLES += [
-    tradeoff_table,
-    second_moment_table,
-    many_table,
-    capacity_table,
-    sequence_table,
-    scores_table,
-    paper_scores_table,
-    mass_table,
-    ablation_table,
-    controls_table,
-]
-TABLES += [exceptions_table, retention_table, relearning_table]
+TABLES += [tradeoff_table, second_moment_table, many_table]
+TABLES += [capacity_table, sequence_table, scores_table, paper_scores_table, mass_table]
+TABLES += [ablation_table, controls_table, exceptions_table, retention_table, relearning_table]
 TABLES += [vision_table, paths_table, same_table, worth_table, transfer_table, regimes_table]
 TABLES += [seeds_table, paired_table]
 
@@ -550,7 +532,7 @@ def report(groups: list[Group]):
         made = make(groups)
         if made is not None:
             print(f"\n{made}")
-    runs = all_runs(groups)
+    runs = [run for group in groups for run in group.runs]
     absent = []
     for key in ENTRIES:
         n = sum(not run.get(key) for run in runs)
@@ -559,20 +541,13 @@ def report(groups: list[Group]):
     print(f"\nnot run, of {len(runs)} runs: {', '.join(absent) or 'nothing'}")
 
 
-def all_runs(groups: list[Group]) -> list[dict]:
-    runs = []
-    for group in groups:
-        runs += group.runs
-    return runs
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 
 def command(args):
     if args.claims:
         require(len(args.folders) == 1, "--claims: give one folder, in the layout of results/")
-        known = read_claims(Path(__file__).parent.parent / "results" / "claims.tsv")
+        known = read_claims(HERE / "results" / "claims.tsv")
         results = Results(args.folders[0])
         print(f"{summary_table(known, results)}\n\n{claims_table(known, results)}")
         return

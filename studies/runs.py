@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,11 @@ def first_with(entries: list[dict], wanted: dict[str, str]) -> dict | None:
         if all(str(entry.get(name)) == value for name, value in wanted.items()):
             return entry
     return None
+
+
+def entries_at(place: str) -> Callable[[dict], list[dict]]:
+    """A function of a run: the list of entries that it holds at a place, [] where nothing is."""
+    return lambda run: lookup(run, place) or []
 
 
 def settings_of(result: dict) -> str:
@@ -87,10 +92,11 @@ def read_run(file: Path) -> dict:
         result["ablate"] = result.get("ablation")
         if isinstance(result["exceptions"], dict):  # of an early version of the study
             result["ablate"], result["exceptions"] = result["exceptions"], None
-        result["edit"] = main_edit(result)
-        for name, level in (("train", 0.99), ("id", 0.99), ("ood", 0.9)):
-            result[f"step_{name}"] = minedit.first_step(result["history"], **{name: level})
-        settings_of(result)
+        result["edit"] = minedit.main_edit(result)
+        result["step_train"] = minedit.first_step(result["history"], train=0.99)
+        result["step_id"] = minedit.first_step(result["history"], id=0.99)
+        result["step_ood"] = minedit.first_step(result["history"], ood=0.9)
+        result["settings"] = settings_of(result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: not the results of a run; {remedy}") from None
     return result
@@ -103,11 +109,6 @@ def at_moments(run: dict, name: str) -> dict[str, dict]:
     """{moment: entry} of circuits.NAME, in the order of the moments."""
     found = lookup(run, f"circuits.{name}") or {}
     return {moment: found[moment] for moment in MOMENTS if moment in found}
-
-
-def main_edit(result: dict) -> dict:
-    """The entry of ROME with a prototype at the a-priori site, {} where there is none."""
-    return lookup(result, "edits[a_priori=True,method=rome,target=prototype]") or {}
 
 
 def kind_of_edit(entry: dict) -> str:
@@ -127,7 +128,7 @@ def read_groups(folders: list[Path]) -> list[Group]:
     for file in sorted(files):
         result = read_run(file)
         result["folder"] = os.path.relpath(file.parent, root).partition("-seed")[0]
-        put(result, found[settings_of(result)])
+        put(result, found[result["settings"]])
     groups = []
     for several in found.values():
         for by_seed in several:
@@ -135,6 +136,14 @@ def read_groups(folders: list[Path]) -> list[Group]:
             groups.append(Group(runs[0]["folder"], runs[0]["arch"], runs))
     name_groups(groups)
     return sorted(groups, key=place_of)
+
+
+def all_entries(groups: list[Group], place: str) -> Iterator[tuple[Group, dict]]:
+    """Each entry of the lists that runs hold at a place, and the group of its run."""
+    for group in groups:
+        for run in group.runs:
+            for entry in lookup(run, place) or []:
+                yield group, entry
 
 
 def place_of(group: Group) -> tuple:
@@ -145,24 +154,27 @@ def place_of(group: Group) -> tuple:
 
 
 def put(result: dict, groups: list[dict[int, dict]]):
-    """A result into the first of the groups {seed: result} that has not this seed, or has it of the
-    same training; then what both hold is put together."""
+    """A result into the first of the groups {seed: result} that has none of its seed, or one of the
+    same training, to which it then adds what it holds."""
     seed = result["seed"]
     for by_seed in groups:
-        known = by_seed.get(seed, {"accuracy": result["accuracy"]})
+        if seed not in by_seed:
+            by_seed[seed] = result
+            return
+        known = by_seed[seed]
         if known["accuracy"] == result["accuracy"]:
-            here = {key: value for key, value in result.items() if value or key not in known}
-            by_seed[seed] = known | here
+            more = {key: value for key, value in result.items() if value or key not in known}
+            by_seed[seed] = known | more
             return
     groups.append({seed: result})
 
 
 def name_groups(groups: list[Group]):
-    """By the cell where there is one group of each, or where the folder is named so; else by the
-    folder; with the seeds where this names several."""
+    """A group comes with the name of its folder: that of its cell instead where no cell has two
+    groups; and the seeds behind a name that several have."""
     archs = Counter(group.arch for group in groups)
-    for group in groups:
-        if max(archs.values()) == 1:
+    if max(archs.values()) == 1:
+        for group in groups:
             group.name = group.arch
     names = Counter(group.name for group in groups)
     for group in groups:
@@ -189,6 +201,7 @@ def table_of(rows: list[tuple], legend: str) -> Table | None:
 
 
 def short(value) -> str:
+    """The words of a cell, "" for None; a feed-forward store is called ff."""
     text = "" if value is None else str(value)
     return text.replace("feed_forward.down", "ff").replace("feed_forward", "ff")
 

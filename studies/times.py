@@ -79,14 +79,14 @@ def took(command: str) -> Took:
             raise minedit.UserError(f"python {command} failed: {said[-1]}", status=1)
         stages = stages_of(Path(folder))
     return Took(
-        "python " + command.replace(" --out {out}", ""),
-        round(seconds, 1),
-        minedit.mebibytes(usage.ru_maxrss),
-        stages,
-        str(minedit.version()),
-        torch.get_num_threads(),
-        platform.machine(),
-        torch.__version__,
+        command="python " + command.replace(" --out {out}", ""),
+        seconds=round(seconds, 1),
+        peak_mib=minedit.mebibytes(usage.ru_maxrss),
+        stages=stages,
+        version=str(minedit.version()),
+        threads=torch.get_num_threads(),
+        processor=platform.machine(),
+        torch=torch.__version__,
     )
 
 
