@@ -335,6 +335,16 @@ def questions(paths: Paths, fact: Tensor, new: Tensor) -> Probes:
     return Probes(torch.arange(len(fact), device=fact.device), paths.queries[fact], new)
 
 
+def fact_rows(paths: Paths, new: Tensor) -> Tensor:
+    """The row in `facts` of each (head, relation), -1 where there is no such fact: [entity,
+    relation], for all entities of the facts and of `new`."""
+    head, relation, tail = paths.facts.T
+    n_entities = int(torch.cat([head, tail, new]).max()) + 1
+    rows = torch.full((n_entities, int(relation.max()) + 1), -1, device=head.device)
+    rows[head, relation] = torch.arange(len(head), device=head.device)
+    return rows
+
+
 def hop1_probes(
     paths: Paths, fact: Tensor, new: Tensor, known: Tensor, right: Tensor, asked: Tensor
 ) -> tuple[Probes, Counter]:
@@ -343,14 +353,11 @@ def hop1_probes(
     the ID ones that the model knows); right [n_paths]: paths that it answered right before; asked
     [n_paths]: the paths to draw from. The second result counts by reason the paths that cannot be
     asked."""
-    head, relation, tail = paths.facts.T
-    n_entities = int(torch.cat([head, tail, new]).max()) + 1
-    row_of = torch.full((n_entities, int(relation.max()) + 1), -1, device=head.device)
-    row_of[head, relation] = torch.arange(len(head), device=head.device)  # -1: no such fact
-
+    _, relation, tail = paths.facts.T
     begins = paths.first == fact[:, None]  # [n, n_paths]
     edit, path = (begins & (paths.second >= 0) & asked).nonzero(as_tuple=True)
-    other = row_of[new[edit], relation[paths.second[path]]]  # the second hop, after the edit
+    # the second hop, after the edit
+    other = fact_rows(paths, new)[new[edit], relation[paths.second[path]]]
     twice = (paths.second[path] == fact[edit]) | (other == fact[edit])
     return _usable(paths, edit, path, other, tail[other], twice, known, right)
 

@@ -857,6 +857,12 @@ def record_of(
     )
 
 
+def share_followed(record) -> float:
+    """Direct success, times the mean of hop 1 and hop 2; 0 where no composition could be asked."""
+    hops = [hop for hop in (record.hop1, record.hop2) if hop is not None]
+    return record.direct * statistics.fmean(hops) if hops else 0.0
+
+
 SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # to choose from
 NEARLY = 0.02  # so much less than at the best may follow, for a smaller shrinkage
 MOST_MOVED = 0.015  # share of other facts whose answer may change where a shrinkage is chosen
@@ -867,7 +873,7 @@ class Shrinkage(NamedTuple):
 
     chosen: float
     n: int  # edits tried
-    followed: list[float]  # share with direct success, times the mean of hop 1 and hop 2
+    followed: list[float]  # see `share_followed`
     moved: list[float]  # of unrelated facts
 
 
@@ -901,8 +907,7 @@ def choose_shrinkage(
         there = editing.shrunk(at, s)
         u = editing.direction("rome", there, requests)
         record = score(model, Edits(there, at_pass, "rome", "prototype", u, r), probes)
-        hops = [hop for hop in (record.hop1, record.hop2) if hop is not None]
-        followed.append(record.direct * statistics.fmean(hops) if hops else 0.0)
+        followed.append(share_followed(record))
         moved.append(record.unrelated_one_hop_moved or 0.0)
         if followed[-1] >= 0.99:
             break

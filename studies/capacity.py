@@ -5,11 +5,11 @@ lam (K C^-1 K^T + lam I)^-1 r, which grows as n comes near d_in: GPT-J, in which
 [1], has 16 384. Here the models of `studies.mass_edit` (20 000 facts, every relation under two
 names) have stores of 2048 to 16 384 slots, of which one read uses 64; 1000, 3162 and 10 000 facts
 are edited in one update of the first read of the first store, by MEMIT with the gradient's target.
-lam is chosen for each store and number of edits, on as many other facts (8000 at most) and by the
-specificity of facts that are not scored; no request is dropped.
+lam is chosen for each store and number of edits, by the score of edits of as many other facts (8000
+at most), whose specificity other facts tell, too; no request is dropped.
 
     python -m studies.capacity --arch lmc --seeds 3 --out runs/capacity-16384
-    python -m studies.capacity --arch lmc --slots 8192 --d-ff 8192 --seeds 3 --out runs/capacity-8192
+    python -m studies.capacity --arch lmc --slots 8192 --d-ff 8192 --seeds 3 --out runs/capacity
 
 Writes "capacity" into results.json.
 
@@ -40,7 +40,7 @@ class CapacityEntry(Scores):
     n: int
     lam: float
     residual_left: float | None = None  # mean |r - dW k| / |r|
-    residual_predicted: float | None = None  # the same, by the identity; of what is scored
+    residual_predicted: float | None = None  # the same, see `predicted`
     relative_norm: float | None = None  # |dW| / |W|
     gather_seconds: float | None = None  # keys, values and C
     target_seconds: float | None = None
@@ -68,10 +68,11 @@ def update(study: MassStudy, group: Group, n: int, lam: float) -> CapacityEntry:
 
 
 def predicted(study: MassStudy, n: int, lam: float) -> float:
-    """What must be left of the residuals of the first n requests, lam (K C^-1 K^T + lam I)^-1 r, by a
-    system that the update did not solve: the dual one, in whitened coordinates."""
+    """Mean |r - dW k| / |r| of the first n requests as it must be, by a system that the update did
+    not solve: the dual one, in whitened coordinates."""
     problem = study.problem(study.scoring, n, "gradient")
-    X = study.whitening().keys(problem.K)
+    X = study.whitening().keys(problem.K)  # X X^T = K C^-1 K^T
+    # R - K dW^T = lam (K C^-1 K^T + lam I)^-1 R
     left = lam * editing.solve_gram(X, lam, editing.double(problem.r))
     return minedit.mean_relative(left.norm(dim=-1), problem.r)
 
@@ -114,8 +115,8 @@ score: harmonic mean, percent; as papers: likelier than one other answer is enou
 def command(args):
     for run, model in trained_runs(args):
         began = time.perf_counter()
-        entry = capacity_stage(run, model, args.counts, args.edit_batch)
-        run.add_results("capacity", entry, began)
+        stage = capacity_stage(run, model, args.counts, args.edit_batch)
+        run.add_results("capacity", stage, began)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,10 +5,10 @@ The papers edit one fact and ask what follows, or thousands and ask for these fa
 then all compositions are asked, of which some begin with an edited fact (hop 1), some end with one
 (hop 2), and some do both:
 
-    memit     with a prototype, a value sought by gradient, or one sought as for mass edits, which
-              is as long as the old value at most ("short"); lam is chosen for each number of edits,
-              on as many other facts: that by which most follows, where at most 1.5 % of the others
-              move
+    memit     with a prototype, a value sought by gradient, or one sought as for mass edits, whose
+              change is at most as long as the old value ("short"); lam is chosen for each number of
+              edits, on as many other facts: that by which most follows, where at most 1.5 % of the
+              others move
     emmet     every value exactly, where there is a solution
     rome      one fact after another
 
@@ -22,10 +22,10 @@ before, that have no edited fact on their way. Writes "many" into results.json.
 [1] Niu 2026, arXiv 2606.20737.   [2] Meng et al. 2022, MEMIT, arXiv 2210.07229.
 """
 
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from torch import Tensor
 import edit as editing
 import kg
 import minedit
-from minedit import MOST_MOVED, Run, share_of
+from minedit import MOST_MOVED, Run, share_followed, share_of
 from models import Model
 from studies.training import require_compositions, trained
 
@@ -44,57 +44,50 @@ KINDS = [("memit", "prototype"), ("memit", "gradient"), ("memit", "short")]
 KINDS += [("emmet", "prototype"), ("rome", "prototype")]
 
 
-class Tally:
-    """Answers counted over several groups of edits: right ones, and those that moved."""
+class Hits(NamedTuple):
+    """Of the questions of each kind [m], bool: whether the answer is right or, of the last two,
+    whether it has moved."""
 
-    def __init__(self):
-        self.counted = {}
-
-    def add(self, name: str, hits: Tensor):
-        self.counted.setdefault(name, []).append(hits)
-
-    def share(self, name: str) -> float | None:
-        return share_of(torch.cat(self.counted[name])) if name in self.counted else None
-
-    def size(self, name: str) -> int:
-        return sum(len(hits) for hits in self.counted.get(name, []))
+    direct: Tensor  # edited facts
+    hop1: Tensor  # compositions that begin with one
+    hop2: Tensor  # compositions that end with one
+    both: Tensor  # compositions that do both
+    facts: Tensor  # other facts
+    compositions: Tensor  # compositions without an edited fact
 
 
-def count(
-    tally: Tally,
+def hits_of(
     paths: kg.Paths,
     known: minedit.Known,
     fact: Tensor,
     new: Tensor,
     answers: tuple[Tensor, Tensor],
-):
-    """Add what the edited model answers, `answers` to all facts and to all paths, where the facts
-    `fact` [n] have the tails `new` [n]."""
+) -> Hits:
+    """What the edited model answers, `answers` to all facts [n_facts] and to all paths [n_paths],
+    where the facts `fact` [n] should now have the tails `new` [n]."""
     one_hop, two_hop = answers
-    head, relation, tail = paths.facts.T
-    tail = tail.index_copy(0, fact, new)
+    relation = paths.facts[:, 1]
+    tail = paths.facts[:, 2].index_copy(0, fact, new)  # after the edits
     is_edited = torch.zeros_like(known.facts).index_fill(0, fact, True)
-    row_of = torch.full((int(paths.facts.max()) + 1, int(relation.max()) + 1), -1)
-    row_of = row_of.to(head.device)
-    row_of[head, relation] = torch.arange(len(head), device=head.device)  # -1: no such fact
+    is_sound = torch.where(is_edited, one_hop == tail, known.facts)
 
-    first = paths.first
-    second = row_of[tail[first], relation[paths.second]]  # after the edits, paths.second before
-    is_sound = (known.facts & ~is_edited) | (is_edited & (one_hop == tail))
-    counts = known.asked & known.right & (paths.second >= 0) & (second >= 0)
-    counts &= is_sound[first] & is_sound[second] & (tail[second] != paths.two_hop)
-    counts &= (paths.second != first) & (second != first)  # not one fact twice
-    begins, ends = is_edited[first], is_edited[second]
+    first, old_second = paths.first, paths.second
+    second = kg.fact_rows(paths, new)[tail[first], relation[old_second]]  # after the edits
     right = two_hop == tail[second]
-    tally.add("direct", (one_hop == tail)[fact])
-    tally.add("hop1", right[counts & begins & ~ends])
-    tally.add("hop2", right[counts & ~begins & ends])
-    tally.add("both", right[counts & begins & ends])
-
-    other_facts = known.facts & ~is_edited
-    tally.add("facts", (one_hop != known.one_hop)[other_facts])
-    other_paths = known.asked & known.right & ~begins & ~is_edited[paths.second]
-    tally.add("compositions", (two_hop != known.two_hop)[other_paths])
+    asked = known.asked & known.right  # of two facts: there is an old second one
+    counts = asked & (second >= 0) & (tail[second] != paths.two_hop)
+    counts &= is_sound[first] & is_sound[second]
+    counts &= (old_second != first) & (second != first)  # not one fact twice
+    begins, ends = is_edited[first], is_edited[second]
+    others = asked & ~begins & ~is_edited[old_second]
+    return Hits(
+        direct=(one_hop == tail)[fact],
+        hop1=right[counts & begins & ~ends],
+        hop2=right[counts & ~begins & ends],
+        both=right[counts & begins & ends],
+        facts=(one_hop != known.one_hop)[known.facts & ~is_edited],
+        compositions=(two_hop != known.two_hop)[others],
+    )
 
 
 @dataclass
@@ -116,7 +109,7 @@ class ManyEntry:
 
 
 class Editor:
-    """Edits of one model at one site, with targets made once for all requests."""
+    """Edits of one model at one site, of 2 n requests at most, with targets made once for all."""
 
     def __init__(self, run: Run, model: Model, n: int):
         paths, generator = run.paths, run.stream()
@@ -126,12 +119,14 @@ class Editor:
         self.requests = minedit.requests_for(paths, fact, new)
         site = minedit.a_priori_site(model, paths, fact, self.known.facts, run.stream()).site
         self.at = minedit.gather(run, model, site)
+        at, requests, known = self.at, self.requests, self.known.facts
+        u = editing.direction("rome", at, requests)
         self.R = {}  # {target: [n_requests, d_out]}
         for target in ("prototype", "gradient"):
-            made = (self.known.facts, self.requests, self.at, site.at_pass, "rome", target)
-            self.R[target] = minedit.make_edits(model, paths, *made).r
-        asked = (self.requests, "gradient", self.known.facts, len(self.requests))
-        self.R["short"], _ = minedit.mass_residual(run, model, self.at, *asked)
+            self.R[target], _ = minedit.residual(model, paths, at, requests, u, target, known)
+        self.R["short"], _ = minedit.mass_residual(
+            run, model, at, requests, "gradient", known, batch=len(requests)
+        )
 
     def update(self, method: str, target: str, rows: slice, lam: float | None) -> Tensor:
         """dW of the requests `rows`; ValueError where there is no solution."""
@@ -151,7 +146,7 @@ class Editor:
         self, method: str, target: str, groups: list[slice], lam: float | None
     ) -> ManyEntry | None:
         """What the updates of several groups of requests do; None where one has no solution."""
-        tally = Tally()
+        found = []  # Hits of each group
         for group in groups:
             try:
                 dW = self.update(method, target, group, lam)
@@ -160,30 +155,28 @@ class Editor:
             mine = self.requests[group]
             with editing.edited(self.model, {self.at.name: dW}):
                 answers = minedit.predict(self.model, self.paths)
-            count(tally, self.paths, self.known, mine.fact, mine.new, answers)
-        n = len(self.requests.fact[groups[0]])
-        shares = [tally.share(name) for name in ("direct", "hop1", "hop2", "both")]
-        moved = [tally.share(name) for name in ("facts", "compositions")]
-        probes = {name: tally.size(name) for name in ("direct", "hop1", "hop2", "both")}
-        return ManyEntry(method, target, n, len(groups), lam, *shares, *moved, probes)
+            found.append(hits_of(self.paths, self.known, mine.fact, mine.new, answers))
+        hits = Hits(*map(torch.cat, zip(*found)))
+        n = len(self.requests[groups[0]])
+        shares = [share_of(hit) for hit in hits]
+        probes = {name: len(getattr(hits, name)) for name in ("direct", "hop1", "hop2", "both")}
+        return ManyEntry(method, target, n, len(groups), lam, *shares, probes)
 
     def chosen_lam(self, target: str, groups: list[slice]) -> float:
         """The lam of LAMBDAS at which most follows of edits of these requests while at most
         MOST_MOVED of the other facts move; if none qualifies, the one that moves fewest."""
         tried = [self.entry("memit", target, groups, lam) for lam in LAMBDAS]
-        tried = [entry for entry in tried if entry is not None]
-        if not tried:
+        solved = [entry for entry in tried if entry is not None]
+        if not solved:
             return LAMBDAS[-1]
-        moved = {entry.lam: entry.unrelated_one_hop_moved or 0.0 for entry in tried}
-        allowed = [entry for entry in tried if moved[entry.lam] <= MOST_MOVED]
-        if not allowed:
-            return min(moved, key=moved.get)
-        return max(allowed, key=followed).lam
+        allowed = [entry for entry in solved if moved(entry) <= MOST_MOVED]
+        if allowed:
+            return max(allowed, key=share_followed).lam
+        return min(solved, key=moved).lam
 
 
-def followed(entry: ManyEntry) -> float:
-    hops = [hop for hop in (entry.hop1, entry.hop2) if hop is not None]
-    return entry.direct * statistics.fmean(hops) if hops else 0.0
+def moved(entry: ManyEntry) -> float:
+    return entry.unrelated_one_hop_moved or 0.0
 
 
 def groups_of(n: int, first: int, end: int) -> list[slice]:

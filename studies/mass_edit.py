@@ -9,12 +9,13 @@ edits up to half of them at the first read of its first store, by
 
 with a value for each fact that is a prototype, sought by gradient with our settings, or sought with
 the numbers of the official code [1] ("official"; its KL term is left out: it keeps what the model
-says of the bare subject, at whose token nothing is edited here). Ours is at most as long as what the
-store returns; the official one as 0.75 of the stream after the block. MEMIT is scored with all
-three, every peer with the one that suits it best. "alphaedit-official" has the threshold (2e-2,
-absolute) and ridge (10) of its code [2]; ours are chosen, and relative to the mean eigenvalue and
-to the mean squared length of a key. The code of EMMET adds 0.1 to what is inverted, in units of a
-MEMIT with lam = 10 000: that is MEMIT with lam = 1000, so that EMMET is here as in its paper.
+says of the bare subject, at whose token nothing is edited here). Our search changes a value by at
+most its own length, the official one by 0.75 of that of the stream after the block. MEMIT is scored
+with all three, every peer with the one that suits it best. "alphaedit-official" has the threshold
+(2e-2, absolute) and ridge (10) of its code [2]; ours are chosen, and relative to the mean
+eigenvalue of C and to the mean squared length of a key. The code of EMMET adds 0.1 to what is
+inverted, in units of a MEMIT with lam = 10 000: that is MEMIT with lam = 1000, so that EMMET is
+here as in its paper.
 
 Strengths (lam of MEMIT, threshold and ridge of AlphaEdit, bound of the fine-tuning) and targets are
 chosen for each number of edits, on as many other facts (100 at least, 8000 at most) and by facts
@@ -39,6 +40,7 @@ thread and 10 GiB; AlphaEdit would want an eigendecomposition of a matrix of thi
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -112,9 +114,17 @@ class Problem(NamedTuple):
     seconds: float  # of the targets
 
 
+class Decomposed(NamedTuple):
+    """C as an update is handed it."""
+
+    by: Callable | None  # editing.whiten or torch.linalg.eigh; None: as it is
+    what: Tensor | editing.Whitening | tuple[Tensor, Tensor]
+    seconds: float
+
+
 def best(entries: list):
-    """The first entry, of the most careful strength, within NEARLY of the highest score; one without
-    a solution scores 0."""
+    """The first entry, of the most careful strength, within NEARLY of the highest score; one
+    without a solution scores 0."""
     highest = max(entry.score or 0 for entry in entries)
     return next(entry for entry in entries if (entry.score or 0) >= highest - NEARLY)
 
@@ -134,7 +144,7 @@ class MassStudy(MassTask):
         self.is_wide = self.weight.shape[1] > minedit.WIDE
         self.sought = {}  # {(group, target): (r of all its requests, seconds for one)}
         self.swept = {}  # {(method, number of facts, target): [MassEntry]}
-        self.made = {}  # {how: (what, seconds)}: see `decomposed`
+        self.made = None  # Decomposed, of the last method that asked for it
 
     # Targets
 
@@ -149,17 +159,24 @@ class MassStudy(MassTask):
         key = (group.name, target)
         if key not in self.sought:
             began = time.perf_counter()
-            if target == "official":
-                stream = self.stream_after("blocks.0")  # which reads the first store first
-                r = official_residual(self.model, self.at, stream, group.requests, self.batch)
-            else:
-                at = self.at if target == "gradient" else self.after(target)
-                r, _ = self.mass_residual(at, group.requests, "gradient", self.known)
+            r = self.seek(group.requests, target)
             self.sought[key] = r, (time.perf_counter() - began) / len(r)
         r, each = self.sought[key]
         return r[:n], 0, n * each
 
-    def mass_residual(self, at, requests, target, known) -> tuple[Tensor, int]:
+    def seek(self, requests: editing.Requests, target: str) -> Tensor:
+        """r [n, d_out], each request for itself: "gradient", "official", or the name of a block of
+        Dense, for what the stream after it lacks."""
+        if target == "official":
+            stream = self.stream_after("blocks.0")  # which reads the first store first
+            return official_residual(self.model, self.at, stream, requests, self.batch)
+        at = self.at if target == "gradient" else self.after(target)
+        r, _ = self.mass_residual(at, requests, "gradient", self.known)
+        return r
+
+    def mass_residual(
+        self, at: editing.Site, requests: editing.Requests, target: str, known: Tensor
+    ) -> tuple[Tensor, int]:
         return minedit.mass_residual(self.run, self.model, at, requests, target, known, self.batch)
 
     def stream_after(self, block: str) -> Tensor:
@@ -171,7 +188,8 @@ class MassStudy(MassTask):
         a change is measured by the whole stream, of which a late store returns a small part."""
         name = f"{block}.feed_forward.down"
         layer, values = self.model.get_submodule(name), self.stream_after(block)
-        return editing.Site(name, 0, layer, None, None, values)
+        C, keys = None, None  # which the search does not read
+        return editing.Site(name, 0, layer, C, keys, values)
 
     def problem(self, group: Group, n: int, target: str) -> Problem:
         requests = group.requests[:n]
@@ -182,52 +200,53 @@ class MassStudy(MassTask):
 
     # Updates
 
-    def decomposed(self, method: str):
-        """What a method is handed for C, and the seconds that it took: made once for several
-        updates, but one at a time, since a matrix [d_in, d_in] of a wide store fills 2 GiB."""
+    def decomposed(self, method: str) -> Decomposed:
+        """What a method is handed for C. The last one is kept for the next update, and that one
+        alone, since a matrix [d_in, d_in] of a wide store fills 2 GiB."""
         if method == "memit" and self.is_wide:  # its equation is solved as it stands
-            return self.at.C, 0.0
-        make = torch.linalg.eigh if method.startswith("alphaedit") else editing.whiten
-        if make not in self.made:
-            self.made.clear()
+            return Decomposed(None, self.at.C, 0.0)
+        by = torch.linalg.eigh if method.startswith("alphaedit") else editing.whiten
+        if self.made is None or self.made.by is not by:
+            self.made = None  # frees the last one before the next is made
             began = time.perf_counter()
-            made = make(editing.double(self.at.C))
-            self.made[make] = made, time.perf_counter() - began
-            if make is editing.whiten:
-                self.at = replace(self.at, C=made.C)  # with the ridge, if any: one matrix, not two
-        return self.made[make]
+            what = by(editing.double(self.at.C))
+            self.made = Decomposed(by, what, time.perf_counter() - began)
+            if by is editing.whiten:
+                self.at = replace(self.at, C=what.C)  # with the ridge, if any: one matrix, not two
+        return self.made
 
     def whitening(self) -> editing.Whitening:
-        return self.decomposed("emmet")[0]
+        return self.decomposed("emmet").what
 
     def closed_form(
         self, method: str, K: Tensor, r: Tensor, strength, notes: dict | None = None
     ) -> Tensor:
         """dW of all requests, keys K [n, d_in] and residuals r [n, d_out], by a strength of
-        STRENGTHS; but for "rome", r may be those of several targets side by side."""
+        STRENGTHS. Without notes, and but for "rome", r may be those of several targets side by
+        side [n, targets * d_out]; dW has the rows of all of them then."""
         if len(K) == 0:
             return torch.zeros(r.shape[1], K.shape[1], device=K.device)
-        made, W = self.decomposed(method)[0], self.weight
+        C, W = self.decomposed(method).what, self.weight
         options = {} if notes is None else {"W": W, "diagnostics": notes}
         if method == "memit":
-            return minedit.memit(K, r, made, strength, **options)
+            return minedit.memit(K, r, C, strength, **options)
         if method == "emmet":
-            return editing.emmet_update(K, r, made, **options)
+            return editing.emmet_update(K, r, C, **options)
         if method == "rome":
-            return editing.rome_sequence(W, made, K, K @ W.T + r, notes)
+            return editing.rome_sequence(W, C, K, K @ W.T + r, notes)
         ridge, threshold = strength
-        options |= {"threshold": threshold, "spectrum": made}
-        if method == "alphaedit-official":
-            return editing.alphaedit_update(K, r, self.at.C, ridge, absolute=True, **options)
-        squared_length = float(self.at.C.diagonal().sum())  # of a key, in the mean
-        return editing.alphaedit_update(K, r, self.at.C, ridge * squared_length, **options)
+        absolute = method == "alphaedit-official"
+        if not absolute:
+            ridge *= float(self.at.C.diagonal().sum())  # trace(C) = E |k|^2
+        options |= {"threshold": threshold, "absolute": absolute, "spectrum": C}
+        return editing.alphaedit_update(K, r, self.at.C, ridge, **options)
 
     def entry(self, method: str, target: str, strength, n: int) -> MassEntry:
         threshold = None
         if method.startswith("alphaedit"):
             strength, threshold = strength
-        site = (self.at.name, self.site.at_pass)
-        return MassEntry(method, target, strength, n, *site, threshold)
+        name, at_pass = self.at.name, self.site.at_pass
+        return MassEntry(method, target, strength, n, name, at_pass, threshold)
 
     def sweep(self, method: str, m: int, target: str) -> list[MassEntry]:
         """Every strength of a method on m facts that are not scored."""
@@ -235,20 +254,19 @@ class MassStudy(MassTask):
             if method == "finetune":
                 found = [self.finetuned(self.choosing, m, bound) for bound in STRENGTHS[method]]
                 self.swept[method, m, target] = found
+            elif method == "rome":  # its update is handed the values of one target
+                self.sweep_targets(method, m, (target,))
             else:
                 self.sweep_targets(method, m, TARGETS)
         return self.swept[method, m, target]
 
     def sweep_targets(self, method: str, m: int, targets: tuple[str, ...]):
-        """A closed form is linear in r: it is solved once for all targets, side by side; but for
-        ROME, one request after another."""
-        if method == "rome" and len(targets) > 1:
-            for target in targets:
-                self.sweep_targets(method, m, (target,))
-            return
+        """Every strength for these targets. A closed form is linear in r: it is solved once for all
+        of them, side by side."""
         problems = [self.problem(self.choosing, m, target) for target in targets]
         requests, K = problems[0].requests, problems[0].K
-        r = torch.cat([problem.r for problem in problems], 1)
+        r = torch.cat([problem.r for problem in problems], 1)  # [n_alive, targets * d_out]
+        d_out = len(self.weight)
         for target in targets:
             self.swept[method, m, target] = []
         for strength in STRENGTHS[method]:
@@ -259,7 +277,7 @@ class MassStudy(MassTask):
                 for entry in entries:
                     entry.infeasible = str(error)
             else:
-                for entry, part in zip(entries, dW.split(len(self.weight))):
+                for entry, part in zip(entries, dW.split(d_out)):
                     self.score(entry, requests, {self.at.name: part}, self.choosing)
             for entry in entries:
                 self.swept[method, m, entry.target].append(entry)
@@ -276,9 +294,7 @@ class MassStudy(MassTask):
 
     def edit(self, method: str, n: int, target: str) -> MassEntry:
         """One update of the first n requests, at the strength chosen for this number."""
-        strength = STRENGTHS[method][0]
-        if len(STRENGTHS[method]) > 1:
-            strength = self.chosen(method, n, target).setting
+        strength = self.chosen(method, n, target).setting
         if method == "finetune":
             return self.finetuned(self.scoring, n, strength)
         return self.updated(method, n, target, strength)
@@ -289,7 +305,7 @@ class MassStudy(MassTask):
         problem = self.problem(self.scoring, n, target)
         entry.fallbacks = problem.fallbacks
         try:
-            _, decomposing = self.decomposed(method)
+            decomposing = self.decomposed(method).seconds
             began = time.perf_counter()
             dW = self.closed_form(method, problem.K, problem.r, strength)
         except ValueError as error:  # more facts than rank, an empty null space, ...
@@ -315,7 +331,8 @@ class MassStudy(MassTask):
 
     def finetuned(self, group: Group, n: int, bound: float) -> MassEntry:
         requests = group.requests[:n]
-        began, entry = time.perf_counter(), self.entry("finetune", "gradient", bound, n)
+        entry = self.entry("finetune", "gradient", bound, n)
+        began = time.perf_counter()
         dW = finetune_update(self.model, self.at.name, requests, bound, self.batch)
         entry.seconds = round(time.perf_counter() - began, 3)
         self.score(entry, requests, {self.at.name: dW}, group)
@@ -326,12 +343,14 @@ class MassStudy(MassTask):
         requests = group.requests[:n]
         r, _, seconds = self.residual(group, n, f"blocks.{last}")
         is_last = last + 1 == len(self.model.blocks)
-        stream = ("norm" if is_last else f"blocks.{last + 1}.attention", 0)
+        stream = ("norm" if is_last else f"blocks.{last + 1}.attention", 0)  # what reads it next
         sites = [(f"blocks.{i}.feed_forward.down", 0) for i in range(first, last + 1)]
         entry = MassEntry("memit", "gradient", lam, n, blocks=f"{first}-{last}")
-        asked, began = (sites, requests, r, lam, self.queries, stream), time.perf_counter()
+        began = time.perf_counter()
         try:
-            updates = editing.memit_layers(self.model, *asked)
+            updates = editing.memit_layers(
+                self.model, sites, requests, r, lam, self.queries, stream
+            )
         except ValueError as error:
             entry.infeasible = str(error)
             return entry
@@ -369,7 +388,8 @@ def mass_stage(run: Run, model: Model, counts: list[int], methods: list[str], ba
     for method in dict.fromkeys(["memit", *methods]):
         for n in counts:
             suits = study.target(method, n)
-            for target in TARGETS if method == "memit" else (suits,):
+            targets = TARGETS if method == "memit" else (suits,)
+            for target in targets:
                 edits.append(study.edit(method, n, target))
                 if target == suits:
                     scores[f"{method}_{n}"] = edits[-1].score or 0
@@ -379,7 +399,7 @@ def mass_stage(run: Run, model: Model, counts: list[int], methods: list[str], ba
     if run.arch == "dense" and not study.is_wide:
         tried, layers = spread(study, [n for n in counts if n >= 1000] or counts[-1:])
         sweep += tried
-    print(mass_table(edits + layers))
+    print("\n" + minedit.record_table(edits + layers, COLUMNS, LEGEND))
     return {
         "facts": len(study.queries),
         "sweep": [e.entry() for e in sweep],
@@ -400,10 +420,6 @@ strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning. eff: new a
 relation's other name; spec: other facts that keep their answers; score: harmonic mean, percent; as
 papers: of the same, where an answer need only be likelier than one other, as the papers count.
 cond: of the system solved; left: mean |r - dW k| / |r|, pred: predicted; norm: |dW| / |W|"""
-
-
-def mass_table(entries: list[MassEntry]) -> str:
-    return "\n" + minedit.record_table(entries, COLUMNS, LEGEND)
 
 
 def command(args):

@@ -1,8 +1,9 @@
 """The task of mass edits, and what is asked after one: for mass_edit, capacity and sequence.
 
 20 000 facts alone, no compositions, every relation under two names, so that an edit by the one can
-be asked for by the other. Up to half of the facts are edited; a thousand that never are tell the
-specificity, as many others choose strengths.
+be asked for by the other. Up to half of the facts are edited. Of 2000 that never are, one half
+tells the specificity of these edits, the other that of edits of still other facts, by which
+strengths are chosen.
 """
 
 import statistics
@@ -25,7 +26,7 @@ from studies.training import trained
 
 
 class TwoNames(minedit.FactBatches):
-    """Batches in which half of the relations are asked for by their other token, R later."""
+    """Batches in which half of the relations, at random, are asked for by their other token."""
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         tokens, positions, answers = super().draw()
@@ -36,11 +37,11 @@ class TwoNames(minedit.FactBatches):
 
     @cached_property
     def n_relations(self) -> int:
-        return n_names(self.paths)
+        return n_relations(self.paths)
 
 
-def n_names(paths: kg.Paths) -> int:
-    """How far a relation's other token is from its own."""
+def n_relations(paths: kg.Paths) -> int:
+    """By which a relation's other token is larger than its own."""
     return int(paths.facts[:, 1].max()) + 1
 
 
@@ -101,11 +102,10 @@ def compared(model: Model, tokens: Tensor, wanted: Tensor, other: Tensor) -> tup
     """Whether the answer to each of the queries [n, token] is the one wanted [n], and whether this
     one is likelier than the other [n]."""
     is_answer, is_likelier = [], []
-    for i in torch.arange(len(tokens), device=tokens.device).split(4096):
-        logits = model(tokens[i])[:, -1]
-        mine = logits.gather(1, wanted[i, None])
-        is_answer.append(logits.argmax(-1) == wanted[i])
-        is_likelier.append((mine > logits.gather(1, other[i, None]))[:, 0])
+    for part, one, two in zip(tokens.split(4096), wanted.split(4096), other.split(4096)):
+        logits = model(part)[:, -1]
+        is_answer.append(logits.argmax(-1) == one)
+        is_likelier.append((logits.gather(1, one[:, None]) > logits.gather(1, two[:, None]))[:, 0])
     return torch.cat(is_answer), torch.cat(is_likelier)
 
 
@@ -121,7 +121,7 @@ class MassTask:
     def __init__(self, run: Run, model: Model, most: int):
         self.run, self.model = run, model
         self.queries = run.paths.queries
-        self.second_name = torch.tensor([0, n_names(run.paths)], device=run.device)
+        self.second_name = torch.tensor([0, n_relations(run.paths)], device=run.device)
         self.before = minedit.last_answers(model, self.queries)
         self.known = self.before == run.paths.facts[:, 2]
         plan = minedit.mass_plan(run.paths, run.stream())
@@ -159,7 +159,9 @@ class MassTask:
         is_alike = facts[group.spared, 1] == facts[requests.fact, 1][:, None]  # [n, n_spared]
         is_new = facts[group.spared, 2] == requests.new[:, None]
         noise = torch.rand(is_alike.shape, generator=self.run.stream()).to(is_alike.device)
-        chosen = (noise + is_alike.float() - 3 * is_new.float()).topk(n_each).indices
+        # of the relation: in [1, 2), others: in [0, 1), with the new tail: below 0
+        priority = noise + is_alike.float() - 3 * is_new.float()
+        chosen = priority.topk(n_each).indices
         request = torch.arange(n, device=chosen.device).repeat_interleave(n_each)
         fact = group.spared[chosen.flatten()]
         is_usable = facts[fact, 2] != requests.new[request]

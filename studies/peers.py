@@ -1,5 +1,5 @@
-"""What MEMIT is compared with in studies/mass_edit.py, where it is no closed form of edit.py: targets
-as its official code seeks them, and constrained fine-tuning.
+"""What studies/mass_edit.py compares MEMIT with that is no closed form of edit.py: targets as its
+official code seeks them, and constrained fine-tuning.
 """
 
 import torch
@@ -42,27 +42,28 @@ def official_residual(
     """r [n, d_out] with the numbers of MEMIT's code for GPT-J: Adam at 0.5 on r itself, added to
     what the store returns at the last token, 24 steps or until a request's loss, -log p(wanted
     answer) + 0.5 |r| / |h|^2, is below 0.05; |r| <= 0.75 |h|. h: the fact's row of `stream`, what
-    the block leaves in the stream [facts, d_out]."""
-    parts, store = [], model.get_submodule(at.name.rpartition(".")[0])  # read by its winners
+    the block leaves in the stream [facts, d_out]. `batch` requests at a time, each for itself."""
+    store = model.get_submodule(at.name.rpartition(".")[0])  # as in minedit.mass_residual
+    parts = []
     for i in torch.arange(len(requests), device=stream.device).split(batch):
-        h = stream[requests.fact[i]].norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        r = torch.zeros(len(i), stream.shape[1], requires_grad=True, device=h.device)
+        size = stream[requests.fact[i]].norm(dim=-1, keepdim=True).clamp(min=1e-12)  # |h|
+        r = torch.zeros(len(i), stream.shape[1], requires_grad=True, device=size.device)
         optimizer = torch.optim.Adam([r], lr=0.5)
 
         for _ in range(24):
             with editing.added(store, r, [at.call]):
                 logits = model(requests.tokens[i])[:, -1]
-            loss = F.cross_entropy(logits, requests.new[i], reduction="none")
+            answer_loss = F.cross_entropy(logits, requests.new[i], reduction="none")
             length = (r.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-            loss = loss + (0.5 * length / h**2)[:, 0]
+            loss = answer_loss + (0.5 * length / size**2)[:, 0]
             is_done = (loss < 0.05)[:, None]
             if is_done.all():
                 break
             (r.grad,) = torch.autograd.grad(loss.sum(), r)
-            kept = r.detach().clone()
+            before = r.detach().clone()
             optimizer.step()
             length = r.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            r.data *= (0.75 * h / length).clamp(max=1)
-            r.data = torch.where(is_done, kept, r.data)
+            r.data *= (0.75 * size / length).clamp(max=1)
+            r.data = torch.where(is_done, before, r.data)  # a request that is done stays as it is
         parts.append(r.detach())
     return torch.cat(parts)

@@ -1,18 +1,19 @@
 """One update of 10 000 facts, or ten of a thousand? What is left of the first edits after the last.
 
-MEMIT writes n facts in one update; who edits again and again writes a batch at a time. With K_p^T K_p
-of all earlier keys added to lam C, and residuals on the weight as it is, batches with given values add
-up to one batch (`edit.memit_update`). In practice neither holds: a library forgets the earlier keys,
-and the wanted values are sought anew on the edited model. Here 10 000 facts are edited in ten batches
+MEMIT writes n facts in one update; who edits again and again writes a batch at a time. With K_p^T
+K_p of all earlier keys added to lam C, and residuals on the weight as it is, batches with given
+values add up to one batch (`edit.memit_update`). In practice neither holds: a library forgets the
+earlier keys, and the wanted values are sought anew on the edited model. Here 10 000 facts are
+edited in ten batches
 
     carried     earlier keys count, the wanted values are those of the unedited model
     forgotten   earlier keys do not count, the same values
-    anew        earlier keys count, values sought on the model as it is (their length is still
-                counted in that of the unedited value)
+    anew        earlier keys count, values sought on the model as it is (a change is at most as long
+                as the unedited value, still)
 
 and after each batch all facts so far and those of the first batch are asked, and others that are
-never edited. lam is that of one update of all, chosen on 8000 other facts as in `studies.capacity`: the second
-and third way might do better with one of their own.
+never edited. lam is that of one update of all, chosen on 8000 other facts as in `studies.capacity`:
+the second and third way might do better with one of their own.
 
     python -m studies.sequence --arch lmc --seeds 3 --out runs/sequence
 
@@ -53,24 +54,27 @@ class SequenceEntry(Scores):
 def in_batches(study: MassStudy, way: str, n_batches: int, lam: float) -> list[SequenceEntry]:
     """All requests that are scored, in batches."""
     at, model, requests = study.at, study.model, study.scoring.requests
-    W, dW, carried, entries = study.weight.clone(), torch.zeros_like(study.weight), None, []
+    W = study.weight.clone()  # before all edits
+    dW = torch.zeros_like(W)  # of all batches so far
+    carried = None  # K^T K of their keys
     sought = study.residual(study.scoring, len(requests), "gradient")[0]
     rows = torch.arange(len(requests)).tensor_split(n_batches)
     first = requests[rows[0]]
+    entries = []
     with ExitStack() as edits:
         for mine in rows:
             K = at.keys[requests.fact[mine]]
-            if way == "anew":  # what is missing on the model as it is
+            if way == "anew":  # what the model as it is lacks
                 r, _ = study.mass_residual(at, requests[mine], "gradient", study.known)
-            else:  # v - (W + dW) k
+            else:  # v* - (W + dW) k
                 r = sought[mine] - K @ dW.T
             alive = (K != 0).any(1)
             K, r = K[alive], r[alive]
             update = torch.zeros_like(W)
             if len(K):
                 update = minedit.memit(K, r, at.C, lam, carried=carried)
-            if len(K) and way != "forgotten":
-                carried = editing.add_gram(carried, K)
+                if way != "forgotten":
+                    carried = editing.add_gram(carried, K)
             edits.enter_context(editing.edited(model, {at.name: update}))
             dW += update
 

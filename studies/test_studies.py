@@ -447,17 +447,16 @@ def test_what_follows_of_edits_made_together_against_a_slow_reference(world):
             kind = kind.get((one in edited, two in edited))
             if kind:
                 wanted[kind] += 1
-    tally = many.Tally()
     one_hop = tails.index_copy(0, fact, new)
-    many.count(tally, paths, known, fact, new, (one_hop, torch.tensor(answers)))
-    assert {name: tally.size(name) for name in wanted} == wanted and min(wanted.values()) > 0
-    assert all(tally.share(name) == 1 for name in ("direct", *wanted))
-    assert tally.share("facts") == tally.share("compositions") == 0
+    hits = many.hits_of(paths, known, fact, new, (one_hop, torch.tensor(answers)))
+    sizes = {name: len(getattr(hits, name)) for name in wanted}
+    assert sizes == wanted and min(wanted.values()) > 0
+    assert all(getattr(hits, name).all() for name in ("direct", *wanted))
+    assert not hits.facts.any() and not hits.compositions.any()
     failed = one_hop.index_copy(0, fact[:1], tails[fact[:1]])  # the first edit has no effect
-    tally = many.Tally()
-    many.count(tally, paths, known, fact, new, (failed, torch.tensor(answers)))
-    assert tally.share("direct") == 11 / 12
-    assert sum(tally.size(name) for name in wanted) < sum(wanted.values())
+    hits = many.hits_of(paths, known, fact, new, (failed, torch.tensor(answers)))
+    assert hits.direct.sum() == 11
+    assert sum(len(getattr(hits, name)) for name in wanted) < sum(wanted.values())
 
 
 def test_requests_with_a_key_of_zeros_are_counted_as_failed(tmp_path):
