@@ -167,7 +167,7 @@ def split(
     generator = torch.Generator().manual_seed(4 * seed + 1)
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)  # sorted by head, then relation
     tail = graph.facts[head, relation]
-    ood_fact = _random_share(torch.ones_like(head, dtype=torch.bool), ood_fraction, generator)
+    ood_fact = random_share(torch.ones_like(head, dtype=torch.bool), ood_fraction, generator)
 
     if not composes(graph.facts):
         raise ValueError("the graph has no two-hop path: no tail is the head of a fact")
@@ -181,7 +181,7 @@ def split(
     ood1 = ood_fact[first] & composed
     ood2 = ood_fact[second] & composed
     both_id = composed & ~ood1 & ~ood2
-    train = _random_share(both_id, train_fraction, generator)
+    train = random_share(both_id, train_fraction, generator)
     if not train.any():
         raise ValueError(
             f"no two-hop path is left for training ({int(both_id.sum())} of {int(composed.sum())} "
@@ -202,7 +202,7 @@ def split(
     return Paths(facts, queries, tokens, tail[first], two_hop, first, second, ood_fact, real, masks)
 
 
-def _random_share(mask: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def random_share(mask: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """A mask [n] with a random `share` of the True entries of `mask`, rounded to a whole number."""
     rows = mask.nonzero().flatten()
     order = torch.randperm(len(rows), generator=generator)
@@ -272,7 +272,7 @@ def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> P
             f"the share of trained compositions with a wrong answer must be in [0, 1), got {share}"
         )
     generator = torch.Generator().manual_seed(2**62 + seed)
-    exceptions = _random_share(paths.masks["train"], share, generator)
+    exceptions = random_share(paths.masks["train"], share, generator)
     shift = torch.randint(1, n_entities, exceptions.shape, generator=generator)
     wrong = (paths.two_hop + shift) % n_entities
     validation = torch.rand(exceptions.shape, generator=generator) < 0.2
@@ -305,6 +305,10 @@ class Probes(NamedTuple):
     tokens: Tensor  # [m, token]
     answer: Tensor  # [m]
     path: Tensor | None = None  # [m] which path, of compositions that begin or end with the fact
+
+    def where(self, keep: Tensor) -> "Probes":
+        """Those that are True in keep [m]."""
+        return Probes(*(column if column is None else column[keep] for column in self))
 
 
 def draw_edits(paths: Paths, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:

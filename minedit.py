@@ -1284,11 +1284,16 @@ def cell(value: float | None, form: str | None = None) -> str:
 
 def record_table(records: list, columns: dict[str, str], legend: str) -> str:
     """The fields of records that are named in `columns` {field: head}, and the legend."""
+    return f"{entry_table([vars(record) for record in records], columns)}\n{legend}"
+
+
+def entry_table(entries: list[dict], columns: dict[str, str]) -> str:
+    """What entries have under the names of `columns` {name: head}; "-" for what they lack."""
     rows = [tuple(columns.values())]
-    for record in records:
-        values = [getattr(record, name) for name in columns]
+    for entry in entries:
+        values = [entry.get(name) for name in columns]
         rows.append([cell(x) if isinstance(x, float) or x is None else x for x in values])
-    return f"{table(rows)}\n{legend}"
+    return table(rows)
 
 
 def mean(values: list, form: str | None = ".3f", lowest: bool = False) -> str:
@@ -1688,6 +1693,14 @@ def announce(run: Run):
         print(f"loaded: trained for {run.step} steps before (--retrain trains again)")
 
 
+def trained_model(run: Run, args, on_evaluation=None) -> Model:
+    """The model of a run, trained or loaded; its final figures go to results.json."""
+    announce(run)
+    model = run.train(on_evaluation, compiled=args.compile)
+    run.summarize()
+    return model
+
+
 def guarded(command, *arguments) -> int:
     """Run a command; its exit status, with one line on stderr where it is not 0."""
     keep_freed_memory()
@@ -1744,9 +1757,7 @@ def command(args):
         return
     runs = prepare(args, check=partial(check_stages, args))
     for run in runs:
-        announce(run)
-        model = run.train(compiled=args.compile)
-        run.summarize()
+        model = trained_model(run, args)
         run_stages(run, model, args)
     if len(runs) > 1:
         report([run.results for run in runs])

@@ -415,9 +415,7 @@ def prepare(args) -> list[Run]:
 
 def command(args):
     for run in prepare(args):
-        minedit.announce(run)
-        model = run.train(compiled=args.compile)
-        run.summarize()
+        model = minedit.trained_model(run, args)
         began = time.perf_counter()
         entry = ablation_stage(run, model, args)
         if args.images and (args.arch != "all" or run.arch == "dense"):  # the same for all cells

@@ -41,7 +41,7 @@ from minedit import Run, share_of
 from models import Config, Model, states
 from studies import controls
 from studies.training import Moments, check_edits, require_compositions
-from studies.when import span, state_entry
+from studies.when import random_plane, span, state_entry
 
 REGIMES = {
     "natural": [],
@@ -59,17 +59,16 @@ def with_regime(paths: kg.Paths, regime: str, share: float, seed: int) -> kg.Pat
     facts never are. ValueError for a share outside [0, 1]."""
     if not 0 <= share <= 1:
         raise ValueError(f"--augment must be in [0, 1], got {share}")
-    both_id = int((paths.masks["train"] | paths.masks["id"]).sum())
-    # as if on from where kg.split leaves it (it draws for clones too, which are in no set here)
+    # what kg.split drew (but for clones) is drawn and dropped, so that no order is used twice
     generator = torch.Generator().manual_seed(4 * seed + 1)
+    both_id = int((paths.masks["train"] | paths.masks["id"]).sum())
     torch.randperm(len(paths.facts), generator=generator)
     torch.randperm(both_id, generator=generator)
-    masks = {name: mask.clone() for name, mask in paths.masks.items()}
+    masks = dict(paths.masks)
     for name in REGIMES[regime]:
-        rows = masks[name].nonzero().flatten()
-        order = torch.randperm(len(rows), generator=generator)
-        rows = rows[order[: round(share * len(rows))]]
-        masks["train"][rows], masks[name][rows] = True, False
+        added = kg.random_share(masks[name], share, generator)
+        masks["train"] = masks["train"] | added
+        masks[name] = masks[name] & ~added
     return replace(paths, masks=masks)
 
 
@@ -127,13 +126,13 @@ class Traced(NamedTuple):
     """Causal tracing with one token replaced, prompt by prompt."""
 
     back: Tensor  # [site, token, n], float64: whether the model's own answer is back
-    changed: Tensor  # [n], bool: whether replacing the token changed it
+    changed: Tensor  # [n], bool, on the CPU as `back`: whether replacing the token changed it
 
 
 @dataclass
 class InferencePath:
-    """What a set of compositions is answered by, at most 300 of them. Of shares by state, the
-    largest over the passes but the last stands for all."""
+    """What a set of compositions is answered by, at most 300 of them. Where a share is of the
+    stream after a block, the largest over all blocks but the last is kept."""
 
     n: int = 0
     right: float | None = None
@@ -143,7 +142,7 @@ class InferencePath:
     relation: float | None = None  # the lens at r2 has the second relation first
     unread: float | None = None  # of what is right: the bridge is first in none of these passes
     trace: dict = field(default_factory=dict)  # {token replaced: share back, [site][token]}
-    swap: list = field(default_factory=list)  # of each pass: {part: share redirected}
+    swap: list = field(default_factory=list)  # of each block: {part: share redirected}
     whole: float | None = None
     visible: float | None = None
     rest: float | None = None
@@ -160,10 +159,12 @@ class InferencePath:
 
 
 def places(config: Config) -> tuple[list[tuple[str, int]], list[int]]:
-    """(module, call) of every state, and which of them are the stream after a pass but the last."""
+    """(module, call) of every state; and which of them are the stream after a block, but for the
+    last one, from which the answer is read."""
     every = states(config)
     sites = [(state.module, state.call) for state in every]
-    return sites, [i for i, state in enumerate(every) if state.part == "stream"][:-1]
+    streams = [i for i, state in enumerate(every) if state.part == "stream"]
+    return sites, streams[:-1]
 
 
 def inference_path(run: Run, model: Model, queries: str) -> tuple[InferencePath, dict[int, Traced]]:
@@ -179,7 +180,7 @@ def inference_path(run: Run, model: Model, queries: str) -> tuple[InferencePath,
     traced = trace_paths(run, model, queries, sites, generator)
     for place, found in traced.items():
         if found.changed.any():
-            path.trace[place] = found.back[:, :, found.changed.cpu()].mean(-1).tolist()
+            path.trace[place] = found.back[:, :, found.changed].mean(-1).tolist()
     swap_bridges(path, run, model, rows, sites, streams, generator)
     return path, traced
 
@@ -190,27 +191,30 @@ def read_with_lens(
     """Fill in what is right, and the lens of bridge, answer and second relation."""
     paths, E = run.paths, model.embedding.weight
     n, n_relations = run.task.graph.n_entities, run.task.graph.n_relations
-    tokens = paths.tokens[rows]
+    tokens, bridge, answer = paths.tokens[rows], paths.one_hop[rows], paths.two_hop[rows]
     entities, relations = E[:n], E[n : n + n_relations]
     words = {
-        "bridge": (paths.one_hop[rows], entities, 1),
-        "answer": (paths.two_hop[rows], entities, 2),
-        "relation": (tokens[:, 2] - n, relations, 2),
+        "bridge": (bridge, entities),
+        "answer": (answer, entities),
+        "relation": (tokens[:, 2] - n, relations),
     }
-    is_right = minedit.last_answers(model, tokens) == words["answer"][0]
-    path.right = share_of(is_right)
-    for name, (wanted, vocabulary, token) in words.items():
-        rank, p = lens(model, tokens, wanted, sites, vocabulary)
-        first = (rank == 0).double().mean(-1).tolist()
+    ranks = {}
+    for name, (wanted, vocabulary) in words.items():
+        ranks[name], p = lens(model, tokens, wanted, sites, vocabulary)  # [site, token, n]
         path.lens[name] = {
-            "first": first,
-            "rank": (rank + 1.0).mean(-1).tolist(),
+            "first": (ranks[name] == 0).double().mean(-1).tolist(),
+            "rank": (ranks[name] + 1.0).mean(-1).tolist(),
             "p": p.mean(-1).tolist(),
         }
-        setattr(path, name, max((first[i][token] for i in streams), default=None))
-        if name == "bridge" and streams:
-            is_read = (rank[streams, token] == 0).any(0)  # [n]
-            path.unread = share_of(~is_read[is_right])
+    is_right = minedit.last_answers(model, tokens) == answer
+    path.right = share_of(is_right)
+    if not streams:
+        return
+    path.bridge = max(path.lens["bridge"]["first"][i][1] for i in streams)  # at r1
+    path.answer = max(path.lens["answer"]["first"][i][2] for i in streams)  # at r2
+    path.relation = max(path.lens["relation"]["first"][i][2] for i in streams)
+    is_read = (ranks["bridge"][streams, 1] == 0).any(0)  # [n]
+    path.unread = share_of(~is_read[is_right])
 
 
 def trace_paths(
@@ -229,7 +233,7 @@ def trace_paths(
         own = minedit.last_answers(model, tokens[clean])
         now = minedit.last_answers(model, tokens[other])
         back = editing.trace(model, tokens[clean], tokens[other], own, sites).back
-        found[place] = Traced(back, own != now)
+        found[place] = Traced(back, (own != now).cpu())
     return found
 
 
@@ -246,15 +250,16 @@ def swap_bridges(
     paths, E = run.paths, model.embedding.weight
     tokens, bridge, answer = paths.tokens[rows], paths.one_hop[rows], paths.two_hop[rows]
     one, other = editing.prompt_pairs(tokens[:, 1:], answer, 0, 200, generator)
-    seen = span(E[bridge[one]], E[bridge[other]])
-    random = torch.randn(2, len(one), E.shape[1], generator=generator).to(E)
-    parts = {"whole": None, "visible": seen, "rest": complement(seen), "random": span(*random)}
-    path.n_swap = len(one)
     if len(one) == 0:
         return
+    seen = span(E[bridge[one]], E[bridge[other]])
+    random = random_plane(len(one), E, generator)
+    parts = {"whole": None, "visible": seen, "rest": complement(seen), "random": random}
     is_right = minedit.last_answers(model, tokens) == answer
     both = is_right[one] & is_right[other]
-    path.n_right = int(both.sum())
+    path.n_swap, path.n_right = len(one), int(both.sum())
+    if not streams:
+        return
     for i in streams:
         shares = {}
         for part, basis in parts.items():
@@ -264,7 +269,7 @@ def swap_bridges(
             if path.n_right and part in ("whole", "visible"):
                 shares[f"{part}_right"] = share_of(follows[both])
         path.swap.append(shares)
-    for part in path.swap[0] if path.swap else ():
+    for part in shares:
         setattr(path, part, max(swap[part] for swap in path.swap))
 
 
@@ -281,12 +286,13 @@ class Same(NamedTuple):
 
 
 def same_paths(run: Run, one: dict[int, Traced], other: dict[int, Traced]) -> Same | None:
-    """Over the prompts that count in both. States that cannot matter are left out: before the token
-    replaced, in the last block before r2, its end."""
-    n_parts = len({state.part for state in states(run.config)})
+    """Over the prompts that count in both. Left out are states that say nothing: at tokens before
+    the one that is replaced, which are the same in both runs; in the last block at tokens before
+    r2, which nothing reads; and the last of all, which is the answer."""
+    n_parts = len({state.part for state in states(run.config)})  # of a block
     pairs = []  # of two maps [free state, n], a pair for each token replaced
-    for place in one.keys() & other.keys():
-        both = (one[place].changed & other[place].changed).cpu()
+    for place in sorted(one.keys() & other.keys()):
+        both = one[place].changed & other[place].changed
         if not both.any():
             continue
         free = torch.ones_like(one[place].back[:, :, 0], dtype=torch.bool)
@@ -297,23 +303,27 @@ def same_paths(run: Run, one: dict[int, Traced], other: dict[int, Traced]) -> Sa
     if not pairs:
         return None
     generator = run.stream()
-    everything = [slice(None)] * len(pairs)
-    r = correlation(pairs, everything)
-    drawn = []
-    for _ in range(1000):
-        rows = []
-        for maps, _ in pairs:
-            n = maps.shape[1]
-            rows.append(torch.randint(n, (n,), generator=generator))
-        drawn.append(correlation(pairs, rows))
-    drawn.sort()
-    return Same(sum(maps.shape[1] for maps, _ in pairs), r, drawn[24], drawn[975])
+    drawn = sorted(correlation(drawn_anew(pairs, generator)) for _ in range(1000))
+    n = sum(a.shape[1] for a, _ in pairs)
+    return Same(n, correlation(pairs), low=drawn[24], high=drawn[975])
 
 
-def correlation(pairs: list[tuple[Tensor, Tensor]], rows: list) -> float:
-    """Of the two maps, means over the prompts `rows` of each pair."""
-    one = torch.cat([a[:, i].mean(1) for (a, _), i in zip(pairs, rows)])
-    other = torch.cat([b[:, i].mean(1) for (_, b), i in zip(pairs, rows)])
+def drawn_anew(
+    pairs: list[tuple[Tensor, Tensor]], generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """A bootstrap sample: of each pair of maps [state, n] n prompts, drawn with replacement."""
+    sample = []
+    for a, b in pairs:
+        n = a.shape[1]
+        prompts = torch.randint(n, (n,), generator=generator)
+        sample.append((a[:, prompts], b[:, prompts]))
+    return sample
+
+
+def correlation(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """Of the two maps, each its means over prompts, all pairs in a row; 0 where one is constant."""
+    one = torch.cat([a.mean(1) for a, _ in pairs])
+    other = torch.cat([b.mean(1) for _, b in pairs])
     return torch.corrcoef(torch.stack([one, other]))[0, 1].nan_to_num().item()
 
 
@@ -325,24 +335,26 @@ def worth_of(run: Run, model: Model, n_edits: int) -> dict:
     paths, known = run.paths, minedit.what_is_known(model, run.paths)
     fact, new, _ = kg.draw_edits(paths, n_edits, run.stream())
     probes = minedit.edit_probes(paths, known, fact, new, 0, run.stream())
-    chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream())
-    names = minedit.linear_layers(model)
-    batches = run.make_batches(paths, run.recipe, run.stream(run.device))
-    spectrum = minedit.spectrum_of(run, model, batches.mixture(10), names)
-    with curvature.ablated(model, controls.edited(model, "ekfac", spectrum, names, 0.99)):
-        ablated = minedit.accuracy(model, paths)["id"]
     requests = minedit.requests_for(paths, fact, new)
-    at = minedit.gather(run, model, chosen.site)
-    edits = minedit.make_edits(model, paths, known.facts, requests, at, chosen.site.at_pass)
+    site = minedit.a_priori_site(model, paths, fact, known.facts, run.stream()).site
+    at = minedit.gather(run, model, site)
+    edits = minedit.make_edits(model, paths, known.facts, requests, at, site.at_pass)
     record = minedit.score(model, edits, probes)
-    names = ("n", "direct", "hop1", "probes_hop1", "hop2", "probes_hop2", "site")
-    return {name: getattr(record, name) for name in names} | {"ablated": ablated}
+    fields = ("n", "direct", "hop1", "probes_hop1", "hop2", "probes_hop2", "site")
+    worth = {name: getattr(record, name) for name in fields}
+
+    layers = minedit.linear_layers(model)
+    batches = run.make_batches(paths, run.recipe, run.stream(run.device))
+    spectrum = minedit.spectrum_of(run, model, batches.mixture(10), layers)
+    with curvature.ablated(model, controls.edited(model, "ekfac", spectrum, layers, 0.99)):
+        worth["ablated"] = minedit.accuracy(model, paths)["id"]
+    return worth
 
 
 # --- The study ------------------------------------------------------------------------------------
 
 
-def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> dict:
+def circuits_stage(run: Run, moments: Moments, n_edits: int) -> dict:
     """All moments, ID and OOD apart."""
     found, traced = {"id": {}, "ood": {}}, {"id": {}, "ood": {}}
     worth = {}
@@ -357,8 +369,10 @@ def circuits_stage(run: Run, model: Model, moments: Moments, n_edits: int) -> di
     for queries, maps in traced.items():
         same[queries] = {}
         for moment in maps:
+            if moment == "end":
+                continue
             pair = same_paths(run, maps[moment], maps["end"])
-            if moment != "end" and pair is not None:
+            if pair is not None:
                 same[queries][moment] = pair._asdict()
     fake = is_fake(run.history[-1]["ood"], found["id"]["end"], found["ood"]["end"])
     print(paths_table(found))
@@ -423,17 +437,15 @@ def worth_table(worth: dict[str, dict], same: dict[str, dict]) -> str:
 def command(args):
     require_compositions(args)
     is_natural = args.regime == "natural"
-    message = f"--augment {args.augment:g} with --regime {args.regime}: a share above 0 is for the"
-    message += " regimes other than natural, which need one"
+    given = f"--augment {args.augment:g} with --regime {args.regime}"
+    message = f"{given}: a share above 0 is for the regimes other than natural, which need one"
     minedit.require(is_natural == (args.augment == 0), message)
     runs = minedit.prepare(args, make_task, check=check_edits)
     kept = {run: Moments(run) for run in runs}
     for run, moments in kept.items():
-        minedit.announce(run)
-        model = run.train(on_evaluation=moments, compiled=args.compile)
-        run.summarize()
+        minedit.trained_model(run, args, moments)
         began = time.perf_counter()
-        run.add_results("circuits", circuits_stage(run, model, moments, args.n_edits), began)
+        run.add_results("circuits", circuits_stage(run, moments, args.n_edits), began)
 
 
 def main(argv: list[str] | None = None) -> int:

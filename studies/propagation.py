@@ -25,7 +25,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edit as editing
@@ -33,7 +32,7 @@ import kg
 import minedit
 from minedit import Run, share_of
 from models import Model, State, stores
-from studies.shrinkage import set_apart
+from studies.shrinkage import most_alike, set_apart
 from studies.training import check_edits, require_compositions
 from studies.when import locate_stage, when_stage
 
@@ -66,7 +65,8 @@ def make_case(run: Run, model: Model, n_edits: int, common: tuple[Tensor, Tensor
 
 
 def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
-    """[n]: how far each row of v [n, d_out] is from the nearest row of `values` [m, d_out]."""
+    """[n]: how far each row of v [n, d_out] is from the nearest row of `values` [m, d_out]; which
+    one that is takes no part in the gradient."""
     nearest = [torch.cdist(part, values).argmin(1) for part in v.detach().split(chunk)]
     return (v - values[torch.cat(nearest)]).norm(dim=-1)
 
@@ -89,12 +89,10 @@ def address_overlap(
 ) -> float | None:
     """Cosine of the edited fact's key and a composition's at its last token, the largest over the
     layer's calls: mean over the probes."""
-    cosines = []
-    for i, tokens in zip(probe.edit.split(512), probe.tokens.split(512)):
-        keys, _ = editing.record(model, at.layer, tokens)  # [call, m, token, d_in]
-        own = at.keys[requests.fact[i]]
-        cosines.append(F.cosine_similarity(keys[:, :, -1], own, dim=-1).amax(0))
-    return float(torch.cat(cosines).mean()) if len(probe.edit) else None
+    if len(probe.edit) == 0:
+        return None
+    _, cosines = most_alike(model, at, requests, probe)
+    return float(cosines.mean())
 
 
 def kinds_of_edit(at_chosen_site: bool) -> list[tuple[str, str]]:
@@ -110,14 +108,16 @@ def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
     paths, known, requests = run.paths, case.known, case.requests
     at = minedit.gather(run, model, site)
     head, relation, _ = paths.facts.T
-    groups = {"same_subject": head, "same_relation": relation}
-    groups["same_row"] = at.keys.abs().argmax(-1)  # by the slot of the key's largest entry
+    row = at.keys.abs().argmax(-1)  # the slot of the key's largest entry
+    groups = {"same_subject": head, "same_relation": relation, "same_row": row}
     neighbours = {
         name: kg.neighbours(paths, requests.fact, group, known.one_hop)
         for name, group in groups.items()
     }
     stored = at.values[known.facts] if known.facts.any() else at.values
     mean_length = at.values.norm(dim=-1).mean()
+    v0 = at.values[requests.fact]  # [n, d_out]
+    own_length = v0.norm(dim=-1).clamp(min=1e-12)
     is_chosen = site == case.chosen.site
     of_site = {
         "a_priori": is_chosen,
@@ -135,9 +135,8 @@ def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
             entry[f"{name}_moved"] = share_of(moved)
         if case.shared is not None:
             entry |= score_shared(model, edits, case)
-        distance = distance_to_values(stored, at.values[requests.fact] + edits.r)
+        distance = distance_to_values(stored, v0 + edits.r)
         entry["distance"] = float((distance / mean_length).mean())
-        own_length = at.values[requests.fact].norm(dim=-1).clamp(min=1e-12)
         entry["length"] = float((edits.r.norm(dim=-1) / own_length).mean())
         entry["gradient_for_want_of_a_prototype"] = edits.n_fallbacks
         entries.append(entry)
@@ -152,16 +151,8 @@ def edit_every_store(run: Run, model: Model, case: Case) -> dict | None:
         first_reads.setdefault(state.module, state)
     if len(first_reads) < 2:
         return None
-    several = []
-    for site in first_reads.values():
-        at = minedit.gather(run, model, site)
-        edits = minedit.make_edits(
-            model, run.paths, case.known.facts, case.requests, at, site.at_pass
-        )
-        several.append(edits)
-    answers = partial(ask_under_all, model, several)
-    entry = minedit.record_of(several[0], case.probes, answers).entry()
-    return entry | {"site": "every store", "pass": None, "a_priori": False}
+    several = [rome_edits(run, model, case, site) for site in first_reads.values()]
+    return entry_of_several(model, several, case.probes, "every store")
 
 
 def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
@@ -172,18 +163,30 @@ def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
     if run.config.loop or run.config.memory:
         return None
     lent, probes = set_apart(case.probes, run.stream())
-    site = case.chosen.site
-    at = minedit.gather(run, model, site)
-    first = minedit.make_edits(model, run.paths, case.known.facts, case.requests, at, site.at_pass)
+    first = rome_edits(run, model, case, case.chosen.site)
     second = edit_second_copy(run, model, case, lent)
-    entry = minedit.record_of(first, probes, partial(ask_under_all, model, [first, second])).entry()
-    return entry | {"site": "both copies", "pass": None, "a_priori": False}
+    return entry_of_several(model, [first, second], probes, "both copies")
+
+
+def rome_edits(run: Run, model: Model, case: Case, site: State) -> minedit.Edits:
+    """By ROME with a prototype at one site."""
+    at = minedit.gather(run, model, site)
+    return minedit.make_edits(model, run.paths, case.known.facts, case.requests, at, site.at_pass)
+
+
+def entry_of_several(
+    model: Model, several: list[minedit.Edits], probes: minedit.EditProbes, name: str
+) -> dict:
+    """The entry of edits made in several layers at once."""
+    answers = partial(ask_under_all, model, several)
+    entry = minedit.record_of(several[0], probes, answers).entry()
+    return entry | {"site": name, "pass": None, "a_priori": False}
 
 
 def edit_second_copy(run: Run, model: Model, case: Case, lent: kg.Probes) -> minedit.Edits:
     """Edits by ROME at the last store. The key: the mean of those of the `lent` compositions that
-    end in the fact. The value: the mean of those of compositions that are answered by the wanted
-    tail; where there are none, nothing is changed."""
+    end in the fact, its own where none was lent. The value: the mean of those of compositions that
+    are answered by the wanted tail; where there are none, nothing is changed."""
     site = stores(run.config)[-1]
     paths, known, requests = run.paths, case.known, case.requests
     at = minedit.gather(run, model, site)
@@ -231,8 +234,7 @@ def edits_of_kind(
     if target == "near":
         r = near_residual(model, at, requests, u, known)
     else:
-        asked = (requests, "gradient", known, len(requests))
-        r, _ = minedit.mass_residual(run, model, at, *asked)
+        r, _ = minedit.mass_residual(run, model, at, requests, "gradient", known, len(requests))
     return minedit.Edits(at, at_pass, method, target, u, r)
 
 
@@ -268,14 +270,9 @@ def edits_stage(run: Run, model: Model, case: Case) -> dict:
         entry = of_several(run, model, case)
         if entry is not None:
             entries.append(entry)
-    rows = [tuple(EDIT_COLUMNS.values())]
-    for entry in entries:
-        values = [entry.get(name) for name in EDIT_COLUMNS]
-        rows.append([x if isinstance(x, (str, int)) else minedit.cell(x) for x in values])
-    print(
-        f"\nedits of {len(case.requests)} facts; left out: {minedit.listed(case.probes.left_out)}"
-    )
-    print(f"{minedit.table(rows)}\n{EDIT_LEGEND}")
+    left_out = minedit.listed(case.probes.left_out)
+    print(f"\nedits of {len(case.requests)} facts; left out: {left_out}")
+    print(f"{minedit.entry_table(entries, EDIT_COLUMNS)}\n{EDIT_LEGEND}")
     return {"edits": entries, "left_out": case.probes.left_out}
 
 
@@ -301,19 +298,21 @@ def command(args):
     require_compositions(args)
     runs = minedit.prepare(args, check=check_edits)
     for seed in dict.fromkeys(run.seed for run in runs):
-        models, common = {}, None
+        models = {}
         for run in runs:
-            if run.seed != seed:
-                continue
-            minedit.announce(run)
-            models[run] = run.train(compiled=args.compile)
-            run.summarize()
-            if args.arch == "all":
-                known = minedit.what_is_known(models[run], run.paths)
-                mine = (known.facts, known.right)
-                common = mine if common is None else (common[0] & mine[0], common[1] & mine[1])
+            if run.seed == seed:
+                models[run] = minedit.trained_model(run, args)
+        common = known_to_all(models) if args.arch == "all" else None
         for run, model in models.items():
             study(run, model, args, common)
+
+
+def known_to_all(models: dict[Run, Model]) -> tuple[Tensor, Tensor]:
+    """The facts [n_facts] and the paths [n_paths], bool, that all models of a seed answer right."""
+    known = [minedit.what_is_known(model, run.paths) for run, model in models.items()]
+    facts = torch.stack([of_one.facts for of_one in known]).all(0)
+    right = torch.stack([of_one.right for of_one in known]).all(0)
+    return facts, right
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -45,8 +45,7 @@ def is_covered(run: Run) -> Tensor:
 
 def not_covered(probes: kg.Probes, covered: Tensor) -> kg.Probes:
     """Those that begin with other entities."""
-    keep = ~covered[probes.tokens[:, 0]]
-    return kg.Probes(*(column if column is None else column[keep] for column in probes))
+    return probes.where(~covered[probes.tokens[:, 0]])
 
 
 def moments(run: Run, model: Model, at: editing.Site) -> dict[str, Tensor]:
@@ -71,20 +70,20 @@ def moments(run: Run, model: Model, at: editing.Site) -> dict[str, Tensor]:
 def second_moment_stage(run: Run, model: Model, n_edits: int) -> list[dict]:
     """An entry for each C and each target, of edits of the same facts."""
     case = make_case(run, model, n_edits, None)
-    site = case.chosen.site
+    site, known, requests = case.chosen.site, case.known.facts, case.requests
     at = minedit.gather(run, model, site)
+    covered = is_covered(run)
+    beyond = case.probes._replace(
+        facts=not_covered(case.probes.facts, covered),
+        compositions=not_covered(case.probes.compositions, covered),
+    )
     entries = []
     for covers, C in moments(run, model, at).items():
-        there, probes = replace(at, C=C), case.probes
-        if covers == "half":
-            others = {}
-            for name in ("facts", "compositions"):
-                others[name] = not_covered(getattr(probes, name), is_covered(run))
-            probes = probes._replace(**others)
+        there = replace(at, C=C)
+        probes = beyond if covers == "half" else case.probes
         for target in TARGETS:
-            known, requests, at_pass = case.known.facts, case.requests, site.at_pass
             edits = minedit.make_edits(
-                model, run.paths, known, requests, there, at_pass, "rome", target
+                model, run.paths, known, requests, there, site.at_pass, "rome", target
             )
             record = minedit.score(model, edits, probes)
             entries.append({"covers": covers} | record.entry())
@@ -95,21 +94,13 @@ COLUMNS = dict(covers="C covers", target="target", direct="edited fact", hop1="h
 COLUMNS |= dict(unrelated_one_hop_moved="moved: facts", unrelated_two_hop_moved="compositions")
 
 
-def second_moment_table(entries: list[dict]) -> str:
-    rows = [tuple(COLUMNS.values())]
-    for entry in entries:
-        values = (entry[name] for name in COLUMNS)
-        rows.append([x if isinstance(x, str) else minedit.cell(x) for x in values])
-    return minedit.table(rows)
-
-
 def command(args):
     require_compositions(args)
     for run, model in trained(args, check=check_edits):
         print(f"\n{run.arch}, seed {run.seed}: ROME, by what C covers:\n")
         began = time.perf_counter()
         entries = second_moment_stage(run, model, args.n_edits)
-        print(second_moment_table(entries))
+        print(minedit.entry_table(entries, COLUMNS))
         run.add_results("second_moment", entries, began)
 
 

@@ -23,15 +23,15 @@ facts, could have reached.
 import sys
 import time
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import edit as editing
 import kg
 import minedit
-from minedit import EditRecord, Run
+from minedit import Run
 from models import Model
 from studies.training import check_edits, require_compositions, trained
 
@@ -39,16 +39,11 @@ SHRINKS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 MOST_CONTEXTS = 8  # compositions whose keys are averaged, of an edit
 
 
-class Contexts(NamedTuple):
-    """Compositions that lend their keys to the edited facts, and the probes without them."""
-
-    lent: kg.Probes
-    probes: minedit.EditProbes
-
-
-def set_apart(probes: minedit.EditProbes, generator: torch.Generator) -> Contexts:
-    """Of the hop 2 probes of each edit a random half, at most MOST_CONTEXTS, lend their keys; the
-    others stay probes."""
+def set_apart(
+    probes: minedit.EditProbes, generator: torch.Generator
+) -> tuple[kg.Probes, minedit.EditProbes]:
+    """Of the hop 2 probes of each edit a random half, at most MOST_CONTEXTS, to lend their keys;
+    and the probes without these."""
     edit = probes.hop2.edit
     is_lent = torch.zeros_like(edit, dtype=torch.bool)
     for one in edit.unique():
@@ -56,28 +51,35 @@ def set_apart(probes: minedit.EditProbes, generator: torch.Generator) -> Context
         order = torch.randperm(len(mine), generator=generator).to(mine.device)
         n_lent = min(len(mine) // 2, MOST_CONTEXTS)
         is_lent[mine[order[:n_lent]]] = True
-    lent = kg.Probes(*(column[is_lent] for column in probes.hop2))
-    kept = kg.Probes(*(column[~is_lent] for column in probes.hop2))
-    return Contexts(lent, probes._replace(hop2=kept))
+    return probes.hop2.where(is_lent), probes._replace(hop2=probes.hop2.where(~is_lent))
+
+
+def most_alike(
+    model: nn.Module, at: editing.Site, requests: editing.Requests, probes: kg.Probes
+) -> tuple[Tensor, Tensor]:
+    """Of the keys with which probes read the layer at their last token, in each of its calls, the
+    one most like the key of the edited fact [m, d_in], and the cosine of the two [m]."""
+    keys, cosines = [], []
+    for edit, tokens in zip(probes.edit.split(512), probes.tokens.split(512)):
+        read, _ = editing.record(model, at.layer, tokens)  # [call, m, token, d_in]
+        read = read[:, :, -1]
+        own = at.keys[requests.fact[edit]]
+        cosine, call = F.cosine_similarity(read, own, dim=-1).max(0)
+        keys.append(read[call, torch.arange(len(edit), device=edit.device)])
+        cosines.append(cosine)
+    return torch.cat(keys), torch.cat(cosines)
 
 
 def mean_keys(
     model: Model, at: editing.Site, requests: editing.Requests, lent: kg.Probes
 ) -> editing.Site:
     """The site with, for every edited fact, the mean of its own key and of those with which the
-    compositions `lent` read it: at their last token, at the call of the layer whose key is most
-    like the fact's own; and with the value of this very mean key (of which prototypes are made, too).
-    """
-    total = at.keys[requests.fact].clone()
-    count = torch.ones(len(total), 1, dtype=total.dtype, device=total.device)
-    for edit, tokens in zip(lent.edit.split(512), lent.tokens.split(512)):
-        keys, _ = editing.record(model, at.layer, tokens)  # [call, m, token, d_in]
-        keys = keys[:, :, -1]
-        alike = F.cosine_similarity(keys, at.keys[requests.fact[edit]], dim=-1)  # [call, m]
-        rows = torch.arange(len(edit), device=edit.device)
-        total.index_add_(0, edit, keys[alike.argmax(0), rows])
-        count.index_add_(0, edit, torch.ones_like(count[edit]))
-    mean = total / count
+    compositions `lent` read it (`most_alike`), and the value of this mean key, of which prototypes
+    are made too."""
+    keys, _ = most_alike(model, at, requests, lent)
+    total = at.keys[requests.fact].index_add(0, lent.edit, keys)  # [n, d_in]
+    count = 1 + torch.bincount(lent.edit, minlength=len(requests))
+    mean = total / count[:, None]
     keys = at.keys.index_copy(0, requests.fact, mean)
     weight = at.layer.weight.detach()  # [d_out, d_in]
     values = at.values.index_copy(0, requests.fact, mean @ weight.T)
@@ -100,7 +102,7 @@ def tradeoff(run: Run, model: Model, n_edits: int) -> list[dict]:
         for key, at in sites.items():
             there = editing.shrunk(at, shrink)
             edits = minedit.make_edits(model, paths, known.facts, requests, there, chosen.at_pass)
-            record: EditRecord = minedit.score(model, edits, probes)
+            record = minedit.score(model, edits, probes)
             entries.append({"key": key} | record.entry())
     return entries
 
@@ -110,12 +112,8 @@ COLUMNS |= dict(unrelated_one_hop_moved="moved: facts", unrelated_two_hop_moved=
 
 
 def tradeoff_table(entries: list[dict]) -> str:
-    rows = [tuple(COLUMNS.values())]
-    for entry in entries:
-        shown = entry | {"shrink": f"{entry['shrink']:g}"}
-        values = (shown[name] for name in COLUMNS)
-        rows.append([x if isinstance(x, str) else minedit.cell(x) for x in values])
-    return minedit.table(rows)
+    shown = [entry | {"shrink": f"{entry['shrink']:g}"} for entry in entries]
+    return minedit.entry_table(shown, COLUMNS)
 
 
 def study(run: Run, model: Model, n_edits: int):

@@ -1493,6 +1493,14 @@ def test_a_run_half_trained_without_its_moments_is_refused(tmp_path):
         training.Moments(toy_run(tmp_path, *STEPS, "--resume"))
 
 
+def test_a_moment_that_was_kept_at_an_earlier_step_is_not_taken_for_a_later_one(tmp_path):
+    run = toy_run(tmp_path, *STEPS)
+    train_until(run, 2, training.Moments(run))
+    train_until(toy_run(tmp_path, *STEPS, "--resume"), 4)  # without the study
+    with pytest.raises(minedit.UserError, match=r"not kept \(before\); use --retrain"):
+        training.Moments(toy_run(tmp_path, *STEPS, "--resume"))
+
+
 @pytest.mark.parametrize("last", [1, 2, 3, 4, 5])
 def test_an_interrupted_run_keeps_the_moments_of_an_uninterrupted_one(tmp_path, monkeypatch, last):
     shares = {1: 0.2, 2: 0.8, 3: 0.95, 4: 0.99, 5: 1.0, 6: 0.8, 7: 1.0}
@@ -1735,6 +1743,16 @@ def test_new_facts_and_what_is_asked_of_them(tmp_path, seed):
     assert sets["new->old"] and sets["old->new"]
     for name in sets:
         assert triples(paths, name, 20) == sets[name]
+
+
+def test_of_clones_no_composition_with_a_new_fact_is_asked(tmp_path):
+    countries = Path(minedit.__file__).parent / "results" / "countries.tsv"
+    options = ["--triples", str(countries), "--clones", "2", "--out", str(tmp_path)]
+    run = minedit.prepare(minedit.parse(minedit.core_parser(), options, {}))[0]
+    paths = transfer.grown(run).paths
+    asked = torch.stack([paths.masks[kind] for kind in transfer.KINDS]).any(0)
+    assert asked.any() and paths.real[paths.first[asked]].all()
+    assert not paths.real[paths.first].all(), "there are clones"
 
 
 def test_new_tails_are_any_entities_but_their_heads(tmp_path, monkeypatch):

@@ -35,16 +35,13 @@ def trained(args, **options) -> Iterator[tuple[Run, Model]]:
     """Each run that was asked for, with its model, trained or loaded; `options`: see
     `minedit.prepare`, which checks all before any is trained."""
     for run in minedit.prepare(args, **options):
-        minedit.announce(run)
-        model = run.train(compiled=args.compile)
-        run.summarize()
-        yield run, model
+        yield run, minedit.trained_model(run, args)
 
 
 def moments_due(run: Run) -> dict[str, int]:
-    """{moment: its step} of the training so far: the last evaluation at which the facts are known
-    and hardly anything is composed, the last before the training set is fit, the first after, the
-    end."""
+    """{moment: its step} of the training so far, as far as there is such an evaluation: "facts",
+    the last with facts >= 0.99 and train < 0.3; "before", the last with train < 0.9; "memorized",
+    the first with train >= 0.99, which ends the search for these two; "end", once finished."""
     due = {}
     for record in run.history:
         fitted = record["train"] or 0.0
@@ -61,8 +58,9 @@ def moments_due(run: Run) -> dict[str, int]:
 
 
 class Moments:
-    """The averaged weights at four moments of a training, kept beside its checkpoint. UserError
-    where some are due and were not kept: a training, or a part of it, without this study."""
+    """The averaged weights at the moments of a training (`moments_due`), kept beside its
+    checkpoint. UserError where some are due and were not kept: a training, or a part of it, without
+    this study."""
 
     def __init__(self, run: Run):
         self.run, self.file = run, run.folder / "moments.pt"
@@ -71,7 +69,11 @@ class Moments:
             state = torch.load(self.file, weights_only=True)
             if state.get("identity") == run.identity:  # else of a run that this one replaced
                 self.found = state["moments"]
-        missing = [name for name in moments_due(run) if name not in self.found]
+        missing = []
+        for name, step in moments_due(run).items():
+            # a kept one may be ahead of the checkpoint, which is written after it
+            if name not in self.found or self.found[name][0]["step"] < step:
+                missing.append(name)
         if missing:
             raise minedit.UserError(
                 f"{run.folder}: was trained without this study, so that its moments are not kept "
@@ -99,12 +101,15 @@ class Moment(NamedTuple):
 
 def further(run: Run, weights: dict[str, Tensor], at: list[int], first: int) -> Iterator[Moment]:
     """Train on from `weights` under the run's recipe, from step `first` of it, optimizers anew;
-    yields the model after each number of steps in `at`, ascending."""
+    yields the model after each number of steps in `at`, ascending: one model, trained on after it
+    was looked at."""
     training = run.fresh()
     training.model.load_state_dict(weights)
     training.average.load_state_dict(weights)
     batches = run.make_batches(run.paths, run.recipe, training.generator)
-    for step in range(max(at) + 1):
-        if step in at:
-            yield Moment(step, training.model, training.average)
-        training.step(batches, run.recipe.at(first + step), first + step)
+    step = first
+    for n_steps in at:
+        while step < first + n_steps:
+            training.step(batches, run.recipe.at(step), step)
+            step += 1
+        yield Moment(n_steps, training.model, training.average)

@@ -39,38 +39,43 @@ def questions_without_answer(run: Run) -> Tensor:
     return (graph.facts[: graph.n_answers] < 0).nonzero()
 
 
-def grown(run: Run) -> Run:
-    """The run in a graph with new facts, each with any tail but its head; the masks of its paths
-    are the old sets, and KINDS."""
+def with_new_facts(run: Run) -> kg.KnowledgeGraph:
+    """The run's graph with NEW facts for each old one, each with any tail but its head."""
     graph, generator = run.task.graph, run.stream()
-    old = graph.facts
     missing = questions_without_answer(run)
     n = max(1, round(NEW * len(run.paths.facts)))
     head, relation = missing[torch.randperm(len(missing), generator=generator)[:n]].T
     tail = torch.randint(graph.n_answers - 1, (len(head),), generator=generator)
-    tail += tail >= head
-    facts = old.index_put((head, relation), tail)
+    tail += tail >= head  # skip the head itself
+    return replace(graph, facts=graph.facts.index_put((head, relation), tail))
 
-    paths = kg.split(replace(graph, facts=facts), 0, 1, 0, most_paths=2**62)
-    place = (paths.facts[:, 0], paths.facts[:, 1])
-    is_new = (old < 0)[place]
-    was_ood = torch.zeros_like(old, dtype=torch.bool)
-    head, relation, _ = run.paths.facts[run.paths.ood_fact].cpu().T
-    was_ood[head, relation] = True
-    is_id = ~is_new & ~was_ood[place]
+
+def grown(run: Run) -> Run:
+    """The run in its graph `with_new_facts`; the masks of its paths are the old sets, and KINDS."""
+    graph = with_new_facts(run)
+    # all paths: the sets that they are split into are replaced below
+    paths = kg.split(graph, ood_fraction=0, train_fraction=1, seed=0, most_paths=2**62)
+    head, relation, _ = paths.facts.T
+    is_new = (run.task.graph.facts < 0)[head, relation]
+    is_id = ~is_new
+    is_id[~is_new] = ~run.paths.ood_fact.cpu()  # old facts keep their order
 
     composed = paths.second >= 0
     first_new, second_new = is_new[paths.first], is_new[paths.second] & composed
     first_id, second_id = is_id[paths.first], is_id[paths.second] & composed
-    masks = {"new->old": first_new & second_id, "old->new": first_id & second_new}
-    masks["new->new"] = first_new & second_new
-    rows = (composed & ~first_new & ~second_new).nonzero().flatten()  # the old ones, in their order
+    first_id = first_id & paths.real[paths.first]  # clones are not asked
+    masks = {
+        "new->old": first_new & second_id,
+        "old->new": first_id & second_new,
+        "new->new": first_new & second_new,
+    }
+    is_old = composed & ~first_new & ~second_new
     for name, mask in run.paths.masks.items():
-        was = mask[run.paths.second >= 0].cpu()
-        masks[name] = torch.zeros_like(composed).index_copy(0, rows, was)
+        masks[name] = torch.zeros_like(composed)
+        masks[name][is_old] = mask[run.paths.second >= 0].cpu()  # and old paths theirs
 
     child = copy.copy(run)
-    child.task = run.task._replace(graph=replace(graph, facts=facts))
+    child.task = run.task._replace(graph=graph)
     child.paths = replace(paths, masks=masks).to(run.device)
     return child
 
@@ -85,8 +90,8 @@ def with_rates(recipe: minedit.Recipe, share: float) -> minedit.Recipe:
 
 
 def transfer_stage(run: Run, moments: dict, steps: int, share: float) -> dict:
-    """{start: accuracies at the end, by kind of composition, and the curve to them}, with a share
-    of the recipe's rates."""
+    """{start: accuracies after `steps` more steps, and the curve to them}, with a `share` of the
+    recipe's rates and weight decay. moments: {name: (record, weights)}."""
     child = grown(run)
     child.recipe = with_rates(run.recipe, share)
     n = {kind: int(child.paths.masks[kind].sum()) for kind in KINDS}
@@ -98,7 +103,8 @@ def transfer_stage(run: Run, moments: dict, steps: int, share: float) -> dict:
         starts["scratch"] = child.fresh().model.state_dict()
     for name in ("memorized", "end"):
         if name in moments:
-            _, starts[name] = moments[name]
+            _, weights = moments[name]
+            starts[name] = weights
     at = sorted({*range(0, steps, max(1, steps // 12)), steps})
     found = {}
     for name, start in starts.items():
@@ -106,10 +112,11 @@ def transfer_stage(run: Run, moments: dict, steps: int, share: float) -> dict:
         for moment in further(child, start, at, 0):
             accuracy = minedit.accuracy(moment.average, child.paths)
             curve.append({"step": moment.steps} | accuracy)
-        found[name] = curve[-1] | {"from": name, "n": n, "curve": curve}
-        found[name]["step_facts"] = minedit.first_step(curve, one_hop=0.99)
+        entry = curve[-1] | {"from": name, "n": n, "curve": curve}
+        entry["step_facts"] = minedit.first_step(curve, one_hop=0.99)
         for kind in KINDS:
-            found[name][f"step_{kind}"] = minedit.first_step(curve, **{kind: 0.9})
+            entry[f"step_{kind}"] = minedit.first_step(curve, **{kind: 0.9})
+        found[name] = entry
     print(transfer_table(found))
     return found
 
@@ -130,16 +137,16 @@ def transfer_table(found: dict[str, dict]) -> str:
 
 
 def check_new_facts(run: Run):
-    """UserError where none can be added, or where a part of the old paths alone is there."""
-    message = (
-        f"{run.folder}: every question has an answer, so that no fact can be added; train with "
-    )
-    message += "--out-degree below --relations"
+    """UserError where none can be added, or where not all paths of the old ones are listed."""
+    full = "every question has an answer, so that no fact can be added"
+    message = f"{run.folder}: {full}; train with --out-degree below --relations"
     require(len(questions_without_answer(run)) > 0, message)
     head, _, tail = run.paths.facts.T
-    n_paths = int(torch.bincount(head, minlength=int(tail.max()) + 1)[tail].clamp(min=1).sum())
-    message = f"{run.folder}: {len(run.paths.tokens)} of {n_paths} paths were drawn; train with "
-    require(len(run.paths.tokens) == n_paths, f"{message}--most-paths {n_paths}")
+    out_degree = torch.bincount(head, minlength=run.task.graph.n_entities)
+    n_paths = int(out_degree[tail].clamp(min=1).sum())  # a fact that ends nowhere has one row
+    drawn = f"{len(run.paths.tokens)} of {n_paths} paths were drawn"
+    message = f"{run.folder}: {drawn}; train with --most-paths {n_paths}"
+    require(len(run.paths.tokens) == n_paths, message)
 
 
 def command(args):
@@ -147,9 +154,7 @@ def command(args):
     runs = minedit.prepare(args, check=check_new_facts)
     kept = {run: Moments(run) for run in runs}
     for run, moments in kept.items():
-        minedit.announce(run)
-        run.train(on_evaluation=moments, compiled=args.compile)
-        run.summarize()
+        minedit.trained_model(run, args, moments)
         for name, share in RATES.items():
             began = time.perf_counter()
             found = transfer_stage(run, moments.found, args.transfer_steps, share)

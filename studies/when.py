@@ -7,7 +7,6 @@
 [1] Niu 2026, arXiv 2606.20737.   [2] Meng et al. 2022, ROME, arXiv 2202.05262.
 """
 
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -118,7 +117,7 @@ def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> di
     for site in sites:
         at = minedit.gather(run, model, site)
         edits = minedit.make_edits(model, paths, known.facts, requests, at, site.at_pass)
-        n_calls = len(sites) if is_shared and site == chosen else 0
+        n_calls = len(sites) if is_shared and site == chosen else 0  # 0: "always" alone
         hits = {}
         for acts, calls in actions(n_calls).items():
             hits[acts] = {
@@ -127,10 +126,11 @@ def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> di
             }
         success = hits["always"]["direct"]
         for acts, hit in hits.items():
-            hop1, hop2 = (hit[name][success[probes[name].edit]] for name in ("hop1", "hop2"))
+            hop1 = hit["hop1"][success[probes["hop1"].edit]]
+            hop2 = hit["hop2"][success[probes["hop2"].edit]]
             shares = (share_of(hit["direct"]), share_of(hop1), share_of(hop2))
             written.append(Written(site.module, site.call, site.at_pass, acts, *shares))
-        if held is None:
+        if site == chosen:
             held = hold(run, model, edits, requests, probes, hits["always"], generator)
     counts = {name: len(probe.edit) for name, probe in probes.items()}
     print(when_table(written, held))
@@ -147,9 +147,9 @@ def hold(
     right: dict[str, Tensor],
     generator: torch.Generator,
 ) -> list[dict]:
-    """For the stream after each pass: the share of the probes `right` under the edit that stay so
-    when it is held as without the edit, in the plane of the old and the new answer (or a random
-    one), at r1 (hop 2: at r2)."""
+    """An entry for the stream after each pass: of the probes that are answered `right` under the
+    edit, the share that still are when the stream at r1 (hop 2: at r2) is held as it is without the
+    edit, in the plane of the old and the new answer's embeddings, or in a random plane."""
     E = model.embedding.weight
     entries = []
     streams = [state for state in states(run.config) if state.part == "stream"]
@@ -158,9 +158,9 @@ def hold(
         for name, probe in probes.items():
             token = 2 if name == "hop2" else 1
             old, new = E[requests.old[probe.edit]], E[requests.new[probe.edit]]
-            random = torch.randn(2, len(probe.edit), E.shape[1], generator=generator).to(E)
+            random = random_plane(len(probe.edit), E, generator)
             counted = right[name] & right["direct"][probe.edit]
-            for key, plane in ((name, span(old, new)), (f"{name}_random", span(*random))):
+            for key, plane in ((name, span(old, new)), (f"{name}_random", random)):
                 answers = held_answers(model, edits, probe, state, token, plane)
                 entry[key] = share_of((answers == probe.answer)[counted])
         entries.append(entry)
@@ -170,6 +170,11 @@ def hold(
 def span(*vectors: Tensor) -> Tensor:
     """Orthonormal basis [batch, d, k] of the span of k vectors [batch, d] each."""
     return torch.linalg.qr(torch.stack(vectors, -1)).Q
+
+
+def random_plane(n: int, E: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal bases [n, d, 2] of n random planes, in the space of the rows of E [m, d]."""
+    return span(*torch.randn(2, n, E.shape[1], generator=generator).to(E))
 
 
 @torch.no_grad()
@@ -190,9 +195,7 @@ def held_answers(
     ):
         before = editing.at_call(model, state.module, state.call, tokens)[1][:, token]
         held = editing.interchange(model, state.module, state.call, token, before, part)
-        with ExitStack() as inside:
-            inside.enter_context(held)
-            inside.enter_context(editing.rank_one(edits.at.layer, edits.u[i], edits.r[i]))
+        with held, editing.rank_one(edits.at.layer, edits.u[i], edits.r[i]):
             answers.append(model(tokens)[:, -1].argmax(-1))
     return torch.cat(answers)
 
