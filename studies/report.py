@@ -250,7 +250,8 @@ n: edits at once. strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-
 answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
 mean in percent (-: no solution). as papers: that of ES, PS, the new answer likelier than the old,
 and NS, that of an unedited fact of the relation likelier than the new. cond: of the system. left:
-mean |r - dW k| / |r|, pred: predicted. cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C."""
+mean |r - dW k| / |r|, pred: predicted. cos: largest of two directions. norm: |dW| / |W|. s:
+seconds, with targets and C."""
     return mean_table(groups, entries, words, shares, legend)
 
 
