@@ -1523,6 +1523,16 @@ def test_an_interrupted_run_keeps_the_moments_of_an_uninterrupted_one(tmp_path, 
         assert all(torch.equal(weights[key], their_weights[key]) for key in weights)
 
 
+def test_a_training_that_is_made_longer_keeps_its_moments(tmp_path):
+    first = toy_run(tmp_path, *STEPS)
+    first.train(training.Moments(first))
+    longer = toy_run(tmp_path, "--steps", "9", "--eval-every", "1", "--resume")
+    moments = training.Moments(longer)
+    assert moments.found["end"][0]["step"] == 7
+    longer.train(moments)
+    assert moments.found["end"][0]["step"] == 9
+
+
 def test_moments_of_a_run_that_was_replaced_are_not_read(tmp_path):
     first = toy_run(tmp_path)
     first.train(training.Moments(first))

@@ -67,7 +67,7 @@ class Moments:
         self.found = {}  # name: (the evaluation's record, weights)
         if run.step and self.file.exists():
             state = torch.load(self.file, weights_only=True)
-            if state.get("identity") == run.identity:  # else of a run that this one replaced
+            if run.lengthened(state["identity"]) == run.identity:  # else of a run now replaced
                 self.found = state["moments"]
         missing = []
         for name, step in moments_due(run).items():
