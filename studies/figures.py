@@ -337,13 +337,19 @@ def retention(groups: list[Group]):
 
 
 def exceptions(groups: list[Group]):
-    """The same where the attention alone is ablated by K-FAC (minedit.py --ablate)."""
+    """The same where the attention alone is ablated by K-FAC (minedit.py --ablate), and by the
+    activations' factor alone; of several shares of exceptions the largest."""
     panels = Panels()
     labels = {"recited": "exceptions recited", "true": "exceptions right", "one_hop": "facts"}
     labels |= {"id": "ID", "ood": "OOD"}
-    for group, entry in all_entries(groups, "exceptions"):
+    noise = {group.name: lookup(group.runs[0], "config.recipe.label_noise") for group in groups}
+    shown = [group for group in groups if noise[group.name] == max(noise.values())]
+    for group, entry in all_entries(shown, "exceptions"):
         if entry["method"] != "ekfac":
             panels.add_all(group.name, labels, entry["keep"], entry)
+    for group, entry in all_entries(shown, "attention"):
+        if entry["method"] == "activations":
+            panels.add(group.name, "right, activations", entry["keep"], entry["true"])
     return draw_lines(panels, "share of mass kept") if panels.values else None
 
 

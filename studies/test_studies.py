@@ -2369,6 +2369,16 @@ def test_figures_of_ablations_tell_recited_from_right():
     assert found["exceptions right"] == pytest.approx(
         [0.15, 0.55]
     ), "the less is kept, to the right"
+    groups = []
+    for name, share in (("lmc", 0.1), ("lmc-few", 0.02)):
+        groups += two_runs(name, "exceptions", rows)
+        for run in groups[-1].runs:
+            run["config"] = {"recipe": {"label_noise": share}}
+            run["attention"] = [entry | {"method": "activations", "keep": 0.9, "true": 0.7}]
+            run["attention"].append(entry | {"method": "svd", "keep": 0.9})
+    found = drawn(figures.exceptions, groups)
+    assert list(found) == ["lmc (n = 2)"], "of several shares of exceptions the largest"
+    assert found["lmc (n = 2)"][0]["right, activations"] == pytest.approx([0.7])
     groups = two_runs("lmc", "x", rows)
     for run in groups[0].runs:
         run["ablate"] = {"sweep": run["x"][:2]}
