@@ -1994,7 +1994,7 @@ def test_verdicts_follow_from_the_figures(text):
 
 def test_a_step_that_never_came_is_later_than_any():
     known = {c.text: c for c in claims.read_claims(HERE / "results" / "claims.tsv")}
-    claim = known["[2] phi 3.6: steps to OOD, > at 14"]
+    claim = known["[2] steps to OOD, phi 3.6 (more than 14)"]
     late = made_up_loop(0, step_ood=2000)
     for runs_of_it, ours in (
         ([late, late], "2000"),
