@@ -1106,7 +1106,7 @@ def mass_update(
     at: editing.Site, requests: editing.Requests, r: Tensor, lam: float
 ) -> tuple[Tensor, float]:
     """dW by MEMIT, and the mean of |r - dW k| / |r|; zeros and 1 where there is no request."""
-    if len(requests.fact) == 0:
+    if len(requests) == 0:
         return torch.zeros_like(at.layer.weight), 1.0
     notes = {}
     dW = memit(at.keys[requests.fact], r, at.C, lam, diagnostics=notes)

@@ -321,6 +321,7 @@ both, now right; facts, comps.: others whose answer moved"""
 
 REMAINING = {"removed": "removed", "recited": "recited", "true": "true", "one_hop": "1-hop"}
 REMAINING |= {"train": "train", "id": "ID", "ood": "OOD", "open_book": "book"}
+WITHOUT_BOOK = {name: head for name, head in REMAINING.items() if name != "open_book"}
 
 
 def ablation_table(groups: list[Group]) -> Table | None:
@@ -361,7 +362,6 @@ what the better of K-FAC and EK-FAC has more than a control: of exceptions answe
 def exceptions_table(groups: list[Group]) -> Table | None:
     """Of `minedit.py --ablate`, what the model composed before it memorized, and the controls."""
     words = {"method": "method", "keep": "keep"}
-    shares = {name: head for name, head in REMAINING.items() if name != "open_book"}
     legend = """\
 attention layers alone, one share of the mass for all, controls with as large a change of each as
 kfac; recited, true: exceptions answered as trained, and right; train: other trained paths; learnt:
@@ -378,7 +378,7 @@ before the last, gentle steps"""
         controls = lookup(run, "attention") or []
         return found + [entry for entry in controls if entry["method"] != "kfac"]
 
-    return mean_table(groups, entries, words, shares, legend, ("true", "id"))
+    return mean_table(groups, entries, words, WITHOUT_BOOK, legend, ("true", "id"))
 
 
 def best_table(groups: list[Group]) -> Table | None:
@@ -398,8 +398,7 @@ and by what is shown here, for all methods alike"""
                 found.append(max(kept, key=lambda e: e["true"]))
         return found
 
-    shares = {name: head for name, head in REMAINING.items() if name != "open_book"}
-    return mean_table(groups, entries, same("method"), shares, legend, ("true",))
+    return mean_table(groups, entries, same("method"), WITHOUT_BOOK, legend, ("true",))
 
 
 def retention_table(groups: list[Group]) -> Table | None:
