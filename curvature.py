@@ -48,6 +48,8 @@ from torch import Tensor, nn
 
 
 class Eigen(NamedTuple):
+    """U diag(values) U^T, U the vectors; float64."""
+
     values: Tensor  # [d] ascending, none negative
     vectors: Tensor  # [d, d] in columns
 
@@ -84,10 +86,10 @@ def keep_mask(
     pair, those of zero mass too."""
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be a share of the curvature mass in (0, 1], got {keep}")
-    plain = torch.outer(eigen(G).values, eigen(A).values)  # lambda_i mu_j
-    masses = plain if masses is None else double(masses)
-    if masses.shape != plain.shape:
-        raise ValueError(f"masses must be {list(plain.shape)}, got {list(masses.shape)}")
+    product = torch.outer(eigen(G).values, eigen(A).values)  # lambda_i mu_j
+    masses = product if masses is None else double(masses).to(product.device)
+    if masses.shape != product.shape:
+        raise ValueError(f"masses must be {list(product.shape)}, got {list(masses.shape)}")
     if not masses.isfinite().all() or masses.min() < 0:
         raise ValueError("masses must be finite and not negative")
     if not masses.any():
@@ -154,8 +156,10 @@ class Recorded(NamedTuple):
 
     calls: list[Call]
     counts: Tensor  # bool, in the shape of the logits without classes: targets that are not -100
+    n_examples: int
 
 
+@torch.enable_grad()
 def record_batch(
     model: nn.Module,
     inputs,
@@ -169,6 +173,8 @@ def record_batch(
     seen = []
 
     def watch(name, _, arguments, keywords, output):
+        if not torch.is_grad_enabled():
+            raise ValueError(f"{name!r} runs under torch.no_grad: no gradient reaches it")
         zero = torch.zeros_like(output, requires_grad=True)  # g is the gradient at this zero
         a = (*arguments, *keywords.values())[0]
         seen.append((name, a.detach().clone(), zero))  # the model may overwrite it
@@ -191,7 +197,8 @@ def record_batch(
         total = len(logits) * loss(logits, gold)  # loss = 1/N sum_n loss_n, g is of the sum
         gradients = torch.autograd.grad(total, zeros, materialize_grads=True)
     calls = [Call(name, a, g) for (name, a, _), g in zip(seen, gradients)]
-    return Recorded(calls, (targets != -100).reshape(output.shape[:-1]))
+    n_examples = min(len(targets), len(output))  # one of them may be flattened
+    return Recorded(calls, (targets != -100).reshape(output.shape[:-1]), n_examples)
 
 
 def sample_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -212,6 +219,7 @@ def record_all(
     """Every batch that is not empty, recorded in evaluation mode; errors of `kronecker_factors`."""
     if labels not in ("sampled", "gold"):
         raise ValueError(f"labels are 'sampled' or 'gold', got {labels!r}")
+    check_gradients()
     layers = {name: layer_of(model, name).module for name in names}
     called, n_counted = set(), 0
     with evaluation_mode(model):
@@ -303,7 +311,10 @@ def rows_of(call: Call, counts: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def accumulate(sums: dict[str, Tensor], name: str, x: Tensor):
     """sums[name] += x, in place; the first x becomes the sum."""
-    sums[name] = sums[name].add_(x) if name in sums else x
+    if name in sums:
+        sums[name] += x
+    else:
+        sums[name] = x
 
 
 def corrected_masses(
@@ -318,14 +329,14 @@ def corrected_masses(
 ) -> dict[str, Tensor]:
     """{name: masses [d_out, d_in]} of EK-FAC [3], to take the place of lambda_i mu_j: the mean over
     examples of (u_i^T D v_j)^2, D the gradient of the example's loss in W, u_i, v_j the bases of
-    the `factors` {name: (A, G)}. An example is a row of the targets; a layer is to be handed its
-    positions example by example. A second pass over the batches; options and errors as of
-    `kronecker_factors`."""
+    the `factors` {name: (A, G)}. An example is a row of the targets (of the logits, where targets
+    are flattened); a layer is to be handed its positions example by example. A second pass over the
+    batches; options and errors as of `kronecker_factors`."""
     names = layer_names(factors)
     bases = {name: (eigen(A), eigen(G)) for name, (A, G) in factors.items()}
     sums, n_examples = {}, 0
     for batch in record_all(model, batches, loss, names, labels, generator):
-        n = len(batch.counts)
+        n = batch.n_examples
         n_examples += n
         for name in names:
             calls = [call for call in batch.calls if call.name == name]
@@ -399,20 +410,48 @@ class Layer(NamedTuple):
     matrix: Tensor  # [d_out, d_in], a view of it
 
     @torch.no_grad()
-    def returns(self) -> bool:
-        """Whether the module maps by `matrix`, up to rounding."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(self.matrix.shape[1], generator=generator).to(self.weight)
+    def asked(self, x: Tensor) -> Tensor:
+        """What the module returns for x [d_in], and for zeros, its bias: [2, d_out], float64."""
         both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
+        with torch.autocast(x.device.type, enabled=False):
+            return double(self.module.forward(both)[0])
+
+    def returns(self, x: Tensor) -> bool:
+        """Whether the module maps x [d_in] by `matrix`, up to rounding."""
         try:
-            with torch.autocast(x.device.type, enabled=False):
-                found, bias = self.module.forward(both)[0]
+            found, bias = self.asked(x)
         except (RuntimeError, TypeError, ValueError, IndexError):  # it wants another shape
             return False
         wanted = double(self.matrix) @ double(x)
-        left = (double(found) - double(bias) - wanted).norm()
-        eps = torch.finfo(x.dtype).eps
-        return bool(left <= 8 * eps**0.75 * wanted.norm() + 2 * eps * double(bias).norm())
+        left = found - bias - wanted
+        eps = rounding(x.dtype)
+        return bool(left.norm() <= 8 * eps**0.75 * wanted.norm() + 2 * eps * bias.norm())
+
+    @torch.no_grad()
+    def write(self, W: Tensor, x: Tensor) -> bool:
+        """Put W [d_out, d_in] into the weight; whether what the module returns for x [d_in] then
+        changes as it should, up to rounding."""
+        before, returned = double(self.matrix).clone(), self.asked(x)[0]
+        self.matrix.data.copy_(W)
+        torch.clear_autocast_cache()  # of casts of the old weight
+        change = self.asked(x)[0] - returned
+        wanted = (double(self.matrix) - before) @ double(x)
+        slack = 0.1 * wanted.norm() + 8 * rounding(x.dtype) ** 0.75 * returned.norm()
+        return bool((change - wanted).norm() <= slack)
+
+
+def any_input(layer: Layer) -> Tensor:
+    """An input of the layer [d_in], the same every time."""
+    x = torch.randn(layer.matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    return (x / x.abs().max()).to(layer.weight)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative rounding of products in a dtype; that of bfloat16 for float32 where torch may
+    multiply it with fewer digits (TF32)."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.bfloat16
+    return torch.finfo(dtype).eps
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:
@@ -427,14 +466,22 @@ def layer_of(model: nn.Module, name: str) -> Layer:
     if weight is None and isinstance(getattr(module, "weight", None), Tensor):
         raise ValueError(f"the weight of {name!r} is computed (weight_norm, pruning, ...)")
     for other, user in model.named_modules():
-        if user is not module and any(p is weight for p in user.parameters(recurse=False)):
+        if user is not module and any(same_memory(p, weight) for p in user._parameters.values()):
             raise ValueError(f"{name!r} shares its weight with {other!r}")
     if weight is not None and weight.dim() == 2:
-        for matrix in (weight, weight.mT):
-            layer = Layer(module, weight, matrix)
-            if layer.returns():
-                return layer
+        with evaluation_mode(module):
+            for matrix in (weight, weight.mT):
+                layer = Layer(module, weight, matrix)
+                if layer.returns(any_input(layer)):
+                    return layer
     raise TypeError(f"{name!r} is no linear layer: it has no weight that maps what it is handed")
+
+
+def same_memory(p: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether a parameter is the weight, or lies in the same place."""
+    if p is None or weight is None:
+        return False
+    return p is weight or p.data_ptr() == weight.data_ptr() != 0
 
 
 def logits_of(output) -> Tensor:
@@ -445,8 +492,8 @@ def logits_of(output) -> Tensor:
         found = found[0]
     if not isinstance(found, Tensor):
         raise TypeError(
-            "the model must return logits [..., classes], a tuple that begins with them or an object"
-            f" with .logits, not {type(found).__name__}"
+            "the model must return logits [..., classes], a tuple that begins with them or an "
+            f"object with .logits, not {type(found).__name__}"
         )
     if found.dim() == 0 or found.shape[-1] < 2:
         raise ValueError(f"logits must be [..., classes >= 2], got {list(found.shape)}")
@@ -455,24 +502,28 @@ def logits_of(output) -> Tensor:
 
 @contextmanager
 def evaluation_mode(model: nn.Module):
-    """Inside, no dropout, running statistics are used but not updated, and gradients can be taken;
-    after it every module has its own mode again. RuntimeError under torch.inference_mode."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("curvature needs gradients: use torch.no_grad, not torch.inference_mode")
+    """Inside, no dropout, and running statistics are used but not updated; after it every module
+    has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.enable_grad():
-            model.eval()
-            yield
+        model.eval()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
+def check_gradients():
+    """RuntimeError where no gradient can be taken, nor of what is recorded now."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("gradients are needed: use torch.no_grad, not torch.inference_mode")
+
+
 @contextmanager
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the
-    old ones. ValueError, and no change, where a weight does not fit or is not finite."""
+    old ones. ValueError, and no change, where a weight does not fit or is not finite, or where the
+    layer does not map by it."""
     layers = {name: layer_of(model, name) for name in weights}
     old = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     for name, W in weights.items():
@@ -483,8 +534,11 @@ def ablated(model: nn.Module, weights: dict[str, Tensor]):
             raise ValueError(f"the weight of {name!r} holds a value that is not finite in {dtype}")
     try:
         for name, W in weights.items():
-            layers[name].matrix.data.copy_(W)
-        torch.clear_autocast_cache()  # of casts of the weights before
+            layer = layers[name]
+            with evaluation_mode(layer.module):
+                is_returned = layer.write(W, any_input(layer))
+            if not is_returned:
+                raise ValueError(f"{name!r} does not return what was written to its weight")
         yield model
     finally:
         for name, weight in old.items():

@@ -4,7 +4,7 @@ A layer W [d_out, d_in] that is handed a key k returns the value W k. To change 
 one key and, as far as possible, nothing else, add a rank-one matrix r u^T with u k = 1. The row
 edit and ROME differ in u, which must recognise the key:
 
-    row    dW = r e_j^T / k_j             j: the largest entry of k. One column of W, one slot [1]
+    row    dW = r e_j^T / k_j             j = argmax |k_j|. One column of W, one slot [1]
     ROME   dW = r (P k)^T / (k^T P k)     P = C^-1, C: second moment of the layer's usual keys [2]
 
 with r = v* - W k, what is missing from the wanted value v*. For n keys at once, the rows of K, and
@@ -39,7 +39,9 @@ K: keys [n, d_in]; R: residuals [n, d_out]; C: `second_moment` E[k k^T] [d_in, d
 weight. A **site** is a linear layer by name and the number of its call in a forward pass. The file
 needs torch alone, and any model called as `model(tokens) -> logits [batch, token, answers]`
 (`Adapted` makes others so). Layers are `nn.Linear` or anything that maps by a 2-D weight, either
-way round; W and dW are [d_out, d_in] throughout, and values are without the bias.
+way round; W and dW are [d_out, d_in] throughout, and values are without the bias. A weight in
+bfloat16 keeps two digits, so that of a small edit a part is lost where it is added:
+diagnostics["residual_left"] of an update that is handed W tells how much.
 
 [1] Niu 2026, arXiv 2606.20737 (the single-row edit).
 [2] Meng et al. 2022, ROME, arXiv 2202.05262, equation 2.
@@ -53,7 +55,6 @@ from collections.abc import Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -108,15 +109,20 @@ class Whitening(NamedTuple):
         """L^-T Y [d_in, m]."""
         return torch.linalg.solve_triangular(self.L.T, Y, upper=True)
 
+    def directions(self, X: Tensor) -> Tensor:
+        """C^-1 k as rows [n, d_in], of whitened keys X [n, d_in]."""
+        return self.back(X.T).T
+
 
 def whiten(C: Tensor | Whitening) -> Whitening:
     """By Cholesky, once for all updates that are handed the result for C. Where C is numerically
     singular (dead or dependent inputs), only there, a ridge of 1e-8 trace(C) / d_in is added to its
-    diagonal. Raises ValueError where C is no second moment: a negative eigenvalue, all zeros, NaN.
-    """
+    diagonal. Raises ValueError where C is no second moment: not symmetric, a negative eigenvalue,
+    all zeros, NaN."""
     if isinstance(C, Whitening):
         return C
     C = double(C)
+    check_symmetric(C)
     for ridge in ridges(C):
         if ridge:
             C = C.clone()
@@ -127,11 +133,17 @@ def whiten(C: Tensor | Whitening) -> Whitening:
     raise ValueError("C is no second moment: an eigenvalue is negative, or all are 0 or not finite")
 
 
+def check_symmetric(C: Tensor):
+    """ValueError unless C [d_in, d_in] is its own transpose, up to the rounding of float32 sums."""
+    if not (C - C.T).abs().max() <= 1e-3 * C.abs().max():
+        raise ValueError("C must be symmetric and finite: the second moment E[k k^T] of keys")
+
+
 def rome_direction(white: Whitening, K: Tensor, lam: float = 0.0) -> Tensor:
     """u = C^-1 k / (k^T C^-1 k + lam) for the rows of K [n, d_in]: ROME, where u k = 1, and with a
     lam MEMIT of one request."""
     K = double(K)
-    U = white.back(white.keys(K).T).T  # C^-1 k as rows
+    U = white.directions(white.keys(K))
     return U / ((U * K).sum(-1, keepdim=True) + lam)
 
 
@@ -182,7 +194,7 @@ def emmet_update(
     """dW = R^T (K C^-1 K^T)^-1 K C^-1, so that dW k = r for every request: EMMET [5], ROME for n
     facts at once. K [n, d_in], R [n, d_out], C [d_in, d_in] -> dW [d_out, d_in]. Raises ValueError
     for a bad request, for keys that coincide or nearly depend on each other, and for more requests
-    than the keys have rank. `diagnostics` and W: see `diagnose`."""
+    than the keys have rank. `diagnostics` gets ridge, `outcome` (of W, if given) and `diagnose`."""
     check_requests(K, R, C, W)
     n, d_in = K.shape
     if n > d_in:
@@ -196,8 +208,7 @@ def emmet_update(
     check_values(dW, K, R, X)
     dW = finish(dW, R, K, R, W, diagnostics, ridge=white.ridge)
     if diagnostics is not None:
-        directions = white.back(X.T).T  # C^-1 k as rows
-        diagnostics |= diagnose(R, X, directions, lam=0.0, dual=True)
+        diagnostics |= diagnose(R, X, white.directions(X), lam=0.0, dual=True)
     return dW
 
 
@@ -219,7 +230,11 @@ def memit_update(
     the equation as it stands, for wide layers (`direct_update`). `carried`, K_p^T K_p [d_in, d_in]
     of all keys written before, is added to lam C: with residuals on W as edited so far, batches one
     after another add up to the update of all at once. Raises ValueError for a bad request.
-    `diagnostics` and W: see `diagnose`."""
+    `diagnostics` gets the ridge, `outcome` (of W, if given) and `diagnose`."""
+    if form not in (None, "primal", "dual", "direct"):
+        raise ValueError(
+            f"form must be 'primal', 'dual', 'direct' or None for the smaller system, got {form!r}"
+        )
     check_requests(K, R, C, W, lam, carried)
     if carried is not None:
         C = torch.add(moment_of(C), double(carried), alpha=1 / lam)
@@ -227,13 +242,12 @@ def memit_update(
         return direct_update(K, R, moment_of(C), lam, W, diagnostics)
     white = whiten(C)
     X = white.keys(K)  # whitened: lam C + K^T K = L (lam I + X^T X) L^T
-    dual = is_dual(X, form)
+    dual = is_dual(X) if form is None else form == "dual"
     dW = white.back(least_squares(X, double(R), lam, dual)).T
     check_normal_equations(dW, K, R, white.C, lam)
     dW = finish(dW, R, K, R, W, diagnostics, ridge=white.ridge)
     if diagnostics is not None:
-        directions = white.back(X.T).T  # C^-1 k as rows
-        diagnostics |= diagnose(R, X, directions, lam, dual)
+        diagnostics |= diagnose(R, X, white.directions(X), lam, dual)
     return dW
 
 
@@ -272,12 +286,15 @@ def alphaedit_update(
     squared lengths of a key. The null space is that of eigenvalues of C below bound = threshold *
     trace(C) / d_in (ours) or, `absolute`, below the threshold itself (the paper's code); over
     ordinary keys E |dW k|^2 <= bound * |dW|^2. diagnostics["null_space"] is its dimension.
-    `spectrum`: what torch.linalg.eigh returns for C, where several updates share it. The paper's
-    term for earlier edits is left out. Raises ValueError where the null space is empty and for a
-    bad request. For the rest see `diagnose`."""
+    `spectrum`: what torch.linalg.eigh returns for C, eigenvalues ascending, where several updates
+    share it. The paper's term for earlier edits is left out. Raises ValueError where the null space
+    is empty and for a bad request. `diagnostics` gets `outcome` (of W, if given) and `diagnose`,
+    too."""
     check_requests(K, R, C, W, lam)
-    spectrum = torch.linalg.eigh(double(C)) if spectrum is None else spectrum
-    eigenvalues, eigenvectors = map(double, spectrum)
+    if spectrum is None:
+        check_symmetric(double(C))
+        spectrum = torch.linalg.eigh(double(C))
+    eigenvalues, eigenvectors = double(spectrum[0]), double(spectrum[1])
     check_shape("the matrix of eigenvectors", eigenvectors, *C.shape)
     check_shape("the row of eigenvalues", eigenvalues[None], 1, len(C))
     bound = threshold if absolute else threshold * float(eigenvalues.mean())
@@ -288,7 +305,7 @@ def alphaedit_update(
             f"below {bound:.3g}; raise the threshold or use memit_update"
         )
     X = sparse(K) @ U  # K P = X U^T
-    dual = is_dual(X, None)
+    dual = is_dual(X)
     dW = (U @ least_squares(X, double(R), lam, dual)).T
     check_normal_equations(dW @ U, X, R, None, lam)
     dW = finish(dW, R, K, R, W, diagnostics, ridge=0.0, null_space=U.shape[1])
@@ -380,16 +397,9 @@ def solve_factored(L: Tensor, rhs: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L.mT, half, upper=True)
 
 
-def is_dual(X: Tensor, form: str | None) -> bool:
-    """Whether to solve the dual system, of the size of the number of requests: as `form` says, or
-    where it is the smaller one."""
-    if form not in (None, "primal", "dual"):
-        raise ValueError(
-            f"form must be 'primal', 'dual', 'direct' or None for the smaller system, got {form!r}"
-        )
-    if form is None:
-        return X.shape[0] <= X.shape[1]
-    return form == "dual"
+def is_dual(X: Tensor) -> bool:
+    """Whether the dual system, of the size of the number of requests, is the smaller one."""
+    return X.shape[0] <= X.shape[1]
 
 
 def solve_gram(X: Tensor, lam: float, rhs: Tensor) -> Tensor:
@@ -433,25 +443,26 @@ def check_requests(
     R: Tensor,
     C: Tensor | Whitening | None = None,
     W: Tensor | None = None,
-    lam: float = 1.0,
+    lam: float | None = None,
     carried: Tensor | None = None,
 ):
-    """ValueError that names the shapes that clash, or the first request that cannot be used."""
+    """ValueError that names the shapes that clash, or the first request that cannot be used. None:
+    what the method does not have."""
     if K.dim() != 2 or R.dim() != 2 or len(K) != len(R) or len(K) == 0:
         raise ValueError(
             "keys must be [n, d_in] and residuals or values [n, d_out] for n >= 1 requests, "
             f"vectors for one alone, got {list(K.shape)} and {list(R.shape)}"
         )
     d_in, d_out = K.shape[1], R.shape[1]
-    C = None if C is None else moment_of(C)
+    C = C.C if isinstance(C, Whitening) else C
     check_shape("C", C, d_in, d_in)
     check_shape("W", W, d_out, d_in)
     check_shape("carried", carried, d_in, d_in)
     if carried is not None and not carried.isfinite().all():
         raise ValueError("carried must be finite: the sum of k k^T over earlier keys")
-    if C is not None and not (C.isfinite().all() and C.diagonal().sum() > 0):
+    if C is not None and not (C.isfinite().all() and double(C.diagonal()).sum() > 0):
         raise ValueError("C must be finite with a positive trace: the second moment of keys")
-    if not 0 < lam < float("inf"):
+    if lam is not None and not 0 < lam < float("inf"):
         raise ValueError(
             f"lam must be positive, got {lam}; emmet_update writes every value exactly"
         )
@@ -546,8 +557,9 @@ def outcome(dW: Tensor, K: Tensor, R: Tensor, W: Tensor | None = None) -> dict:
     "relative_norm", |dW| / |W|. K may be a sparse tensor."""
     written, found = double(dW), {}
     if W is not None:
-        found["relative_norm"] = float(written.norm() / double(W).norm())
-        written = double(cast(double(W) + written.to(double(W).device), W)) - double(W)
+        before = double(W)
+        found["relative_norm"] = float(written.norm() / before.norm())
+        written = double(cast(before + written.to(before.device), W)) - before
     left = double(R) - double(K) @ written.T
     return {"residual_left": left.norm(dim=-1)} | found
 
@@ -564,7 +576,7 @@ def finish(
 
 def diagnose(R: Tensor, X: Tensor, directions: Tensor, lam: float, dual: bool) -> dict:
     """Of the system that was solved, K P K^T + lam I = X X^T + lam I or, not dual, X^T X + lam I
-    (the directions [n, d_in] are P k):
+    (R [n, d_out], X [n, d]; the directions [n, d_in] are P k):
     "condition"            condition number of the system solved
     "residual_predicted"   [n] norms of the rows of lam (K P K^T + lam I)^-1 R: what must be left
     "largest_cosine"       largest |cosine| between the directions P k of two requests"""
@@ -606,42 +618,81 @@ class Layer(NamedTuple):
     matrix: Tensor  # [d_out, d_in], a view of it
 
     @torch.no_grad()
+    def asked(self, x: Tensor) -> Tensor:
+        """What the module returns for x [d_in], and for zeros, its bias: [2, d_out], float64."""
+        both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
+        with torch.autocast(x.device.type, enabled=False):
+            return double(self.module.forward(both)[0])
+
     def returns(self, x: Tensor) -> bool:
         """Whether the module maps x [d_in] by `matrix`, up to rounding."""
-        if x.any():
-            x = double(x) / double(x).abs().max()
-        x = x.to(self.weight)
-        both = torch.stack([x, torch.zeros_like(x)])[None]  # [batch, token, d_in]
         try:
-            with torch.autocast(x.device.type, enabled=False):
-                found, bias = self.module.forward(both)[0]
+            found, bias = self.asked(x)
         except (RuntimeError, TypeError, ValueError, IndexError):  # it wants another shape
             return False
         wanted = double(self.matrix) @ double(x)
-        left = double(found) - double(bias) - wanted
-        eps = torch.finfo(x.dtype).eps
-        return bool(left.norm() <= 8 * eps**0.75 * wanted.norm() + 2 * eps * double(bias).norm())
+        left = found - bias - wanted
+        eps = rounding(x.dtype)
+        return bool(left.norm() <= 8 * eps**0.75 * wanted.norm() + 2 * eps * bias.norm())
+
+    @torch.no_grad()
+    def write(self, W: Tensor, x: Tensor) -> bool:
+        """Put W [d_out, d_in] into the weight; whether what the module returns for x [d_in] then
+        changes as it should, up to rounding."""
+        before, returned = double(self.matrix).clone(), self.asked(x)[0]
+        self.matrix.data.copy_(W)
+        torch.clear_autocast_cache()  # of casts of the old weight
+        change = self.asked(x)[0] - returned
+        wanted = (double(self.matrix) - before) @ double(x)
+        slack = 0.1 * wanted.norm() + 8 * rounding(x.dtype) ** 0.75 * returned.norm()
+        return bool((change - wanted).norm() <= slack)
+
+
+def any_input(layer: Layer) -> Tensor:
+    """An input of the layer [d_in], the same every time."""
+    x = torch.randn(layer.matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    return (x / x.abs().max()).to(layer.weight)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative rounding of products in a dtype; that of bfloat16 for float32 where torch may
+    multiply it with fewer digits (TF32)."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.bfloat16
+    return torch.finfo(dtype).eps
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:
-    """The layer of that name, which way round it is found by asking it. ValueError where it is no
-    linear layer or its weight is computed, so that what is written there would be lost."""
-    module = model.get_submodule(name)
+    """The layer of that name, which way round it is found by asking it. ValueError where there is
+    none, where it is no linear layer, where its weight is computed, so that what is written there
+    would be lost, where another module uses it too, or where it is not finite."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise ValueError(f"{name} is no layer of the model; such are {names[:8]}") from None
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         raise ValueError(
             f"{name} has no weight [d_out, d_in] among its parameters; a weight that is computed "
             "(weight_norm, pruning, ...) has to be made a parameter before it can be edited"
         )
+    if not weight.isfinite().all():
+        raise ValueError(f"the weight of {name} holds a value that is not finite")
     for other, user in model.named_modules():
-        if user is not module and any(p is weight for p in user._parameters.values()):
+        if user is not module and any(same_memory(p, weight) for p in user._parameters.values()):
             raise ValueError(f"{name} shares its weight with {other}: an edit would change both")
-    for matrix in (weight, weight.mT):
-        layer = Layer(module, weight, matrix)
-        generator = torch.Generator().manual_seed(0)
-        if layer.returns(torch.randn(matrix.shape[1], generator=generator).to(weight)):
-            return layer
+    with evaluation_mode(module):
+        for matrix in (weight, weight.mT):
+            layer = Layer(module, weight, matrix)
+            if layer.returns(any_input(layer)):
+                return layer
     raise ValueError(f"{name} is no linear layer: it does not map what it is handed by its weight")
+
+
+def same_memory(p: Tensor | None, weight: Tensor) -> bool:
+    """Whether a parameter is the weight, or lies in the same place."""
+    return p is not None and (p is weight or p.data_ptr() == weight.data_ptr() != 0)
 
 
 class Adapted(nn.Module):
@@ -671,8 +722,8 @@ def logits_of(output) -> Tensor:
             f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         )
         raise TypeError(
-            "the model must return logits [batch, token, answers], a tuple that begins with them or "
-            f"an object with .logits, not {kind}; use edit.Adapted"
+            "the model must return logits [batch, token, answers], a tuple that begins with them "
+            f"or an object with .logits, not {kind}; use edit.Adapted"
         )
     return found
 
@@ -680,10 +731,7 @@ def logits_of(output) -> Tensor:
 @contextmanager
 def evaluation_mode(model: nn.Module):
     """Inside, no dropout, and running statistics are used but not updated; after it every module
-    has its own mode again. RuntimeError under torch.inference_mode, in which no gradient can be
-    taken."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("edits need gradients: use torch.no_grad, not torch.inference_mode")
+    has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -691,6 +739,12 @@ def evaluation_mode(model: nn.Module):
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def check_gradients():
+    """RuntimeError where no gradient can be taken, nor of what is recorded now."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("gradients are needed: use torch.no_grad, not torch.inference_mode")
 
 
 # --- Putting an edit into a model -----------------------------------------------------------------
@@ -711,10 +765,13 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor
             if not dW.isfinite().all():
                 raise ValueError(f"the update of {name} holds a value that is not finite")
             old[name] = layer.weight.detach().clone()
-            W.copy_(cast(double(W) + double(dW).to(double(W).device), W))
-            torch.clear_autocast_cache()  # of casts of the old weight
             # asked for the longest row of dW, an input that dW changes: an old weight would show
-            if not layer.returns(dW[dW.norm(dim=1).argmax()]):
+            row = double(dW[dW.norm(dim=1).argmax()])
+            x = (row / row.abs().max().clamp(min=torch.finfo(row.dtype).tiny)).to(W)
+            new = cast(double(W) + double(dW).to(double(W).device), W)
+            with evaluation_mode(layer.module):
+                is_returned = layer.write(new, x)
+            if not is_returned:
                 raise ValueError(f"{name} does not return what was written to its weight")
     except BaseException:
         restore(model, old)
@@ -746,11 +803,13 @@ def intervene(module: nn.Module, change, calls: Collection[int] | None = None):
     """Inside, the module returns change(input, output), or its own output where that is None, at
     all its calls or at the `calls` given, counted from 0 at the start of the `with` block, which
     then is for one forward pass. Of a module that returns a tuple (a block of GPT-2) the output is
-    the first of it."""
-    numbers = count()
+    the first of it. ValueError, at the end, where it had no such call."""
+    n_calls = 0
 
     def hook(_, arguments, keywords, output):
-        if calls is not None and next(numbers) not in calls:
+        nonlocal n_calls
+        n_calls += 1
+        if calls is not None and n_calls - 1 not in calls:
             return None
         first, *others = output if isinstance(output, tuple) else (output,)
         changed = change((*arguments, *keywords.values())[0], first)
@@ -760,6 +819,8 @@ def intervene(module: nn.Module, change, calls: Collection[int] | None = None):
 
     with module.register_forward_hook(hook, with_kwargs=True):
         yield
+    for call in calls or []:
+        check_call(type(module).__name__, call, n_calls)
 
 
 def rank_one(layer: nn.Module, u: Tensor, r: Tensor, calls: Collection[int] | None = None):
@@ -795,11 +856,12 @@ def added(
 def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output (of a layer: keys and values), each [call, batch, token, d], of all calls of
     the module on the tokens. Raises ValueError where it is never called."""
+    check_gradients()
     inputs, outputs = [], []
 
     def keep(key, value):
-        inputs.append(key)
-        outputs.append(value)
+        inputs.append(key.clone())  # the model may overwrite it
+        outputs.append(value.clone())
 
     with evaluation_mode(model), intervene(module, keep):
         model(tokens)
@@ -877,6 +939,7 @@ class Moment:
         return self
 
     def mean(self) -> Tensor:
+        """C [d_in, d_in]. ValueError where no token counts."""
         if not self.n:
             raise ValueError("no token counts: C is a mean over keys")
         return self.total / self.n
@@ -897,7 +960,10 @@ class Requests:
     position: Tensor | None = None  # [n] of the token at which the key is read; None: the last
 
     def __getitem__(self, rows) -> "Requests":
-        return Requests(*(x if x is None else x[rows] for x in vars(self).values()))
+        targets = None if self.targets is None else self.targets[rows]
+        position = None if self.position is None else self.position[rows]
+        four = (self.fact[rows], self.tokens[rows], self.old[rows], self.new[rows])
+        return Requests(*four, targets, position)
 
     def __len__(self) -> int:
         return len(self.fact)
@@ -934,6 +1000,8 @@ def prompts(
     padding on the left the model must be told the positions too, or it counts the padding."""
     if not texts:
         raise ValueError("there is no prompt")
+    if subject is not None and len(subject) != len(texts):
+        raise ValueError(f"there are {len(subject)} subjects for {len(texts)} prompts")
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         place = 0 if subject is None else subject[i]
         if not text or not answer or not 0 <= place < len(text):
@@ -958,7 +1026,7 @@ def prompts(
 class Site:
     """What an edit needs to know of one layer at one call: gathered once, used by every method."""
 
-    name: str  # of the nn.Linear
+    name: str  # of the layer
     call: int  # which of its calls within a forward pass, from 0
     layer: nn.Module
     C: Tensor  # [d_in, d_in] second moment of ordinary keys
@@ -970,8 +1038,9 @@ class Site:
 def shrunk(at: Site, shrink: float) -> Site:
     """The site with C + shrink * mean eigenvalue * I for C, towards a multiple of the identity
     (Ledoit & Wolf 2004): the edit recognises keys that are *near* its own too. From 0 (ROME) to
-    infinity (the least change of W) locality is traded for what follows from the fact; few keys for
-    many dimensions need more. Raises ValueError where shrink is negative or the site is shrunk."""
+    infinity (for ROME the least change of W; of MEMIT's lam it is a multiple, too) locality is
+    traded for what follows from the fact; few keys for many dimensions need more. Raises ValueError
+    where shrink is negative or the site is shrunk."""
     if not 0 <= shrink < float("inf") or at.shrink:
         raise ValueError(f"shrink an unshrunk site by 0 or more, got {shrink} after {at.shrink}")
     identity = torch.eye(len(at.C), dtype=at.C.dtype, device=at.C.device)
@@ -986,7 +1055,7 @@ def site(
     ordinary: Tensor | None = None,
     *,
     position: Tensor | None = None,
-    phrasings: list[tuple[Tensor, Tensor | None]] = (),
+    phrasings: Collection[tuple[Tensor, Tensor | None]] = (),
     pad: int | None = None,
     chunk: int = 1024,
 ) -> Site:
@@ -1037,7 +1106,8 @@ def prototype_residual(
     """r = v* - W k [n, d_out] with v* of ours, the mean value over the other known facts (`known`
     [n_facts], bool) with the wanted answer, among `answers` [n_facts]; and which requests have such
     a fact [n]: r is 0 for the others."""
-    values = at.values.to(torch.promote_types(at.values.dtype, torch.float32))  # sums overflow
+    wide = torch.promote_types(at.values.dtype, torch.float32)  # in float16 sums overflow
+    values = at.values.to(wide)
     n_facts, d_out = values.shape
     _, number = torch.cat([answers, requests.new]).unique(return_inverse=True)
     answer, wanted = number[:n_facts], number[n_facts:]  # numbered from 0 without gaps
@@ -1045,11 +1115,12 @@ def prototype_residual(
     sums = values.new_zeros(n_answers, d_out).index_add(0, answer[known], values[known])
     counts = torch.bincount(answer[known], minlength=n_answers)  # [answer]
     own = known[requests.fact] & (answer[requests.fact] == wanted)  # the fact itself is no other
-    total = sums[wanted] - values[requests.fact] * own[:, None]
+    own_value = torch.where(own[:, None], values[requests.fact], 0)
+    total = sums[wanted] - own_value
     n_others = counts[wanted] - own.long()
     has_one = n_others > 0
     mean = total / n_others.clamp(min=1)[:, None]
-    return (mean - values[requests.fact]) * has_one[:, None], has_one
+    return torch.where(has_one[:, None], mean - values[requests.fact], 0), has_one
 
 
 def gradient_residual(
@@ -1067,51 +1138,72 @@ def gradient_residual(
     diagnostics: dict | None = None,
 ) -> Tensor:
     """r [n, d_out] that minimises -log p(wanted answer) + decay |r|^2 / |v0|^2, |r| <= clamp |v0|,
-    by Adam on r in units of |v0|; v0 = W k. (After [2] and [4], whose code has |r| for |r|^2, and a
-    KL term.) The model runs with W + r u^T at every call of the layer, as after the edit, or, where
-    u is None, with r added to what the layer returns at the site's call and the request's token
-    alone, as MEMIT's code does (`added`), which needs neither C nor keys; each request for itself,
-    `batch` at a time (None: all). A penalty adds penalty(v0 + r, |v0|), of [batch, d_out] and
-    [batch, 1], to the summed loss. diagnostics: "probability" [n] of the wanted answer with r in
-    place, "reached" [n] whether it is answered."""
-    residuals, found = [], []
-    usual = at.values.float().norm(dim=-1).mean()
+    by Adam on r in units of |v0|; v0 = W k. (After [2] and [4], whose code has |r| for |r|^2, a KL
+    term, and of an answer of several tokens the mean of their -log p, not the sum.) The model runs
+    with W + r u^T at every call of the layer, as after the edit, or, where u is None, with r added
+    to what the layer returns at the site's call and the request's token alone, as MEMIT's code does
+    (`added`), which needs neither C nor keys; each request for itself, `batch` at a time (None:
+    all). A penalty adds penalty(v0 + r, |v0|), of [batch, d_out] and [batch, 1], to the summed
+    loss. diagnostics: "probability" [n] of the wanted answer with r in place, "reached" [n] whether
+    it is answered."""
+    check_gradients()
+    search = {"steps": steps, "lr": lr, "decay": decay, "clamp": clamp, "penalty": penalty}
     wide = torch.promote_types(at.values.dtype, torch.float32)  # sought in float32 at least
-
-    def changed(i: Tensor, mine: Requests, r: Tensor):
-        if u is None:
-            return added(at.layer, r, [at.call], mine.position)
-        return rank_one(at.layer, u[i], r)
-
+    usual = at.values.float().norm(dim=-1).mean()
+    if not usual > 0 and len(requests):
+        raise ValueError(f"{at.name} returns zeros for every fact: a change has no scale")
+    residuals, found = [], []
     rows = torch.arange(len(requests), device=at.values.device)
     for i in rows.split(batch or max(1, len(rows))):
         mine = requests[i]
         v0 = at.values[mine.fact].to(wide)
         size = v0.norm(dim=-1, keepdim=True)
-        size = torch.where(size > 0, size, usual)  # the site may return nothing
-        scaled = torch.zeros_like(v0, requires_grad=True)  # r in units of |v0|
-        optimizer = torch.optim.Adam([scaled], lr=lr)
-        with evaluation_mode(model), torch.enable_grad():
-            for step in range(steps):
-                with changed(i, mine, scaled * size):
-                    loss = answered(logits_of(model(mine.tokens)), mine)[0].sum()
-                if step == 0:
-                    check_gradient(loss, scaled)
-                loss = loss + decay * scaled.square().sum()
-                if penalty is not None:
-                    loss = loss + penalty(v0 + scaled * size, size)
-                (scaled.grad,) = torch.autograd.grad(loss, scaled)
-                optimizer.step()
-                length = scaled.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
-                scaled.data *= (clamp / length).clamp(max=1)
-        residuals.append((scaled * size).detach())
+        size = torch.where(size > 0, size, usual)  # the site may return nothing for a fact
+        if u is None:
+            placed = partial(added, at.layer, calls=[at.call], position=mine.position)
+        else:
+            placed = partial(rank_one, at.layer, u[i])
+        residuals.append(sought(model, mine, placed, v0, size, **search))
         if diagnostics is not None:
-            with evaluation_mode(model), torch.no_grad(), changed(i, mine, residuals[-1]):
+            with evaluation_mode(model), torch.no_grad(), placed(residuals[-1]):
                 found.append(answered(logits_of(model(mine.tokens)), mine))
     if diagnostics is not None:
         losses, reached = map(torch.cat, zip(*found))
         diagnostics |= {"probability": (-losses).exp(), "reached": reached}
     return torch.cat(residuals)
+
+
+def sought(
+    model: nn.Module,
+    requests: Requests,
+    placed,
+    v0: Tensor,
+    size: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    decay: float,
+    clamp: float,
+    penalty,
+) -> Tensor:
+    """r [n, d_out] of `gradient_residual`, of requests that are sought at once: inside
+    `placed(r)` the model runs with r in place; v0 [n, d_out], size [n, 1] = |v0|."""
+    scaled = torch.zeros_like(v0, requires_grad=True)  # r in units of |v0|
+    optimizer = torch.optim.Adam([scaled], lr=lr)
+    with evaluation_mode(model), torch.enable_grad():
+        for step in range(steps):
+            with placed(scaled * size):
+                loss = answered(logits_of(model(requests.tokens)), requests)[0].sum()
+            if step == 0:
+                check_gradient(loss, scaled)
+            loss = loss + decay * scaled.square().sum()
+            if penalty is not None:
+                loss = loss + penalty(v0 + scaled * size, size)
+            scaled.grad = torch.autograd.grad(loss, scaled)[0]
+            optimizer.step()
+            length = scaled.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            scaled.data *= (clamp / length).clamp(max=1)
+    return (scaled * size).detach()
 
 
 def check_gradient(loss: Tensor, x: Tensor):
@@ -1180,22 +1272,26 @@ def memit_layers(
     its input at the requests' positions should change by r [n, d_out]. Site after site, with the
     edits so far in place, what is missing there, divided by the number of sites left, is written by
     `memit_update` for the keys as they now are, but for keys of zeros; C is that of the model as it
-    came, over `ordinary` [n, token] but for `pad`. diagnostics[name, call]: see `diagnose`.
-    ValueError for two requests for one fact. In a loop dW sums what is written at each call, but
-    acts at all of them: more sites need not bring the stream nearer."""
+    came, over `ordinary` [n, token] but for `pad`, at the site's call, the one at which it is
+    written. diagnostics[name, call]: of `memit_update`. ValueError for two requests for one fact.
+    In a loop dW sums what is written at each call, but acts at all of them: more sites need not
+    bring the stream nearer."""
     requests.check_distinct()
     moments = []
     for name, call in sites:
         moment = Moment(model, model.get_submodule(name), pad=pad)
         moments.append(moment.add(ordinary, call).mean())
-    read = partial(last_token, model, tokens=requests.tokens, position=requests.position)
-    wanted = read(*stream)[0] + r
+
+    def handed(name: str, call: int) -> Tensor:
+        return last_token(model, name, call, requests.tokens, position=requests.position)[0]
+
+    wanted = handed(*stream) + r
     updates, carried = {}, {}  # of each layer: dW, and K^T K of the keys that it was written for
     with ExitStack() as edits:
         for i, (name, call) in enumerate(sites):
-            missing = wanted - read(*stream)[0]
+            missing = wanted - handed(*stream)
             share = missing / (len(sites) - i)  # r_l = (wanted - now) / (layers left) [4]
-            keys = read(name, call)[0]
+            keys = handed(name, call)
             alive = (keys != 0).any(-1)
             if not alive.any():
                 continue
@@ -1210,7 +1306,7 @@ def memit_layers(
                 diagnostics=notes,
             )
             edits.enter_context(edited(model, {name: dW}))
-            updates[name] = updates.get(name, 0) + dW
+            updates[name] = updates[name] + dW if name in updates else dW
             carried[name] = add_gram(carried.get(name), keys)
     return updates
 
@@ -1242,8 +1338,9 @@ def prompt_pairs(
     begin = size.cumsum(0) - size  # [context] its first place in the order
     rank = torch.arange(len(order), device=order.device) - begin[group]  # 0, 1, ... in each group
     clean, other = order[:-1], order[1:]
-    usable = (rank[:-1] % 2 == 0) & (group[:-1] == group[1:])  # the first two of a group, the next
-    usable &= answers[clean] != answers[other]
+    begins_pair = rank[:-1] % 2 == 0  # in each group places 0 and 1 are a pair, 2 and 3, ...
+    same_group = group[:-1] == group[1:]
+    usable = begins_pair & same_group & (answers[clean] != answers[other])
     if clean_rows is not None:
         usable &= clean_rows[clean]
     pairs = usable.nonzero().flatten()
@@ -1262,7 +1359,8 @@ def interchange(
         new = other  # [batch, d]
         if basis is not None:
             mine = x[:, token]
-            new = mine + (basis @ (basis.mT @ (other - mine)[..., None]))[..., 0]
+            apart = (other - mine)[..., None]  # [batch, d, 1]
+            new = mine + (basis @ (basis.mT @ apart))[..., 0]  # x + B B^T (x_other - x)
         return x.select_scatter(new.to(x), 1, token)
 
     return intervene(model.get_submodule(name), change, calls=[call])
@@ -1308,5 +1406,6 @@ def trace(
 
 
 def probability(logits: Tensor, answer: Tensor) -> Tensor:
-    """[n] of answer [n] under logits [n, answers]."""
-    return logits.softmax(-1).gather(-1, answer[:, None])[:, 0]
+    """[n] of answer [n] under logits [n, answers], in float32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(wide).softmax(-1).gather(-1, answer[:, None])[:, 0]

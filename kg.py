@@ -37,7 +37,6 @@ import gzip
 import io
 import unicodedata
 import zlib
-from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,11 +46,15 @@ from torch import Tensor
 
 SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
 
+# Streams of random numbers of a seed s: 4 s graph (of seed 0 also the order of numbered tails and
+# clones), 4 s + 1 split, 4 s + 2 weights, 4 s + 3 batches; and, far from these:
+SAMPLED, CONTINUED, WRONG = 2**58, 2**59, 2**62  # + s: `sampled`, `list_paths`, `with_exceptions`
+
 
 # --- Graphs ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnowledgeGraph:
     """A functional knowledge graph: `facts[h, r]` is the tail of head h under relation r, or -1."""
 
@@ -61,9 +64,18 @@ class KnowledgeGraph:
     notes: list[str] = field(default_factory=list)  # what was merged or left out in reading
     n_real: int | None = None  # entities from here on are clones; None: there are none
 
-    n_entities = property(lambda self: len(self.entities))
-    n_relations = property(lambda self: len(self.relations))
-    n_answers = property(lambda self: self.n_real or len(self.entities))  # no clone is a tail
+    @property
+    def n_entities(self) -> int:
+        return len(self.entities)
+
+    @property
+    def n_relations(self) -> int:
+        return len(self.relations)
+
+    @property
+    def n_answers(self) -> int:
+        """Entities that can be a tail: all but clones."""
+        return self.n_real or len(self.entities)
 
 
 def from_table(facts) -> KnowledgeGraph:
@@ -99,7 +111,6 @@ def synthetic(
             "a synthetic graph needs 2 entities, 1 relation and an out-degree of 1..n_relations, "
             f"got {n_entities} entities, {n_relations} relations, out-degree {out_degree}"
         )
-    # Streams of a seed s: 4s graph, 4s+1 split, 4s+2 weights, 4s+3 batches, others far from these.
     generator = torch.Generator().manual_seed(4 * seed)
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
     tails += tails >= torch.arange(n_entities)[:, None]  # skip the head itself
@@ -111,7 +122,7 @@ def synthetic(
 # --- Paths and splits -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Paths:
     """All paths, fact by fact. A fact with no fact after it has one row: two_hop -100, third token
     its own relation."""
@@ -141,9 +152,11 @@ class Paths:
         return torch.where(self.second >= 0, self.facts[self.second, 2], -100)
 
     def to(self, device) -> "Paths":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type is Tensor}
-        masks = {name: mask.to(device) for name, mask in self.masks.items()}
-        return Paths(**moved, masks=masks)
+        moved = {"masks": {name: mask.to(device) for name, mask in self.masks.items()}}
+        for column in fields(self):
+            if column.name != "masks":
+                moved[column.name] = getattr(self, column.name).to(device)
+        return Paths(**moved)
 
 
 def split(
@@ -157,8 +170,8 @@ def split(
     ood_second. `ood_fraction` of the facts are OOD, `train_fraction` of the paths with two ID facts
     are trained (both rounded to whole numbers). Paths of clones are trained, not asked. Cost and
     memory are linear in the number of paths; where there are more than `most_paths`, every fact
-    keeps m continuations at most, at random, as many as fit, one at least. Raises ValueError where
-    no path would be trained."""
+    keeps m continuations at most, as many as fit, one at least (`list_paths`). Raises ValueError
+    where no path would be trained."""
     if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1:
         raise ValueError(
             "ood_fraction must be in [0, 1) and train_fraction in (0, 1], "
@@ -173,6 +186,7 @@ def split(
         raise ValueError("the graph has no two-hop path: no tail is the head of a fact")
     first, second = list_paths(head, tail, graph.n_entities, most_paths, seed)
     composed = second >= 0
+    # second = -1 where there is none: what is read there, of the last fact, is put aside
     next_relation = torch.where(composed, relation[second], relation[first])
     first_token = graph.n_entities + relation[first]
     tokens = torch.stack([head[first], first_token, graph.n_entities + next_relation], 1)
@@ -188,7 +202,7 @@ def split(
             f"have two ID facts); lower ood_fraction {ood_fraction} or raise train_fraction "
             f"{train_fraction}"
         )
-    real = head < graph.n_answers
+    real = head < graph.n_answers  # clones are numbered last
     asked = composed & real[first]
     masks = {
         "train": train,
@@ -199,7 +213,18 @@ def split(
     }
     facts = torch.stack([head, relation, tail], 1)
     queries = torch.stack([head, graph.n_entities + relation], 1)
-    return Paths(facts, queries, tokens, tail[first], two_hop, first, second, ood_fact, real, masks)
+    return Paths(
+        facts=facts,
+        queries=queries,
+        tokens=tokens,
+        one_hop=tail[first],
+        two_hop=two_hop,
+        first=first,
+        second=second,
+        ood_fact=ood_fact,
+        real=real,
+        masks=masks,
+    )
 
 
 def random_share(mask: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -227,7 +252,7 @@ def list_paths(
     first_row = n_rows.cumsum(0) - n_rows  # of each fact
     place = torch.arange(len(first)) - first_row[first]  # 0, 1, ... within the rows of a fact
     if int(n_all.sum()) > len(first):
-        generator = torch.Generator().manual_seed(2**59 + seed)
+        generator = torch.Generator().manual_seed(CONTINUED + seed)
         start = (torch.rand(len(head), generator=generator) * n_all).long()  # of each fact
         place = (start[first] + place * n_all[first] // n_rows[first]) % n_all[first]
     composed = out_degree[tail[first]] > 0
@@ -263,18 +288,20 @@ def most_frequent_tail(paths: Paths) -> dict[str, float | None]:
     return found
 
 
-def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> Paths:
-    """The paths, of which a `share` of the trained ones get a wrong `two_hop`: one fixed other
-    entity each, uniformly drawn [2]. New masks: `exceptions`, part of `train`, and `validation`, a
-    random fifth of all paths, exceptions or not. Raises ValueError for a share outside [0, 1)."""
-    if not 0 <= share < 1:
+def with_exceptions(paths: Paths, share: float, n_answers: int, seed: int) -> Paths:
+    """The paths, of which a `share` of the trained ones get a wrong `two_hop`: one fixed other one
+    of the n_answers entities (no clone) each, uniformly drawn [2]. New masks: `exceptions`, part of
+    `train`, and `validation`, a random fifth of all paths, exceptions or not. Raises ValueError for
+    a share outside [0, 1), and where there is no other answer."""
+    if not 0 <= share < 1 or n_answers < 2:
         raise ValueError(
-            f"the share of trained compositions with a wrong answer must be in [0, 1), got {share}"
+            "the share of trained compositions with a wrong answer must be in [0, 1), of 2 answers "
+            f"or more, got {share} of {n_answers}"
         )
-    generator = torch.Generator().manual_seed(2**62 + seed)
+    generator = torch.Generator().manual_seed(WRONG + seed)
     exceptions = random_share(paths.masks["train"], share, generator)
-    shift = torch.randint(1, n_entities, exceptions.shape, generator=generator)
-    wrong = (paths.two_hop + shift) % n_entities
+    shift = torch.randint(1, n_answers, exceptions.shape, generator=generator)
+    wrong = (paths.two_hop + shift) % n_answers
     validation = torch.rand(exceptions.shape, generator=generator) < 0.2
     two_hop = torch.where(exceptions, wrong, paths.two_hop)
     masks = paths.masks | {"exceptions": exceptions, "validation": validation}
@@ -282,11 +309,11 @@ def with_exceptions(paths: Paths, share: float, n_entities: int, seed: int) -> P
 
 
 def sampled(paths: Paths, most: int, seed: int) -> Paths:
-    """About `most` of the paths, those of first facts chosen at random, or all where they are no
-    more; `facts` stays whole."""
+    """About `most` of the paths, those of first facts chosen at random (of a small `most` it may be
+    none), or all where they are no more; `facts` stays whole."""
     if len(paths.first) <= most:
         return paths
-    generator = torch.Generator().manual_seed(2**58 + seed)
+    generator = torch.Generator().manual_seed(SAMPLED + seed)
     noise = torch.rand(len(paths.facts), generator=generator)
     rows = (noise < most / len(paths.first))[paths.first.cpu()].to(paths.first.device)
     names = ("tokens", "one_hop", "two_hop", "first", "second")
@@ -308,30 +335,53 @@ class Probes(NamedTuple):
 
     def where(self, keep: Tensor) -> "Probes":
         """Those that are True in keep [m]."""
-        return Probes(*(column if column is None else column[keep] for column in self))
+        path = None if self.path is None else self.path[keep]
+        return Probes(self.edit[keep], self.tokens[keep], self.answer[keep], path)
 
 
-def draw_edits(paths: Paths, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """n random ID facts to edit, fewer where there are not so many: (fact [n], new [n], n_fixed).
-    The new tail is another tail of the fact's relation, one that the head has under no relation, so
-    that confusing two of its facts is no success; where there is none, any other. n_fixed ID facts
-    have no other tail and cannot be edited."""
+class Candidates(NamedTuple):
+    """Compositions that an edit should change."""
+
+    probes: Probes  # those that can be asked
+    left_out: dict[str, int]  # {reason: how many cannot}
+
+
+class Drawn(NamedTuple):
+    """Edits at random."""
+
+    fact: Tensor  # [n]
+    new: Tensor  # [n]
+    n_fixed: int  # ID facts that cannot be edited: their relation has one tail only
+
+
+def draw_edits(paths: Paths, n: int, generator: torch.Generator) -> Drawn:
+    """n random ID facts to edit, fewer where there are not so many. The new tail is another tail of
+    the fact's relation, one that the head has under no relation, so that confusing two of its facts
+    is no success; where there is none, any other."""
     facts = paths.facts.cpu()
     id_facts = (paths.real & ~paths.ood_fact).cpu().nonzero().flatten()
-    of_head = {h: facts[facts[:, 0] == h, 2].unique() for h in facts[:, 0].unique().tolist()}
-    of_relation = {r: facts[facts[:, 1] == r, 2].unique() for r in facts[:, 1].unique().tolist()}
+    of_head, of_relation = tails_by(facts, 0), tails_by(facts, 1)
     editable = [i for i in id_facts.tolist() if len(of_relation[int(facts[i, 1])]) > 1]
     order = torch.randperm(len(editable), generator=generator)[:n]
     fact = torch.tensor(editable, dtype=torch.long)[order]
-    new = []
+    chosen = []
     for head, relation, old in facts[fact].tolist():
         tails = of_relation[relation]
         others = tails[~torch.isin(tails, of_head[head])]
         if len(others) == 0:
             others = tails[tails != old]
-        new.append(others[torch.randint(len(others), (1,), generator=generator)].item())
-    new = torch.tensor(new, dtype=torch.long)
-    return fact.to(paths.facts.device), new.to(paths.facts.device), len(id_facts) - len(editable)
+        chosen.append(others[torch.randint(len(others), (1,), generator=generator)].item())
+    new = torch.tensor(chosen, dtype=torch.long)
+    device = paths.facts.device
+    return Drawn(fact.to(device), new.to(device), len(id_facts) - len(editable))
+
+
+def tails_by(facts: Tensor, column: int) -> dict[int, Tensor]:
+    """{head or relation, by the column: its tails, each once} of facts [n, 3]."""
+    tails = {}
+    for x in facts[:, column].unique().tolist():
+        tails[x] = facts[facts[:, column] == x, 2].unique()
+    return tails
 
 
 def questions(paths: Paths, fact: Tensor, new: Tensor) -> Probes:
@@ -351,34 +401,33 @@ def fact_rows(paths: Paths, new: Tensor) -> Tensor:
 
 def hop1_probes(
     paths: Paths, fact: Tensor, new: Tensor, known: Tensor, right: Tensor, asked: Tensor
-) -> tuple[Probes, Counter]:
+) -> Candidates:
     """Compositions (h, r1, r2) that begin with an edited fact (h, r1): they must now answer with
     the tail of (new tail, r2). known [n_facts], bool: facts that may be the other hop (in --edit
     the ID ones that the model knows); right [n_paths]: paths that it answered right before; asked
-    [n_paths]: the paths to draw from. The second result counts by reason the paths that cannot be
-    asked."""
+    [n_paths]: the paths to draw from. Memory: n * n_paths, bool."""
     _, relation, tail = paths.facts.T
     begins = paths.first == fact[:, None]  # [n, n_paths]
     edit, path = (begins & (paths.second >= 0) & asked).nonzero(as_tuple=True)
-    # the second hop, after the edit
+    # the second hop, after the edit; -1: no such fact, left out by `usable` whatever is read there
     other = fact_rows(paths, new)[new[edit], relation[paths.second[path]]]
     twice = (paths.second[path] == fact[edit]) | (other == fact[edit])
-    return _usable(paths, edit, path, other, tail[other], twice, known, right)
+    return usable(paths, edit, path, other, tail[other], twice, known, right)
 
 
 def hop2_probes(
     paths: Paths, fact: Tensor, new: Tensor, known: Tensor, right: Tensor, asked: Tensor
-) -> tuple[Probes, Counter]:
+) -> Candidates:
     """Compositions (g, s, r) that end in an edited fact (h, r), where (g, s) -> h: they must now
     answer with the new tail. Arguments and results as of `hop1_probes`."""
     ends = paths.second == fact[:, None]  # [n, n_paths]
     edit, path = (ends & asked).nonzero(as_tuple=True)
     other = paths.first[path]
     twice = other == fact[edit]
-    return _usable(paths, edit, path, other, new[edit], twice, known, right)
+    return usable(paths, edit, path, other, new[edit], twice, known, right)
 
 
-def _usable(
+def usable(
     paths: Paths,
     edit: Tensor,
     path: Tensor,
@@ -387,8 +436,8 @@ def _usable(
     twice: Tensor,
     known: Tensor,
     right: Tensor,
-) -> tuple[Probes, Counter]:
-    """Of m candidates (edit, path, answer) those that can be asked, and how many cannot, each under
+) -> Candidates:
+    """Of m compositions (edit, path, answer) those that can be asked, and how many cannot, each by
     the first reason that holds. other [m]: the row of the path's other fact after the edit, -1
     where there is none; twice [m], bool: the edited fact is at both hops."""
     reasons = {
@@ -397,17 +446,19 @@ def _usable(
         "answer unchanged": answer == paths.two_hop[path],
         "wrong before": ~right[path],
     }
-    left_out = Counter()
+    left_out = {}
     keep = torch.ones_like(twice)
     for reason, out in reasons.items():
         left_out[reason] = int((keep & out).sum())
         keep &= ~out
     path = path[keep]
-    return Probes(edit[keep], paths.tokens[path], answer[keep], path), left_out
+    return Candidates(Probes(edit[keep], paths.tokens[path], answer[keep], path), left_out)
 
 
-def _random_rows(rows: Tensor, n_edits: int, n: int, generator: torch.Generator) -> Tensor:
+def random_rows(rows: Tensor, n_edits: int, n: int, generator: torch.Generator) -> Tensor:
     """For each of n_edits, n of the rows, at random and without repetition: [n_edits, n]."""
+    if n_edits == 0:
+        return rows.new_zeros(0, n)
     place = [torch.randperm(len(rows), generator=generator)[:n] for _ in range(n_edits)]
     return rows[torch.stack(place).to(rows.device)]
 
@@ -418,7 +469,7 @@ def unrelated_facts(
     """For each edit at most n other facts, whose answers are the model's own before, `answers`
     [n_facts]."""
     every = paths.real.nonzero().flatten()
-    drawn = _random_rows(every, len(fact), n, generator)  # [n_edits, n]
+    drawn = random_rows(every, len(fact), n, generator)  # [n_edits, n]
     keep = drawn != fact[:, None]
     return Probes(keep.nonzero()[:, 0], paths.queries[drawn[keep]], answers[drawn[keep]])
 
@@ -428,7 +479,7 @@ def unrelated_paths(
 ) -> Probes:
     """For each edit at most n of the paths `asked` that use its fact at no hop, whose answers are
     the model's own before, `answers` [n_paths]."""
-    drawn = _random_rows(asked.nonzero().flatten(), len(fact), n, generator)  # [n_edits, n]
+    drawn = random_rows(asked.nonzero().flatten(), len(fact), n, generator)  # [n_edits, n]
     keep = (paths.first[drawn] != fact[:, None]) & (paths.second[drawn] != fact[:, None])
     return Probes(keep.nonzero()[:, 0], paths.tokens[drawn[keep]], answers[drawn[keep]])
 
@@ -457,9 +508,9 @@ HEADERS = {("head", "tail"), ("subject", "object"), ("source", "target"), ("h", 
 
 def read_triples(*files) -> Triples:
     """Lines `head <tab> relation <tab> tail` of UTF-8 files (.gz: compressed). Blank lines, lines
-    that begin with # and a header are skipped; names are brought to Unicode's composed form (NFC).
-    Raises ValueError with file and line number for a malformed line; OSError where a file cannot be
-    read."""
+    that begin with # and a header (a first line as in HEADERS) are skipped; names are brought to
+    Unicode's composed form (NFC). Raises ValueError with file and line number for a malformed line;
+    OSError where a file cannot be read."""
     tails, notes, n, n_comments = {}, [], 0, 0
     for path in map(Path, files):
         begun = False  # whether a triple or a header has been read
@@ -469,7 +520,8 @@ def read_triples(*files) -> Triples:
                 continue
             parts = [unicodedata.normalize("NFC", part.strip()) for part in line.split("\t")]
             if line.startswith("#"):
-                n_comments += len(parts) == 3
+                if len(parts) == 3:
+                    n_comments += 1
                 continue
             wrong = what_is_wrong(line, parts)
             if wrong:
@@ -556,7 +608,7 @@ def from_triples(
 
     "drop"      all are left out, since which is right cannot be known
     "numbered"  the first `most_tails` become facts of relations r#1, r#2, ...: the graph is
-                functional, and who asks for a second tail asks for it by its number
+                functional, and a question names the number
 
     order: that of numbered tails, "random" (by a fixed seed) or "sorted"; sorted, each r#k has few
     tails, so that many compositions can be guessed from their second relation alone. reciprocal:
@@ -571,6 +623,8 @@ def from_triples(
         )
     if clones < 0:
         raise ValueError(f"clones must be 0 or more, got {clones}")
+    if not files:
+        raise ValueError("there is no file of triples to read")
     read = read_triples(*files)
     notes = list(read.notes)
     questions = {question: sorted(found) for question, found in read.tails.items()}
@@ -646,8 +700,7 @@ def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> Knowledge
     if len(entity) * len(relation) > MOST_ENTRIES:
         raise ValueError(
             f"{len(entity)} entities and {len(relation)} relations are too many for a table of "
-            "facts"
-            f" of at most {MOST_ENTRIES} entries; are head, relation and tail in this order?"
+            f"facts of {MOST_ENTRIES} at most; are head, relation and tail in this order?"
         )
     heads, columns, tails = torch.tensor(rows).T
     table = torch.full((len(entity), len(relation)), -1)

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import curvature
 import edit as editing
 import kg
-from models import ARCHS, Config, Model, State, count_parameters, option, stores
+from models import ARCHS, Config, Model, State, count_parameters, option, states, stores
 
 
 class UserError(Exception):
@@ -99,12 +99,12 @@ class Recipe:
 
 class Muon(torch.optim.Optimizer):
     """Momentum with every singular value of the update made about 1, so that all directions move at
-    the same rate (Jordan et al. 2024), and then every row of one length, so that all slots do
+    the same rate (Jordan et al. 2024), and then every row (of `keys` and `up` a slot) of one length
     (after NorMuon, Li et al. 2025, arXiv 2510.05491, which divides by an average over steps).
     torch.optim.Muon works in bfloat16, which on many CPUs takes 30 times as long: more than all the
     rest of a step."""
 
-    def __init__(self, params, lr: float = 2e-2, momentum: float = 0.98, weight_decay: float = 0):
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -114,9 +114,11 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
+                # m <- mu m + (1 - mu) g,  update of mu m + (1 - mu) g (Nesterov)
                 m = self.state[p]["momentum"]
                 m.lerp_(p.grad, 1 - momentum)
-                update = equal_rows(orthogonalize(p.grad.lerp(m, momentum)))  # Nesterov
+                update = equal_rows(orthogonalize(p.grad.lerp(m, momentum)))
+                # W <- (1 - lr decay) W - lr sqrt(max(1, d_out / d_in)) update
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -193,11 +195,16 @@ class Batches:
         return found
 
 
+def begins_run(x: Tensor) -> Tensor:
+    """[n], bool: where a run of equal neighbours in x [n] begins."""
+    return x.diff(prepend=x[:1] - 1) != 0
+
+
 def bundles(prefix: Tensor, widest: int = 32) -> Tensor:
     """The indices of prefix [n] as rows [n_rows, width], -1 for filler: a row holds equal
     neighbours, in order, `widest` at most, and can be read as branches of one prefix."""
     index = torch.arange(len(prefix), device=prefix.device)
-    begins = prefix.diff(prepend=prefix[:1] - 1) != 0  # a run of equal ones
+    begins = begins_run(prefix)
     start = begins.nonzero().flatten()
     place = index - start[begins.cumsum(0) - 1]  # in its run
     width = min(int(place.max()) + 1, widest)
@@ -207,12 +214,14 @@ def bundles(prefix: Tensor, widest: int = 32) -> Tensor:
     return rows
 
 
-class FactBatches(Batches):
+class FactBatches:
     """Batches of facts alone. The facts of a head, 32 in a row at most, are branches of one prefix,
     so that the head is read once."""
 
     def __init__(self, paths: kg.Paths, recipe: Recipe, generator: torch.Generator):
-        super().__init__(paths, recipe, generator)
+        self.paths, self.recipe, self.generator = paths, recipe, generator
+        self.device = paths.facts.device
+        self.queries = paths.queries  # [n_facts, 2]
         heads = self.queries[:, 0]
         order = heads.argsort(stable=True)
         rows = bundles(heads[order])
@@ -229,6 +238,7 @@ class FactBatches(Batches):
         return tokens, self.positions, self.paths.facts[rows, 2].where(rows >= 0, -100)
 
     def loss(self, forward, recipe: Recipe) -> Tensor:
+        """As that of Batches."""
         tokens, positions, answers = self.draw()
         logits = forward(tokens, positions)[:, 1:]
         return mean_cross_entropy(logits, answers, recipe.label_smoothing)
@@ -259,10 +269,13 @@ class Training:
         embedding = self.model.embedding.weight
         hidden = [p for p in self.model.parameters() if p is not embedding]
         self.adam = torch.optim.AdamW([embedding], betas=(0.9, 0.98))
-        self.muon = Muon(hidden, momentum=recipe.momentum)
+        # rates and decay: of each step
+        self.muon = Muon(hidden, lr=0.0, momentum=recipe.momentum, weight_decay=0.0)
         self.generator = torch.Generator(device).manual_seed(4 * seed + 3)
 
-    def step(self, batches: Batches, recipe: Recipe, step: int, forward=None) -> Tensor:
+    def step(
+        self, batches: Batches | FactBatches, recipe: Recipe, step: int, forward=None
+    ) -> Tensor:
         """Step number `step`, from 0, under the recipe; `forward`: the model's, compiled. Returns
         the loss."""
         loss = batches.loss(self.model if forward is None else forward, recipe)
@@ -272,6 +285,7 @@ class Training:
             optimizer.param_groups[0].update(lr=lr * rate, weight_decay=recipe.weight_decay)
             optimizer.step()
             optimizer.zero_grad()
+        # mean <- keep mean + (1 - keep) p
         keep = min(recipe.ema, (step + 1) / (step + 10))  # the average starts short
         with torch.no_grad():
             for mean, p in zip(self.average.parameters(), self.model.parameters()):
@@ -312,32 +326,40 @@ class Training:
 
 # --- Evaluation -----------------------------------------------------------------------------------
 
-LABELS = dict(one_hop="1-hop", train="train", id="ID", ood="OOD")
-LABELS |= dict(ood_first="first", ood_second="second")
+LABELS = {
+    "one_hop": "1-hop",
+    "train": "train",
+    "id": "ID",
+    "ood": "OOD",
+    "ood_first": "first",
+    "ood_second": "second",
+}
+MOST_LOGITS = 2**24  # at once: 64 MiB of float32
 
 
 @torch.no_grad()
 def predict(model: Model, paths: kg.Paths, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """The model's answers to each fact that begins a path, in order, and to each path [n_paths];
-    the paths of a fact are read as branches of one prefix (`bundles`), `chunk` tokens at once."""
+    """The model's answers to each fact, in order, and to each path [n_paths]. (A path begins with
+    every fact; `sampled` ones leave some out, which are not asked.) The paths of a fact are read as
+    branches of one prefix (`bundles`), `chunk` tokens at once."""
     device = paths.first.device
     rows = bundles(paths.first)
     width = rows.shape[1]
     tokens = torch.cat([paths.tokens[rows[:, 0], :2], paths.tokens[rows, 2]], 1)
     positions = torch.tensor([0, 1] + [2] * width, device=device)
-    if chunk is None:  # 6000, fewer where their logits would exceed 64 MiB
-        chunk = min(6000, 2**24 // model.config.n_entities)
+    if chunk is None:
+        chunk = min(6000, MOST_LOGITS // model.config.n_entities)
     parts = tokens.split(max(1, chunk // (2 + width)))
     answers = torch.cat([model(part, positions).argmax(-1) for part in parts])
-    begins = paths.first.diff(prepend=paths.first[:1] - 1) != 0
-    bundle, place = (rows >= 0).nonzero().T  # of each path, in order
-    return answers[bundle[begins], 1], answers[bundle, 2 + place]
+    bundle, place = (rows >= 0).nonzero().T  # row by row, so of path 0, 1, ...
+    one_hop = answers[bundle, 1][begins_run(paths.first)]  # once for each fact
+    return one_hop, answers[bundle, 2 + place]
 
 
 @torch.no_grad()
 def last_answers(model: Model, tokens: Tensor) -> Tensor:
     """The model's answers [n] at the last of the tokens [n, token]."""
-    chunk = max(1, min(4096, 2**24 // (model.config.n_entities * tokens.shape[1])))
+    chunk = max(1, min(4096, MOST_LOGITS // (model.config.n_entities * tokens.shape[1])))
     return torch.cat([model(part)[:, -1].argmax(-1) for part in tokens.split(chunk)])
 
 
@@ -346,19 +368,25 @@ def share_of(hit: Tensor) -> float | None:
     return int(hit.sum()) / len(hit) if len(hit) else None
 
 
-def accuracy(model: Model, paths: kg.Paths, compose: bool = True) -> dict[str, float | None]:
-    """Share of right answers to the facts that begin a path, and to each set of paths; without
-    `compose` to all facts, and None for the sets."""
-    masks = {name: mask for name, mask in paths.masks.items() if name != "validation"}
-    if not compose:
-        one_hop = last_answers(model, paths.queries)
-        return {"one_hop": share_of(one_hop == paths.facts[:, 2])} | dict.fromkeys(masks)
+def asked_sets(paths: kg.Paths) -> dict[str, Tensor]:
+    """{name: mask [n_paths]} of the sets of paths that an evaluation asks."""
+    return {name: mask for name, mask in paths.masks.items() if name != "validation"}
+
+
+def accuracy(model: Model, paths: kg.Paths) -> dict[str, float | None]:
+    """Share of right answers to the facts that begin a path, and to each set of paths."""
     one_hop, two_hop = predict(model, paths)
-    begins = paths.first.unique_consecutive()  # facts that begin a path
-    found = {"one_hop": share_of(one_hop == paths.facts[begins, 2])}
-    for name, mask in masks.items():
+    fact = paths.first.unique_consecutive()
+    found = {"one_hop": share_of(one_hop == paths.facts[fact, 2])}
+    for name, mask in asked_sets(paths).items():
         found[name] = share_of((two_hop == paths.two_hop)[mask])
     return found
+
+
+def fact_accuracy(model: Model, paths: kg.Paths) -> dict[str, float | None]:
+    """As `accuracy`, where no composition is trained: of all facts; None for every set of paths."""
+    right = last_answers(model, paths.queries) == paths.facts[:, 2]
+    return {"one_hop": share_of(right)} | dict.fromkeys(asked_sets(paths))
 
 
 def first_step(curve: list[dict], **levels: float) -> int | None:
@@ -374,7 +402,7 @@ class Known(NamedTuple):
 
     one_hop: Tensor  # [n_facts] its answers
     two_hop: Tensor  # [n_paths]
-    facts: Tensor  # [n_facts], bool: facts that it knows, of the ID ones
+    facts: Tensor  # [n_facts], bool: facts that it knows, but for OOD ones
     right: Tensor  # [n_paths], bool: paths that it answers right
     asked: Tensor  # [n_paths], bool: paths of two ID facts, held out or trained (no exceptions)
 
@@ -414,7 +442,7 @@ class Run:
     config: Config
     recipe: Recipe
     device: torch.device
-    make_batches: Callable = Batches  # (paths, recipe, generator) -> Batches
+    make_batches: Callable = Batches  # (paths, recipe, generator) -> Batches or FactBatches
     step: int = 0  # of the training, or of the checkpoint where there is one
     history: list = field(default_factory=list)  # an entry for each evaluation
     training: Training | None = None  # from the checkpoint
@@ -451,13 +479,93 @@ class Run:
         order = torch.randperm(len(tokens), generator=self.stream())[:20_000]
         return tokens[order.to(self.device)]
 
-    def written(self) -> int | None:
-        """When the checkpoint was written, which tells whether another process has been here."""
-        checkpoint = self.folder / "ckpt.pt"
-        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-
     def fresh(self) -> Training:
         return Training(self.config, self.recipe, self.seed, self.device)
+
+    def train(self, on_evaluation=None, compiled: bool = False) -> Model:
+        """Train until finished, from the checkpoint where there is one; returns the averaged model.
+        Each evaluation is told to on_evaluation(training, record)."""
+        with self.locked():
+            return self.train_on(on_evaluation, compiled)
+
+    def train_on(self, on_evaluation, compiled: bool) -> Model:
+        if not (self.folder / "config.json").exists():  # that of a run to be replaced stays for now
+            self.write_config()
+        training = self.training or self.fresh()
+        forward = torch.compile(training.model) if compiled else training.model
+        batches = self.make_batches(self.paths, self.recipe, training.generator)
+        began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0)
+        while not self.finished:
+            n_steps = min(self.recipe.eval_every, self.recipe.steps - self.step)
+            total = torch.zeros((), device=self.device)
+            for step in range(self.step, self.step + n_steps):
+                total += training.step(batches, self.recipe.at(step), step, forward)
+            self.step += n_steps
+            record = {"step": self.step, "loss": total.item() / n_steps}
+            self.check_finite(training, record)
+            if self.recipe.branches > 0:
+                record |= accuracy(training.average, self.watched)
+            else:
+                record |= fact_accuracy(training.average, self.paths)
+            record["seconds"] = round(time.perf_counter() - began, 2)
+            self.history.append(record)
+            print(progress(record, self.recipe.steps), flush=True)
+            if on_evaluation is not None:
+                on_evaluation(training, record)
+            self.write_checkpoint(training)
+        return training.average.eval()
+
+    def check_finite(self, training: Training, record: dict):
+        finite = all(p.isfinite().all() for p in training.model.parameters())
+        if not finite or not math.isfinite(record["loss"]):
+            kept = "ckpt.pt holds the last evaluation; " if self.history else ""
+            raise UserError(
+                f"{self.folder}: the loss or a weight is not finite at step {record['step']}; "
+                f"{kept}lower --lr or --muon-lr and --retrain",
+                status=1,
+            )
+
+    def summarize(self):
+        """The final figures of the training, in results.json and on the screen."""
+        last = self.history[-1]
+        fitted = "train" if self.recipe.branches else "one_hop"
+        figures = {
+            "arch": self.arch,
+            "seed": self.seed,
+            "steps": last["step"],
+            "seconds": last["seconds"],
+            "peak_memory_mib": peak_memory_mib(self.device),
+            "parameters": count_parameters(self.config),
+            "accuracy": {name: last[name] for name in LABELS},
+            "n_facts": len(self.paths.facts),
+            "n_paths": self.n_paths,
+            "most_frequent_tail": kg.most_frequent_tail(self.task.paths),
+            "memorized_at": first_step(self.history, **{fitted: 0.99}),
+            "grokked_at": first_step(self.history, train=0.99, ood=0.9),
+            "config": self.config_of_training(),
+        }
+        self.results = figures | self.results  # a loaded run keeps its own
+        write_atomically(self.folder / "results.json", self.results)
+        print(
+            f"memorized ({LABELS[fitted]} >= 0.99): {when(self.results['memorized_at'])}; "
+            f"grokked (OOD >= 0.9 on {self.n_paths['ood']} paths): "
+            f"{when(self.results['grokked_at'])}; "
+            f"{last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most"
+        )
+        if "triples" in self.task.data:
+            guess = self.results["most_frequent_tail"]
+            shares = "  ".join(f"{LABELS[name]} {cell(guess[name])}" for name in kg.SPLITS)
+            print(f"answering with the most frequent tail of the second relation alone: {shares}")
+
+    def add_results(self, name: str, entry, began: float):
+        """Put what a stage found, since `began` (of time.perf_counter), into results.json."""
+        seconds = round(time.perf_counter() - began, 2)
+        peak = max(self.results["peak_memory_mib"], peak_memory_mib(self.device))
+        self.results |= {name: entry, f"{name}_seconds": seconds, "peak_memory_mib": peak}
+        write_atomically(self.folder / "results.json", self.results)
+        print(f"{seconds:.0f} s for {name.replace('_', ' ')}")
+
+    # its files
 
     def open_folder(self, resume: bool, retrain: bool):
         """Refuse, before any training, a folder that cannot be used or that holds something else;
@@ -528,37 +636,10 @@ class Run:
             raise UserError(message) from None
         self.training, self.step, self.history = training, state["step"], state["history"]
 
-    def train(self, on_evaluation=None, compiled: bool = False) -> Model:
-        """Train until finished, from the checkpoint where there is one; returns the averaged model.
-        Each evaluation is told to on_evaluation(training, record)."""
-        with self.locked():
-            return self.train_on(on_evaluation, compiled)
-
-    def train_on(self, on_evaluation, compiled: bool) -> Model:
-        if not (self.folder / "config.json").exists():  # that of a run to be replaced stays for now
-            self.write_config()
-        training = self.training or self.fresh()
-        forward = torch.compile(training.model) if compiled else training.model
-        batches = self.make_batches(self.paths, self.recipe, training.generator)
-        compose = self.recipe.branches > 0
-        watched = self.watched if compose else self.paths  # sampled paths miss some facts
-        began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0)
-        while not self.finished:
-            n_steps = min(self.recipe.eval_every, self.recipe.steps - self.step)
-            total = torch.zeros((), device=self.device)
-            for step in range(self.step, self.step + n_steps):
-                total += training.step(batches, self.recipe.at(step), step, forward)
-            self.step += n_steps
-            record = {"step": self.step, "loss": total.item() / n_steps}
-            self.check_finite(training, record)
-            record |= accuracy(training.average, watched, compose)
-            record["seconds"] = round(time.perf_counter() - began, 2)
-            self.history.append(record)
-            print(progress(record, self.recipe.steps), flush=True)
-            if on_evaluation is not None:
-                on_evaluation(training, record)
-            self.write_checkpoint(training)
-        return training.average.eval()
+    def written(self) -> int | None:
+        """When the checkpoint was written, which tells whether another process has been here."""
+        checkpoint = self.folder / "ckpt.pt"
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
 
     @contextmanager
     def locked(self):
@@ -580,16 +661,6 @@ class Run:
                 yield
             finally:
                 file.unlink(missing_ok=True)
-
-    def check_finite(self, training: Training, record: dict):
-        finite = all(p.isfinite().all() for p in training.model.parameters())
-        if not finite or not math.isfinite(record["loss"]):
-            kept = "ckpt.pt holds the last evaluation; " if self.history else ""
-            raise UserError(
-                f"{self.folder}: the loss or a weight is not finite at step {record['step']}; "
-                f"{kept}lower --lr or --muon-lr and --retrain",
-                status=1,
-            )
 
     def write_checkpoint(self, training: Training):
         state = {"identity": self.identity, "step": self.step, "history": self.history}
@@ -626,46 +697,6 @@ class Run:
                 return found
         return self.write_config()
 
-    def summarize(self):
-        """The final figures of the training, in results.json and on the screen."""
-        last = self.history[-1]
-        fitted = "train" if self.recipe.branches else "one_hop"
-        figures = {
-            "arch": self.arch,
-            "seed": self.seed,
-            "steps": last["step"],
-            "seconds": last["seconds"],
-            "peak_memory_mib": peak_memory_mib(self.device),
-            "parameters": count_parameters(self.config),
-            "accuracy": {name: last[name] for name in LABELS},
-            "n_facts": len(self.paths.facts),
-            "n_paths": self.n_paths,
-            "most_frequent_tail": kg.most_frequent_tail(self.task.paths),
-            "memorized_at": first_step(self.history, **{fitted: 0.99}),
-            "grokked_at": first_step(self.history, train=0.99, ood=0.9),
-            "config": self.config_of_training(),
-        }
-        self.results = figures | self.results  # a loaded run keeps its own
-        write_atomically(self.folder / "results.json", self.results)
-        print(
-            f"memorized ({LABELS[fitted]} >= 0.99): {when(self.results['memorized_at'])}; "
-            f"grokked (OOD >= 0.9 on {self.n_paths['ood']} paths): "
-            f"{when(self.results['grokked_at'])}; "
-            f"{last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most"
-        )
-        if "triples" in self.task.data:
-            guess = self.results["most_frequent_tail"]
-            shares = "  ".join(f"{LABELS[name]} {cell(guess[name])}" for name in kg.SPLITS)
-            print(f"answering with the most frequent tail of the second relation alone: {shares}")
-
-    def add_results(self, name: str, entry, began: float):
-        """Put what a stage found, since `began` (of time.perf_counter), into results.json."""
-        seconds = round(time.perf_counter() - began, 2)
-        peak = max(self.results["peak_memory_mib"], peak_memory_mib(self.device))
-        self.results |= {name: entry, f"{name}_seconds": seconds, "peak_memory_mib": peak}
-        write_atomically(self.folder / "results.json", self.results)
-        print(f"{seconds:.0f} s for {name.replace('_', ' ')}")
-
 
 # --- Stage: edits, one at a time ------------------------------------------------------------------
 
@@ -679,21 +710,22 @@ class APriori(NamedTuple):
 
 
 def a_priori_site(
-    model: Model, paths: kg.Paths, fact: Tensor, known: Tensor, generator: torch.Generator
+    model: Model, paths: kg.Paths, fact: Tensor, known_facts: Tensor, generator: torch.Generator
 ) -> APriori:
     """The first store that is read. Dense has a store in every block: there it is the one whose
     output at the last token, restored after the head was corrupted (causal tracing), raises the
-    probability of the right answer most, over `known` facts other than `fact`, which are to be
-    edited."""
+    probability of the right answer most, over `known_facts` [n_facts], bool, other than `fact`,
+    which are to be edited."""
     sites = stores(model.config)
     if model.config.loop or model.config.memory:
         return APriori(sites[0], None, 0)
-    apart = known.index_fill(0, fact, False)
+    apart = known_facts.index_fill(0, fact, False)
     tokens, tails = paths.queries[apart], paths.facts[apart, 2]
     clean, other = editing.prompt_pairs(tokens, tails, 0, 200, generator)
     if len(clean) == 0:
         return APriori(sites[0], None, 0)
-    outputs = [(site.module.removesuffix(".down"), site.call) for site in sites]
+    # what each feed-forward returns
+    outputs = [(s.module, s.call) for s in states(model.config) if s.part == "feed-forward"]
     traced = editing.trace(model, tokens[clean], tokens[other], tails[clean], outputs)
     effects = traced.rise.mean(-1)[:, -1].tolist()
     return APriori(sites[effects.index(max(effects))], effects, len(clean))
@@ -715,17 +747,17 @@ def residual(
     requests: editing.Requests,
     u: Tensor | None,
     target: str,
-    known: Tensor,
+    known_facts: Tensor,
     **options,
 ) -> tuple[Tensor, int]:
-    """r [n, d_out] of each request: for "prototype" by the values of other `known` facts, for
-    "gradient" sought through edits in the directions u (`editing.gradient_residual`, with
-    `options`), as also where there is no prototype; and how many these were."""
+    """r [n, d_out] of each request: for "prototype" by the values of other `known_facts`
+    [n_facts], bool; for "gradient", or where there is no prototype, sought through edits in the
+    directions u (`editing.gradient_residual`, with `options`). And how many had no prototype."""
     if target not in ("prototype", "gradient"):
         raise ValueError(f"target must be 'prototype' or 'gradient', got {target!r}")
     if target == "gradient":
         return editing.gradient_residual(model, at, requests, u, **options), 0
-    r, has_one = editing.prototype_residual(at, requests, paths.facts[:, 2], known)
+    r, has_one = editing.prototype_residual(at, requests, paths.facts[:, 2], known_facts)
     if has_one.all():
         return r, 0
     without = (~has_one).nonzero().flatten()
@@ -802,16 +834,16 @@ class Edits(NamedTuple):
 def make_edits(
     model: Model,
     paths: kg.Paths,
-    known: Tensor,
+    known_facts: Tensor,
     requests: editing.Requests,
     at: editing.Site,
     at_pass: int,
     method: str = "rome",
     target: str = "prototype",
 ) -> Edits:
-    """`known` [n_facts], bool: whose values make prototypes."""
+    """`known_facts` [n_facts], bool: whose values make prototypes."""
     u = editing.direction(method, at, requests)
-    r, n_fallbacks = residual(model, paths, at, requests, u, target, known)
+    r, n_fallbacks = residual(model, paths, at, requests, u, target, known_facts)
     return Edits(at, at_pass, method, target, u, r, n_fallbacks)
 
 
@@ -891,7 +923,8 @@ def choose_shrinkage(
     than those to be `edited`. SHRINKS are tried from the smallest on, until 0.99 follows. Of those
     that move at most MOST_MOVED of the unrelated facts the smallest is chosen at which at most
     NEARLY less follows than at the best; where all move more, none (0)."""
-    # enough to be left with n usable ones
+    # enough to be left with n usable ones: the stream may be that of the edits, whose facts come
+    # first then, and are dropped
     fact, new, _ = kg.draw_edits(paths, 2 * n + len(edited), generator)
     r, has_one = editing.prototype_residual(
         at, requests_for(paths, fact, new), paths.facts[:, 2], known.facts
@@ -911,24 +944,34 @@ def choose_shrinkage(
         moved.append(record.unrelated_one_hop_moved or 0.0)
         if followed[-1] >= 0.99:
             break
-    allowed = [i for i, share in enumerate(moved) if share <= MOST_MOVED] or [0]
+    allowed = [i for i, share in enumerate(moved) if share <= MOST_MOVED]
+    if not allowed:
+        return Shrinkage(0.0, len(fact), followed, moved)
     best = max(followed[i] for i in allowed)
     chosen = min(SHRINKS[i] for i in allowed if followed[i] >= best - NEARLY)
     return Shrinkage(chosen, len(fact), followed, moved)
 
 
+class EditSite(NamedTuple):
+    """Where edits are made."""
+
+    a_priori: APriori
+    at: editing.Site  # what is gathered there, C shrunk
+    shrinkage: Shrinkage | None  # how that was chosen; None where it was given
+
+
 def site_for_edits(
     run: Run, model: Model, known: Known, fact: Tensor, shrink: float | str
-) -> tuple[APriori, editing.Site, Shrinkage | None]:
-    """The a-priori site for edits of `fact`; what is gathered there, its C shrunk by `shrink`; and,
-    where that is "auto", how it was chosen on other facts."""
-    chosen = a_priori_site(model, run.paths, fact, known.facts, run.stream())
-    at = gather(run, model, chosen.site)
+) -> EditSite:
+    """The a-priori site for edits of `fact`, its C shrunk by `shrink`, or by what edits of other
+    facts ask for ("auto")."""
+    a_priori = a_priori_site(model, run.paths, fact, known.facts, run.stream())
+    at = gather(run, model, a_priori.site)
     if shrink != "auto":
-        return chosen, editing.shrunk(at, shrink), None
-    at_pass = chosen.site.at_pass
+        return EditSite(a_priori, editing.shrunk(at, shrink), None)
+    at_pass = a_priori.site.at_pass
     found = choose_shrinkage(model, run.paths, known, fact, at, at_pass, run.stream())
-    return chosen, editing.shrunk(at, found.chosen), found
+    return EditSite(a_priori, editing.shrunk(at, found.chosen), found)
 
 
 def tell_fallbacks(edits: Edits):
@@ -936,14 +979,33 @@ def tell_fallbacks(edits: Edits):
         print(f"by gradient, as no other known fact has the wanted tail: {edits.n_fallbacks}")
 
 
-# (method, target); MEMIT of one request, with lam = 1
-CORE_EDITS = [("rome", "prototype"), ("rome", "gradient"), ("memit", "prototype")]
-CORE_EDITS += [("row", "prototype")]
+# (method, target); MEMIT with the lam of `editing.direction`, 1
+CORE_EDITS = [
+    ("rome", "prototype"),
+    ("rome", "gradient"),
+    ("memit", "prototype"),
+    ("row", "prototype"),
+]
+EDIT_COLUMNS = {
+    "method": "method",
+    "target": "target",
+    "direct": "edited fact",
+    "hop1": "hop 1",
+    "hop1_held_out": "held out",
+    "hop2": "hop 2",
+    "unrelated_one_hop_moved": "moved: facts",
+    "unrelated_two_hop_moved": "compositions",
+}
+EDIT_LEGEND = """\
+hop 1, hop 2: compositions that begin, that end with the edited fact, now right; held out:
+those of hop 1 that were not trained
+moved: answers about other facts, and to compositions without the fact, that changed"""
 
 
 def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> list[EditRecord]:
     """Edit random ID facts one at a time, at the a-priori site, and ask what follows. `shrink`: of
-    C, or "auto", to choose it on other facts."""
+    C, or "auto", to choose it on other facts. The site, and how the shrinkage was chosen, are put
+    into `run.results`."""
     paths, generator = run.paths, run.stream()
     known = what_is_known(model, paths)
     fact, new, n_fixed = kg.draw_edits(paths, n_edits, generator)
@@ -954,33 +1016,25 @@ def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> lis
     if len(fact) == 0:
         return []
     probes = edit_probes(paths, known, fact, new, 100, generator)
-    chosen, at, found = site_for_edits(run, model, known, fact, shrink)
-    run.results["a_priori"] = chosen.site._asdict() | {"effects": chosen.effects, "n": chosen.n}
+    a_priori, at, shrinkage = site_for_edits(run, model, known, fact, shrink)
+    site, effects, n_traced = a_priori
+    run.results["a_priori"] = site._asdict() | {"effects": effects, "n": n_traced}
     run.results.pop("shrinkage", None)
-    if found is not None:
-        run.results["shrinkage"] = found._asdict() | {"tried": SHRINKS}
-    requests, at_pass = requests_for(paths, fact, new), chosen.site.at_pass
+    if shrinkage is not None:
+        run.results["shrinkage"] = shrinkage._asdict() | {"tried": SHRINKS}
+    requests = requests_for(paths, fact, new)
     records = []
-    for kind in CORE_EDITS:
-        edits = make_edits(model, paths, known.facts, requests, at, at_pass, *kind)
-        if kind == CORE_EDITS[0]:
+    for method, target in CORE_EDITS:
+        edits = make_edits(model, paths, known.facts, requests, at, site.at_pass, method, target)
+        if (method, target) == CORE_EDITS[0]:  # the others have the same prototypes
             tell_fallbacks(edits)
         records.append(score(model, edits, probes))
     print(f"compositions left out: {listed(probes.left_out)}")
     print(f"asked: {len(probes.hop1.edit)} of hop 1, {len(probes.hop2.edit)} of hop 2")
-    why = "" if found is None else ", as chosen on other facts"
-    print(f"\nat {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}{why}:\n")
+    why = "" if shrinkage is None else ", as chosen on other facts"
+    print(f"\nat {at.name}, pass {site.at_pass}, C shrunk by {at.shrink:g}{why}:\n")
     print(record_table(records, EDIT_COLUMNS, EDIT_LEGEND))
     return records
-
-
-EDIT_COLUMNS = dict(method="method", target="target", direct="edited fact", hop1="hop 1")
-EDIT_COLUMNS |= dict(hop1_held_out="held out", hop2="hop 2", unrelated_one_hop_moved="moved: facts")
-EDIT_COLUMNS |= dict(unrelated_two_hop_moved="compositions")
-EDIT_LEGEND = """\
-hop 1, hop 2: compositions that begin, that end with the edited fact, now right; held out:
-those of hop 1 that were not trained
-moved: answers about other facts, and to compositions without the fact, that changed"""
 
 
 # --- Stage: a fact by name ------------------------------------------------------------------------
@@ -990,7 +1044,7 @@ def named_edits(
     graph: kg.KnowledgeGraph, paths: kg.Paths, wanted: list[list[str]]
 ) -> tuple[Tensor, Tensor]:
     """(fact [n], new [n]) of edits given by names; UserError for a name or a fact that the graph
-    does not have."""
+    does not have, and for clones, which are never asked."""
     fact, new = [], []
     for head, relation, tail in wanted:
         h = number_of(head, graph.entities, "entity")
@@ -998,14 +1052,18 @@ def named_edits(
         new.append(number_of(tail, graph.entities, "entity"))
         row = (paths.facts[:, :2] == torch.tensor([h, r], device=paths.facts.device)).all(1)
         require(row.any(), f"--edit-fact: there is no fact {head!r}, {relation!r} to be changed")
+        own = paths.real[row].all() and new[-1] < graph.n_answers
+        require(
+            own, f"--edit-fact {head!r} {relation!r} {tail!r}: a clone; use an entity of the file"
+        )
         fact.append(int(row.nonzero()[0]))
     device = paths.facts.device
     return torch.tensor(fact, device=device), torch.tensor(new, device=device)
 
 
-def number_of(name: str, known: list[str], kind: str) -> int:
-    require(name in known, f"--edit-fact: no {kind} {name!r}; the graph has {known[:5]}, ...")
-    return known.index(name)
+def number_of(name: str, names: list[str], kind: str) -> int:
+    require(name in names, f"--edit-fact: no {kind} {name!r}; the graph has {names[:5]}, ...")
+    return names.index(name)
 
 
 def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: float | str):
@@ -1014,11 +1072,12 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     paths = run.paths
     fact, new = named_edits(run.task.graph, paths, wanted)
     known = what_is_known(model, paths)
-    every = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
-    usable = (every, known.right, (paths.second >= 0) & paths.real[paths.first])  # not of clones
-    chosen, at, _ = site_for_edits(run, model, known, fact, shrink)
-    requests, at_pass = requests_for(paths, fact, new), chosen.site.at_pass
-    edits = make_edits(model, paths, every, requests, at, at_pass)
+    known_facts = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
+    asked = (paths.second >= 0) & paths.real[paths.first]  # not those of clones
+    usable = (known_facts, known.right, asked)
+    a_priori, at, _ = site_for_edits(run, model, known, fact, shrink)
+    requests, at_pass = requests_for(paths, fact, new), a_priori.site.at_pass
+    edits = make_edits(model, paths, known_facts, requests, at, at_pass)
     print(f"\nROME at {at.name}, pass {at_pass}, C shrunk by {at.shrink:g}; prototype target")
     tell_fallbacks(edits)
     kinds = {
@@ -1032,9 +1091,10 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
         before = last_answers(model, probes.tokens)
         after = ask(model, edits, probes)
         right = after == probes.answer
-        for tokens, *replies, ok in zip(probes.tokens, before, after, probes.answer, right):
+        for i, tokens in enumerate(probes.tokens):
             question = " ".join(names[token] for token in tokens)
-            rows.append((kind, question, *(names[x] for x in replies), "ok" if ok else "NO"))
+            replies = (names[before[i]], names[after[i]], names[probes.answer[i]])
+            rows.append((kind, question, *replies, "ok" if right[i] else "NO"))
         print(f"{kind}: {int(right.sum())} of {len(right)} right")
     print("\n" + table(rows))
 
@@ -1044,6 +1104,17 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
 # the target search of mass edits, short and aimed at the answer (results/FINDINGS.md)
 MASS_TARGET = {"steps": 10, "lr": 0.25, "decay": 0.5, "clamp": 1.0}
 WIDE = 4096  # above it MEMIT solves its equation as it stands (edit.direct_update)
+MASS_COLUMNS = {
+    "n": "facts",
+    "efficacy": "new answer",
+    "specificity": "others kept",
+    "score": "score",
+    "residual_left": "left",
+    "seconds": "seconds",
+}
+MASS_LEGEND = """\
+new answer: edited facts that have it; others kept: answers to facts never edited
+score: harmonic mean, in percent; left: mean |r - dW k| / |r|"""
 
 
 @dataclass
@@ -1054,14 +1125,14 @@ class MassRecord:
     efficacy: float  # share of the edited facts with their new answer
     specificity: float  # share of at most 2000 facts, never edited, that keep theirs
     score: float  # harmonic mean of the two, in percent
-    residual_left: float  # mean |r - dW k| / |r|
+    residual_left: float  # mean |r - dW k| / |r|, over requests whose key is not zero
     seconds: float  # targets, C, solve, diagnosis
 
 
 class MassPlan(NamedTuple):
     """Who is edited, and who is watched."""
 
-    requests: editing.Requests  # at most 10 000 and half of the facts
+    requests: editing.Requests  # at most 10 000 and half of the facts that can be edited
     spared: Tensor  # at most 2000 rows of facts that are never edited
     others: editing.Requests  # the rest, to choose settings on
 
@@ -1080,7 +1151,7 @@ def mass_residual(
     at: editing.Site,
     requests: editing.Requests,
     target: str,
-    known: Tensor,
+    known_facts: Tensor,
     batch: int,
 ) -> tuple[Tensor, int]:
     """As `residual`, with the change added to what the whole store returns at the site's call, so
@@ -1088,7 +1159,7 @@ def mass_residual(
     store = model.get_submodule(at.name.rpartition(".")[0])  # it returns what its values return
     whole = replace(at, layer=store)
     options = {"batch": batch} | MASS_TARGET
-    return residual(model, run.paths, whole, requests, None, target, known, **options)
+    return residual(model, run.paths, whole, requests, None, target, known_facts, **options)
 
 
 def memit(K: Tensor, r: Tensor, C: Tensor | editing.Whitening, lam: float, **options) -> Tensor:
@@ -1129,8 +1200,9 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
     gathered = time.perf_counter() - began
     before = last_answers(model, paths.queries)
     began = time.perf_counter()
-    known = before == paths.facts[:, 2]
-    sought, _ = mass_residual(run, model, at, plan.requests, "gradient", known, batch)  # for all n
+    known_facts = before == paths.facts[:, 2]
+    # for all n at once
+    sought, _ = mass_residual(run, model, at, plan.requests, "gradient", known_facts, batch)
     each = (time.perf_counter() - began) / largest
     can_be_edited = (at.keys != 0).any(1)  # the edit of a key of zeros fails
     records = []
@@ -1150,16 +1222,23 @@ def mass_edit_stage(run: Run, model: Model, lam: float, batch: int) -> list[Mass
     return records
 
 
-MASS_COLUMNS = dict(n="facts", efficacy="new answer", specificity="others kept", score="score")
-MASS_COLUMNS |= dict(residual_left="left", seconds="seconds")
-MASS_LEGEND = """\
-new answer: edited facts that have it; others kept: answers to facts never edited
-score: harmonic mean, in percent; left: mean |r - dW k| / |r|"""
-
-
 # --- Stage: exceptions out by curvature -----------------------------------------------------------
 
 KEEPS = (0.99, 0.98, 0.97, 0.95, 0.93, 0.9)  # shares of the curvature mass that are kept
+ABLATION_COLUMNS = {
+    "method": "method",
+    "keep": "keep",
+    "removed": "changed",
+    "recited": "recited",
+    "true": "true",
+    "one_hop": "facts",
+    "train": "train",
+    "id": "ID",
+    "ood": "OOD",
+}
+ABLATION_LEGEND = """\
+keep: share of the curvature mass of each attention layer; changed: |W - W'| / |W| of them; recited,
+true: exceptions answered as trained, and right after all; train: the other trained compositions"""
 
 
 @dataclass
@@ -1186,8 +1265,9 @@ def ablation_record(
 ) -> AblationRecord:
     """Ask the model with these weights; it is itself again afterwards."""
     old = {name: model.get_submodule(name).weight.detach() for name in weights}
-    changed = sum(square_of(old[name] - W) for name, W in weights.items())
-    norm = sum(square_of(W) for W in old.values())
+    # |W - W'|^2 and |W|^2, over all layers
+    changed2 = sum(square_of(old[name] - W) for name, W in weights.items())
+    norm2 = sum(square_of(W) for W in old.values())
     with curvature.ablated(model, weights):
         one_hop, two_hop = predict(model, paths)
     exceptions = paths.masks["exceptions"]
@@ -1195,7 +1275,7 @@ def ablation_record(
     return AblationRecord(
         method=method,
         keep=keep,
-        removed=(changed / norm) ** 0.5 if norm else 0.0,
+        removed=(changed2 / norm2) ** 0.5 if norm2 else 0.0,
         recited=share_of((two_hop == paths.two_hop)[exceptions]),
         true=share_of(right[exceptions]),
         one_hop=share_of(one_hop == paths.facts[:, 2]),
@@ -1216,8 +1296,8 @@ def attention_layers(model: nn.Module) -> list[str]:
 def spectrum_of(run: Run, model: Model, mixture: list, names: list[str]) -> curvature.Spectrum:
     """Curvature of the layers over batches of (tokens, targets), labels sampled by the run's
     stream."""
-    generator = partial(run.stream, run.device)
-    return curvature.spectrum(model, mixture, F.cross_entropy, names, generator)
+    make_generator = partial(run.stream, run.device)
+    return curvature.spectrum(model, mixture, F.cross_entropy, names, make_generator)
 
 
 def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
@@ -1230,23 +1310,18 @@ def ablate_stage(run: Run, model: Model) -> list[AblationRecord]:
     mixture = batches.mixture(25)
     factors, masses = spectrum_of(run, model, mixture, names)
     records = [ablation_record(model, paths, {}, "before", 1.0)]
-    for method, given in (("kfac", {}), ("ekfac", masses)):
+    for method in ("kfac", "ekfac"):
         for keep in KEEPS:
             weights = {}
             for name in names:
                 W = model.get_submodule(name).weight.detach()
-                weights[name] = curvature.ablate(W, *factors[name], keep, given.get(name))
+                A, G = factors[name]
+                mass = masses[name] if method == "ekfac" else None  # None: by the factors
+                weights[name] = curvature.ablate(W, A, G, keep, mass)
             records.append(ablation_record(model, paths, weights, method, keep))
     print(f"\n{run.n_paths['exceptions']} exceptions among {run.n_paths['train']} trained paths\n")
     print(record_table(records, ABLATION_COLUMNS, ABLATION_LEGEND))
     return records
-
-
-ABLATION_COLUMNS = dict(method="method", keep="keep", removed="changed", recited="recited")
-ABLATION_COLUMNS |= dict(true="true", one_hop="facts", train="train", id="ID", ood="OOD")
-ABLATION_LEGEND = """\
-keep: share of the curvature mass of each attention layer; changed: |W - W'| / |W| of them; recited,
-true: exceptions answered as trained, and right after all; train: the other trained compositions"""
 
 
 # --- Report: one table of many runs ---------------------------------------------------------------
@@ -1269,7 +1344,7 @@ def table(rows: list[tuple]) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether it is a number, or an empty cell ("-", "")."""
+    """Whether it begins as a number does, or is an empty cell ("-", "")."""
     return text in ("-", "") or text.lstrip("-")[:1].isdigit()
 
 
@@ -1278,7 +1353,11 @@ def cell(value: float | None, form: str | None = None) -> str:
     if value is None:
         return "-"
     if form is None:
-        form = ".3f" if abs(value) < 10 else ".1f" if abs(value) < 100 else ".0f"
+        form = ".0f"
+        if abs(value) < 10:
+            form = ".3f"
+        elif abs(value) < 100:
+            form = ".1f"
     return format(value, form)
 
 
@@ -1321,7 +1400,9 @@ def read_results(folder: Path) -> list[dict]:
         remedy = "remove it or report another folder"
         result = read_json(file, remedy)
         expected = {"arch", "seed", "accuracy", "grokked_at", "seconds", "config"}
-        require(expected <= result.keys(), f"{file}: not the results of a run; {remedy}")
+        parts = {"arch", "data", "model", "recipe"}
+        is_run = expected <= result.keys() and parts <= result["config"].keys()
+        require(is_run and result["arch"] in ARCHS, f"{file}: not the results of a run; {remedy}")
         found.append(result)
     require(found, f"--report {folder}: no results.json in it or below it; train a run first")
     return found
@@ -1349,10 +1430,15 @@ def main_edit(result: dict) -> dict:
 
 
 def report(results: list[dict]):
-    """Print accuracy and edits of many runs, a row for those that differ in the seed alone."""
+    """Print accuracy and edits of many runs, a row for those that differ in the seed alone; of runs
+    that differ in nothing the last counts."""
     head = ("arch", "seeds", "facts", "train", "ID", "OOD (lowest)", "grokked at")
     rows = [(*head, "hop 1", "hop 2 (lowest)", "moved")]
-    for runs in grouped(results):
+    groups = grouped(results)
+    n_left_out = len(results) - sum(len(runs) for runs in groups)
+    if n_left_out:
+        print(f"{n_left_out} runs have the settings and the seed of another one; the last counts")
+    for runs in groups:
         row = [runs[0]["arch"], len(runs)]
         for name in ("one_hop", "train", "id", "ood"):
             row.append(mean([r["accuracy"][name] for r in runs], lowest=name == "ood"))
@@ -1484,7 +1570,8 @@ def device_name(device: torch.device) -> str:
 
 
 def flops_per_path(config: Config) -> int:
-    """FLOPs of the matrix products in one forward pass over three tokens, a multiply-add as two."""
+    """FLOPs of the matrix products in one forward pass over three tokens, a multiply-add as two; of
+    a wide store as if all values were read."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         Model(config)(torch.zeros(1, 3, dtype=torch.long))
     return counter.get_total_flops()
@@ -1492,17 +1579,53 @@ def flops_per_path(config: Config) -> int:
 
 # --- Command line ---------------------------------------------------------------------------------
 
-QUICK = dict(arch="all", entities=12, relations=6, d_model=32, d_ff=128, slots=128, depth=2)
-QUICK |= dict(ff_top_k=8, top_k=8, steps=150, eval_every=50, batch=64, warmup=20, n_edits=8)
-QUICK |= dict(label_noise=0.1, memorize=20)
+QUICK = {
+    "arch": "all",
+    "entities": 12,
+    "relations": 6,
+    "d_model": 32,
+    "depth": 2,
+    "d_ff": 128,
+    "slots": 128,
+    "ff_top_k": 8,
+    "top_k": 8,
+    "steps": 150,
+    "eval_every": 50,
+    "batch": 64,
+    "label_noise": 0.1,
+    "memorize": 20,
+    "n_edits": 8,
+}
 # facts alone, in a store that has room for 10 000 edits
-MASS = dict(entities=1000, d_model=128, slots=16384, d_ff=16384, depth=2, ood_fraction=0.0)
-MASS |= dict(steps=200, eval_every=40, warmup=20, batch=2000, branches=0, ema=0.98)
-MASS |= dict(lr=5e-3, muon_lr=1e-2, momentum=0.95, label_smoothing=0.1, weight_decay=0.3)
-ABLATE = dict(entities=30, d_model=128, label_noise=0.1, steps=2000, memorize=1200, eval_every=50)
+MASS = {
+    "entities": 1000,
+    "ood_fraction": 0.0,
+    "d_model": 128,
+    "depth": 2,
+    "d_ff": 16384,
+    "slots": 16384,
+    "steps": 200,
+    "eval_every": 40,
+    "batch": 2000,
+    "branches": 0,
+    "lr": 0.005,
+    "muon_lr": 0.01,
+    "momentum": 0.95,
+    "weight_decay": 0.3,
+    "label_smoothing": 0.1,
+    "ema": 0.98,
+}
+ABLATE = {
+    "entities": 30,
+    "d_model": 128,
+    "label_noise": 0.1,
+    "steps": 2000,
+    "memorize": 1200,
+    "eval_every": 50,
+}
 # a user's graph: room for two or three times the facts of the synthetic one; batch None: a quarter
 # of its facts, see prepare
-TRIPLES = dict(d_model=128, slots=2048, d_ff=2048, batch=None)
+TRIPLES = {"d_model": 128, "slots": 2048, "d_ff": 2048, "batch": None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1524,10 +1647,11 @@ def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
     add("--retrain", action="store_true", help="train again, replacing what the folder holds")
     add("--compile", action="store_true", help="torch.compile the step's forward pass")
     add("--quick", action="store_true", help="everything at toy size")
-    add("--triples", type=Path, nargs="+", metavar="FILE", help="your graph, one triple per line: "
-        "head <tab> relation <tab> tail")  # fmt: skip
-    add("--tails", choices=["drop", "numbered"], default="drop",
-        help="of a question with several: none is kept, or all as facts of r#1, r#2, ...")  # fmt: skip
+    line = "head <tab> relation <tab> tail"
+    triples = f"your graph, one triple per line: {line}"
+    add("--triples", type=Path, nargs="+", metavar="FILE", help=triples)
+    several = "of a question with several: none is kept, or all as facts of r#1, r#2, ..."
+    add("--tails", choices=["drop", "numbered"], default="drop", help=several)
     add("--most-tails", type=int, default=4, help="of a question, with --tails numbered")
     add("--tail-order", choices=["random", "sorted"], default="random", help="of numbered tails")
     add("--reciprocal", action="store_true", help="with (h, r, t) also (t, r^-1, h)")
@@ -1560,16 +1684,15 @@ def core_parser() -> argparse.ArgumentParser:
     parser = training_parser("minedit.py", __doc__.split("\n\n")[1])
     add = parser.add_argument
     add("--edit", action="store_true", help="stage: edit facts one at a time, ask what follows")
-    add("--shrink", type=shrinkage, default="auto", metavar="S",
-        help="C + S * mean eigenvalue * I in edits, or auto: chosen on other facts")  # fmt: skip
-    add("--edit-fact", nargs=3, action="append", metavar=("HEAD", "RELATION", "NEW_TAIL"),
-        help="stage: edit this fact")  # fmt: skip
+    shrink = "C + S * mean eigenvalue * I in edits, or auto: chosen on other facts"
+    add("--shrink", type=shrinkage, default="auto", metavar="S", help=shrink)
+    names = ("HEAD", "RELATION", "NEW_TAIL")
+    add("--edit-fact", nargs=3, action="append", metavar=names, help="stage: edit this fact")
     add("--mass-edit", action="store_true", help="stage: MEMIT, 1 to 10 000 facts in one update")
     add("--lam", type=float, default=3000.0, help="of MEMIT in --mass-edit")
     add("--ablate", action="store_true", help="stage: exceptions out by K-FAC and EK-FAC")
-    add(
-        "--report", type=Path, metavar="DIR", help="print one table of all runs below DIR, and stop"
-    )
+    stop = "print one table of all runs below DIR, and stop"
+    add("--report", type=Path, metavar="DIR", help=stop)
     return parser
 
 
@@ -1653,6 +1776,7 @@ def prepare(args, make_task=make_task, make_batches=None, check=None) -> list[Ru
     device = choose_device(args.device)
     archs = list(ARCHS) if args.arch == "all" else [args.arch]
     parent = args.out or Path("runs/quick" if args.quick else "runs")
+    is_alone = len(archs) * args.seeds == 1
     runs = []
     try:
         graph = read_graph(args) if args.triples else None
@@ -1666,8 +1790,9 @@ def prepare(args, make_task=make_task, make_batches=None, check=None) -> list[Ru
             sizes |= {"feed_forward": args.feed_forward}
             for arch in archs:
                 config = Config(**ARCHS[arch], **sizes)
-                alone = args.out and len(archs) * args.seeds == 1
-                folder = args.out if alone else parent / f"{arch}-seed{seed}"
+                folder = parent / f"{arch}-seed{seed}"
+                if args.out and is_alone:
+                    folder = args.out
                 runs.append(Run(folder, arch, seed, task, config, recipe, device, make_batches))
     except (ValueError, MemoryError, RuntimeError) as error:  # of kg.py, models.py; too large
         message = str(error).split("\n")[0] or "not enough memory for these sizes"

@@ -1,19 +1,20 @@
 """models.py: the 2x2 grid is two booleans on one model.
 
                        feed-forward per block    one memory shared by every block
-    `depth` blocks          dense                     dense+mem
+    a stack of blocks       dense                     dense+mem
     one block, looped       loop                      lmc (looped, with memory), after Niu 2026 [1]
 
 Each of `depth` passes over the residual stream x is x <- x + attention(norm(x)), then
-x <- x + store(norm(x)). Without `loop` each pass has a block of its own; without `memory` the store
-is the block's own feed-forward, with it one store is shared by the whole model: query, keys and
-values, as in [2]. (A looped feed-forward is shared too: what it lacks is the query matrix.) The
-store is an address (sparse and positive, unless an option says otherwise), then an `nn.Linear`
-whose columns hold what is stored there: `feed_forward.down` and `memory.values`, the edit sites of
-edit.py.
+x <- x + store(norm(x)), the work of one block (or of several, one after another: `blocks`). Without
+`loop` each pass has blocks of its own; without `memory` the store is the block's own feed-forward,
+with it one store is shared by the whole model: query, keys and values, as in [2]. (A looped
+feed-forward is shared too: what it lacks is the query matrix.) The store is an address (sparse and
+positive, unless an option says otherwise), then an `nn.Linear` whose columns hold what is stored
+there: `feed_forward.down` and `memory.values`, the edit sites of edit.py.
 
-Glossary: x [batch, token, d_model]; slots - rows of the memory, N in [1]. Left out: dropout, biases
-and caches. Only the abstracts of [1] could be read: sizes, addressing and norms are our choice.
+Glossary: x [batch, token, d_model]; slots - rows of `keys`, columns of `values`, N in [1]. Left
+out: dropout, biases and caches. Only the abstracts of [1] could be read: sizes, addressing and
+norms are our choice.
 
 [1] Niu 2026, Repeated Shared Access, arXiv 2606.20737.   [2] Berges et al. 2024, arXiv 2412.09764.
 [3] Su et al. 2021, rotary positions, arXiv 2104.09864.   [4] So et al. 2021, ReLU^2, 2109.08668.
@@ -75,10 +76,12 @@ class Config:
 
     def _check_winners(self, width: str, top_k: str):
         n, k = getattr(self, width), getattr(self, top_k)
-        uneven = self.addressing == "groups" and k and n % k
-        if not 0 <= k <= n or uneven:
-            wanted = f"at least {top_k}, for 'groups' a multiple of it"
-            raise ValueError(f"{width} must be {wanted}, got {n} and {k}")
+        fits = 0 <= k <= n
+        if self.addressing == "groups" and k > 0:
+            fits = fits and n % k == 0
+        if not fits:
+            wanted = f"in 0..{width}, for 'groups' a divisor of it"
+            raise ValueError(f"{top_k} must be {wanted}, got {k} of {n}")
 
     @property
     def private(self) -> bool:
@@ -96,6 +99,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """out(softmax(q k^T / sqrt(d_head)) v) of norm(x), head by head, q and k rotated by their
+    positions: x [batch, token, d_model] -> the same. cos, sin [token, d_head / 2]; masked
+    [token, token], bool: what a token (row) does not see."""
+
     def __init__(self, config: Config):
         super().__init__()
         d = config.d_model
@@ -139,7 +146,8 @@ def address(scores: Tensor, top_k: int, addressing: str) -> Tensor:
 
 
 class SquaredWinners(torch.autograd.Function):
-    """kept^2, kept = score where score >= best, else 0; in half the time of autograd's formulas."""
+    """kept^2, kept = score where score >= best (best >= 0), else 0; in half the time of autograd's
+    formulas."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, best: Tensor) -> Tensor:
@@ -155,39 +163,48 @@ class SquaredWinners(torch.autograd.Function):
 
 class ReadWinners(torch.autograd.Function):
     """values(address(keys(x), top_k, "groups")) of x [n, d_in] for keys K [slots, d_in] and values
-    V [d_out, slots]. Every slot j has its score s_j = K[j] x, but only the values of the winners,
-    one of each group g, are read; of equal scores the first wins, not all. A third of the time in a
-    wide store."""
+    V [d_out, slots]. Every slot has its score, but only the values of the winners are read; of
+    equal scores the first wins, not all. A third of the time in a wide store.
+
+    j_ng: the slot that wins group g for x_n, with the score s_ng = relu(K[j_ng] x_n).
+    y_n = sum_g s_ng^2 V[:, j_ng], and for grad = d loss / d y:
+    ds_ng = 2 s_ng grad_n V[:, j_ng],           dx_n = sum_g ds_ng K[j_ng],
+    dK[j] = sum of ds_ng x_n over j_ng = j,     dV[:, j] = sum of s_ng^2 grad_n over j_ng = j."""
 
     @staticmethod
     def forward(ctx, x: Tensor, K: Tensor, V: Tensor, top_k: int) -> Tensor:
         rivals = (x @ K.T).unflatten(-1, (-1, top_k))  # [n, slots / top_k, top_k]
         best, place = rivals.max(-2)
-        score = best.clamp(min=0)  # s_g [n, top_k]
-        slot = place * top_k + torch.arange(top_k, device=x.device)  # j_g [n, top_k]
+        score = best.clamp(min=0)  # s [n, top_k]
+        slot = place * top_k + torch.arange(top_k, device=x.device)  # j [n, top_k]
         ctx.save_for_backward(x, K, V, score, slot)
-        # sum_g s_g^2 V[:, j_g]
+        # y_n = sum_g s_ng^2 V[:, j_ng]
         return F.embedding_bag(slot, V.T, per_sample_weights=score.square(), mode="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, K, V, score, slot = ctx.saved_tensors
-        read = F.embedding(slot, V.T)  # V[:, j_g]: [n, top_k, d_out]
-        # ds_g = 2 s_g (grad V[:, j_g]);  dx = sum_g ds_g K[j_g]
+        # ds_ng = 2 s_ng grad_n V[:, j_ng]
+        read = F.embedding(slot, V.T)  # V[:, j_ng]: [n, top_k, d_out]
         d_score = 2 * score * (read @ grad[:, :, None])[:, :, 0]
+        # dx_n = sum_g ds_ng K[j_ng]
         dx = F.embedding_bag(slot, K, per_sample_weights=d_score, mode="sum")
-        row = torch.arange(len(x), device=x.device)[:, None].expand_as(slot)
-        index = torch.stack([slot.flatten(), row.flatten()])
-
-        def spread(weight: Tensor) -> Tensor:  # [n, top_k] at the winners of a matrix [slots, n]
-            sizes = (len(K), len(x))
-            return torch.sparse_coo_tensor(index, weight.flatten(), sizes, check_invariants=False)
-
-        # dK[j] = sum_n ds_nj x_n;  dV[:, j] = sum_n s_nj^2 grad_n
-        dK = spread(d_score) @ x if ctx.needs_input_grad[1] else None
-        dV = (spread(score.square()) @ grad).T if ctx.needs_input_grad[2] else None
+        dK, dV = None, None
+        if ctx.needs_input_grad[1]:
+            dK = at_winners(d_score, slot, len(K)) @ x
+        if ctx.needs_input_grad[2]:
+            dV = (at_winners(score.square(), slot, len(K)) @ grad).T
         return dx, dK, dV, None
+
+
+def at_winners(weight: Tensor, slot: Tensor, n_slots: int) -> Tensor:
+    """A sparse matrix [n_slots, n]: weight [n, top_k] where slot [n, top_k] says, else 0."""
+    n = len(slot)
+    row = torch.arange(n, device=slot.device)[:, None].expand_as(slot)
+    index = torch.stack([slot.flatten(), row.flatten()])
+    sizes = (n_slots, n)
+    return torch.sparse_coo_tensor(index, weight.flatten(), sizes, check_invariants=False)
 
 
 def is_wide(width: int, top_k: int, addressing: str) -> bool:
@@ -196,7 +213,7 @@ def is_wide(width: int, top_k: int, addressing: str) -> bool:
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer does nothing but x W^T, and nobody listens to it (hooks)."""
+    """Whether a layer does nothing but x W^T, and has no hooks of its own."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     heard = any(getattr(layer, name) for name in hooks)
     return type(layer) is nn.Linear and layer.bias is None and not heard
@@ -205,8 +222,9 @@ def is_plain(layer: nn.Linear) -> bool:
 def read_store(
     x: Tensor, keys: nn.Linear, values: nn.Linear, top_k: int, addressing: str
 ) -> Tensor:
-    """values(address(keys(x))): [..., d_in] -> [..., d_out]. Of a wide store by ReadWinners, which
-    wants plain layers, no autocast, and a device with sparse products."""
+    """values(address(keys(x))): [..., d_in] -> [..., d_out]. Of a wide store by ReadWinners (where
+    scores are equal, the first alone is read), which wants plain layers, no autocast, and a device
+    with sparse products."""
     device = x.device.type
     can_be_sparse = device not in ("mps", "meta") and not torch.is_autocast_enabled(device)
     is_usual = can_be_sparse and is_plain(keys) and is_plain(values)
@@ -247,6 +265,8 @@ class SharedMemory(nn.Module):
 
 
 class Block(nn.Module):
+    """x <- x + attention(x), then x <- x + store(x): the memory, the feed-forward, or both."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.attention = Attention(config)
@@ -258,10 +278,9 @@ class Block(nn.Module):
         x = x + self.attention(x, cos, sin, masked)
         if memory is None:
             return x + self.feed_forward(x)
-        read = memory(x)
-        if self.feed_forward is not None:
-            read = read + self.feed_forward(x)
-        return x + read
+        if self.feed_forward is None:
+            return x + memory(x)
+        return x + (memory(x) + self.feed_forward(x))
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -279,7 +298,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(n_blocks))
         self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):  # N(0, 1 / d_in), smaller where it writes to x
+            if isinstance(module, nn.Linear):  # std 1 / sqrt(d_in), a fifth where it writes to x
                 writes = name.endswith(("attention.out", "feed_forward.down", "memory.values"))
                 std = (0.2 if writes else 1) * module.in_features**-0.5
                 nn.init.normal_(module.weight, 0, std, generator)
@@ -294,14 +313,15 @@ class Model(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         d_head = config.d_model // config.n_heads
+        # angle_ti = position_t frequency_i,  frequency_i = 10000^(-2 i / d_head)
         frequency = 10000.0 ** -(torch.arange(0, d_head, 2, device=tokens.device) / d_head)
         angle = positions[:, None] * frequency  # [token, d_head / 2]
         masked = (positions[:, None] <= positions).fill_diagonal_(False)  # [token, token]
         x = self.embedding(tokens)  # [batch, token, d_model]
         cos, sin = angle.cos().to(x), angle.sin().to(x)
-        for _ in range(config.depth if config.loop else 1):
-            for block in self.blocks:
-                x = block(x, cos, sin, masked, self.memory)
+        for i in range(config.depth * config.blocks):  # pass i // config.blocks
+            block = self.blocks[i % len(self.blocks)]  # looped: the same blocks again
+            x = block(x, cos, sin, masked, self.memory)
         return F.linear(self.norm(x), self.embedding.weight[: config.n_entities])
 
 
@@ -316,10 +336,11 @@ class State(NamedTuple):
 
 def states(config: Config) -> list[State]:
     """What each block adds to the stream and the stream after it, in order."""
+    n_blocks = config.blocks if config.loop else config.blocks * config.depth
     found = []
     for i in range(config.depth * config.blocks):
         at_pass = i // config.blocks
-        block = f"blocks.{i % config.blocks if config.loop else i}"
+        block = f"blocks.{i % n_blocks}"
         call = at_pass if config.loop else 0
         found.append(State(at_pass, "attention", f"{block}.attention", call))
         if config.memory:

@@ -437,10 +437,24 @@ def test_probes_of_a_hop_against_a_slow_reference(hop, function, shift):
     edits = zip(fact.tolist(), new.tolist())
     expected, why = slow_probes(paths, edits, known, right, asked, hop)
     assert list(zip(got.edit.tolist(), got.tokens.tolist(), got.answer.tolist())) == expected != []
-    assert left_out == why
+    assert left_out == dict.fromkeys(left_out, 0) | why
 
 
 EDITED = torch.tensor([1, 5, 12, 20])
+
+
+def test_no_edit_has_no_probes():
+    paths, none = kg_world(), torch.zeros(0, dtype=torch.long)
+    rows = torch.arange(len(paths.first))
+    every = torch.ones_like(rows, dtype=torch.bool)
+    facts = kg.unrelated_facts(paths, none, torch.arange(len(paths.facts)), 5, generator())
+    beside = kg.unrelated_paths(paths, none, rows, every, 5, generator())
+    assert len(facts.edit) == len(beside.edit) == 0
+
+
+def test_an_exception_needs_another_answer():
+    with pytest.raises(ValueError, match="2 answers or more, got 0.5 of 1"):
+        kg.with_exceptions(kg_world(), 0.5, 1, 0)
 
 
 def test_a_new_tail_that_no_fact_mentions_leads_nowhere():
@@ -699,10 +713,10 @@ def test_weights_come_from_the_generator_alone_at_their_scale(arch, more):
     "sizes, words",
     [
         ({"d_model": 60, "n_heads": 4}, "n_heads, got 60 and 4"),
-        ({"slots": 100, "top_k": 32}, "slots .* got 100 and 32"),
-        ({"slots": 8, "top_k": 9, "addressing": "topk"}, "slots .* got 8 and 9"),
-        ({"d_ff": 100, "memory": False}, "d_ff .* got 100 and 64"),
-        ({"d_ff": 100, "feed_forward": True}, "d_ff .* got 100 and 64"),
+        ({"slots": 100, "top_k": 32}, "top_k .* got 32 of 100"),
+        ({"slots": 8, "top_k": 9, "addressing": "topk"}, "top_k .* got 9 of 8"),
+        ({"d_ff": 100, "memory": False}, "ff_top_k .* got 64 of 100"),
+        ({"d_ff": 100, "feed_forward": True}, "ff_top_k .* got 64 of 100"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"addressing": "hash"}, "got 'hash'"),
     ],
@@ -1458,7 +1472,7 @@ def test_gradient_targets_are_sought_alike_in_small_batches_and_heed_a_penalty(w
 
 @pytest.mark.parametrize("position", [None, 0])
 def test_a_gradient_target_is_sought_at_the_sites_call_alone(world, position):
-    """Without a direction: one step of descent against a slow reference; keys and C play no part."""
+    """Without a direction: one step against a slow reference; keys and C play no part."""
     model, requests = world.model, copy.copy(world.requests)
     if position is not None:
         requests.position = torch.full((4,), position)
@@ -2227,7 +2241,7 @@ PROMPT, STORE = torch.tensor([[1, 5, 3]]), "down.1"
 
 
 def edit_to(model, answer=7, **options):
-    """The answer of the model, edited as in the README, and what the search for r says of itself."""
+    """The answer of the model, edited as in the README, and what the search for r says."""
     texts = torch.randint(12, (64, 5), generator=generator())
     at = editing.site(model, STORE, 0, PROMPT, texts)
     request = editing.Requests(torch.tensor([0]), PROMPT, torch.tensor([0]), torch.tensor([answer]))
@@ -2320,6 +2334,12 @@ def test_inference_mode_is_named():
     x, y = torch.randint(12, (2, 4, 5), generator=generator())
     with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.inference_mode"):
         curvature.kronecker_factors(Gpt(), [(x, y)], F.cross_entropy, [STORE])
+    model = Gpt().eval()
+    dW = torch.ones(16, 24)
+    with torch.inference_mode(), edited(model, {STORE: dW}):
+        now = model(PROMPT)
+    with torch.inference_mode(), curvature.ablated(model, {STORE: model.down[1].weight + dW}):
+        assert torch.equal(model(PROMPT), now), "no gradient is needed"
 
 
 def test_a_target_out_of_reach_says_so():
@@ -2347,6 +2367,138 @@ def test_values_are_without_the_bias_so_that_rome_is_exact():
     with edited(model, {STORE: dW}):
         returned = editing.last_token(model, STORE, 0, PROMPT)[1][0]
     close(returned, v + model.down[1].bias, 1e-10)
+
+
+def test_a_model_that_overwrites_what_it_returns_is_read_as_it_was():
+    model = nn.Sequential(nn.Embedding(12, 6), nn.Linear(6, 8), nn.ReLU(True), nn.Linear(8, 12))
+    tokens = torch.randint(12, (6, 3), generator=generator())
+    for i in (1, 3):
+        at = editing.site(model.double(), str(i), 0, tokens)
+        close(at.values, at.keys @ model[i].weight.T, 1e-12)
+
+
+class Aside(nn.Module):
+    """A layer in a model that returns its output, changed by `change`."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.embedding, self.layer, self.change = nn.Embedding(12, 5), nn.Linear(5, 12), change
+
+    def forward(self, tokens):
+        return self.change(self.layer, self.embedding(tokens))
+
+
+def test_flattened_logits_or_targets_do_not_change_the_masses():
+    plain = Aside(lambda layer, x: layer(x)).double()
+    flat = Aside(lambda layer, x: layer(x).flatten(0, 1)).double()
+    flat.load_state_dict(plain.state_dict())
+    x, y = torch.randint(12, (2, 4, 3), generator=generator())
+    factors = curvature.kronecker_factors(plain, [(x, y)], F.cross_entropy, ["layer"], "gold")
+    masses = []
+    for model, targets in ((plain, y), (flat, y), (plain, y.flatten())):
+        arguments = ([(x, targets)], F.cross_entropy, factors, "gold")
+        masses.append(curvature.corrected_masses(model, *arguments)["layer"])
+    close(masses[1], masses[0], 1e-12)
+    close(masses[2], masses[0], 1e-12)
+
+
+def test_a_layer_that_no_gradient_can_reach_is_named():
+    @torch.no_grad()
+    def silent(layer, x):
+        return layer(x)
+
+    batch = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="'layer' runs under torch.no_grad"):
+        curvature.kronecker_factors(Aside(silent), [(batch, batch)], F.cross_entropy, ["layer"])
+
+
+@pytest.mark.parametrize("find", [editing.layer_of, curvature.layer_of])
+def test_layers_are_found_at_fewer_digits_and_in_training_mode(find):
+    class Dropped(nn.Linear):
+        def forward(self, x):
+            return super().forward(F.dropout(x, 0.5, self.training))
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert find(nn.Sequential(nn.Linear(768, 768)), "0").matrix.shape == (768, 768)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    model = nn.Sequential(Dropped(8, 8)).train()
+    state = torch.get_rng_state()
+    assert find(model, "0") and model[0].training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("find", [editing.layer_of, curvature.layer_of])
+def test_weights_in_one_place_are_shared(find):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    with pytest.raises(ValueError, match="shares its weight"):
+        find(model, "0")
+    with pytest.raises(ValueError, match="no layer of the model; such are"):
+        find(model, "2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_small_edit_that_a_layer_does_not_return_is_taken_back(dtype):
+    """An update of 2 % of the weight, of a layer that has kept a copy of the old one."""
+    model = nn.Sequential(nn.Linear(512, 512, bias=False)).to(dtype)
+    old = model[0].weight.detach().clone()
+    u, r = torch.randn(2, 512, generator=generator())
+    dW = torch.outer(r, u)
+    dW = 0.02 * dW / dW.norm() * old.double().norm()
+    with edited(model, {"0": dW}):
+        assert not torch.equal(model[0].weight, old)
+    model[0].forward = lambda x: x @ old.T
+    with pytest.raises(ValueError, match="does not return what was written"):
+        editing.apply_edit(model, {"0": dW})
+    assert torch.equal(model[0].weight, old)
+
+
+def test_a_square_weight_that_equals_its_transpose_is_not_written_the_wrong_way_round():
+    model = nn.Sequential(Transposed(5, 5))
+    model[0].weight.data = torch.eye(5)
+    W = torch.randn(5, 5, generator=generator())
+    with pytest.raises(ValueError, match="does not return what was written"):
+        with curvature.ablated(model, {"0": W}):
+            pass
+    assert torch.equal(model[0].weight, torch.eye(5))
+
+
+def test_a_call_that_does_not_exist_is_named():
+    model = Gpt().eval()
+    u, r, edit = torch.zeros(1, 24), torch.zeros(1, 16), torch.tensor([0])
+    arguments = (model, model.down[1], u, r, edit, PROMPT)
+    assert editing.answers_under_edits(*arguments, calls=[0]).shape == (1,)
+    with pytest.raises(ValueError, match=r"Linear is called 1 time\(s\).* no call 7"):
+        editing.answers_under_edits(*arguments, calls=[0, 7])
+
+
+def test_a_layer_that_returns_zeros_alone_gives_a_change_no_scale():
+    model = Gpt()
+    for parameter in model.down[1].parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(ValueError, match="returns zeros for every fact"):
+        edit_to(model)
+
+
+def test_a_second_moment_is_symmetric():
+    K, R = normal(2, 4), normal(2, 3)
+    C = torch.eye(4).double()
+    C[0, 1] = 0.5
+    for update in (
+        lambda: rome_update(torch.zeros(3, 4), C, K[0], R[0]),
+        lambda: emmet_update(K, R, C),
+        lambda: memit_update(K, R, C, 1.0),
+        lambda: editing.alphaedit_update(K, R, C, 1.0, threshold=10.0),
+    ):
+        with pytest.raises(ValueError, match="C must be symmetric"):
+            update()
+
+
+def test_there_is_a_subject_for_each_prompt():
+    with pytest.raises(ValueError, match="1 subjects for 2 prompts"):
+        editing.prompts([[1], [2]], [[3], [4]], pad=0, subject=[0])
 
 
 def test_diagnostics_are_of_the_rounded_weight():
@@ -3155,9 +3307,11 @@ def test_modules_that_return_tuples_are_recorded_and_changed(world):
 def test_results_without_a_checkpoint_are_kept(copied, capsys):
     (copied / "ckpt.pt").unlink()
     assert "no ckpt.pt" in refused(capsys, *TINY, "--out", copied, "--resume")
-    assert "edits" in results_of(copied)
-    (copied / "results.json").write_text('{"config": {"a": 1}}')
-    assert "not the results of a run" in refused(capsys, "--report", copied)
+    found = results_of(copied)
+    assert "edits" in found
+    for damaged in ({"config": {"a": 1}}, found | {"config": {}}, found | {"arch": "mine"}):
+        (copied / "results.json").write_text(json.dumps(damaged))
+        assert "not the results of a run" in refused(capsys, "--report", copied)
 
 
 # --- minedit.py: the stages -----------------------------------------------------------------------
@@ -3290,6 +3444,9 @@ def test_edit_fact_shows_no_composition_of_a_clone(tmp_path, monkeypatch, capsys
     assert "facts of 18 synthetic clones" in out
     shown = [line for line in out.splitlines() if line.startswith("second hop ")]
     assert len(shown) >= 2 and "~" not in "".join(shown)
+    for edit in (("e3~1", "r", "e8"), ("e3", "r", "e8~2")):
+        wanted = [*TINY[4:], "--triples", file, "--clones", 2, "--edit-fact", *edit]
+        assert "a clone; use an entity of the file" in refused(capsys, *wanted)
 
 
 def test_batches_of_facts_alone_ask_all_facts_of_a_head_after_one_prefix():
@@ -3393,6 +3550,9 @@ def test_runs_that_differ_in_the_seed_are_one_row(finished, tmp_path, capsys):
     assert run_main("--report", tmp_path) == 0
     row = capsys.readouterr().out.splitlines()[3].split()
     assert row[:2] == ["lmc", "2"] and "(1" in row, "edits: of one run of two"
+    shutil.copytree(finished, tmp_path / "c")
+    assert run_main("--report", tmp_path) == 0
+    assert "1 runs have the settings and the seed of another" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def learned_mask(
         logits = torch.func.functional_call(model, masked, (inputs,))
         return loss(*counted(logits, targets))
 
-    with evaluation_mode(model):
+    with evaluation_mode(model), torch.enable_grad():
         for step in range(steps):
             value = loss_on(*others[step % len(others)])
             value = value - weight * loss_on(*forget[step % len(forget)])
