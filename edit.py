@@ -644,7 +644,7 @@ class Layer(NamedTuple):
         torch.clear_autocast_cache()  # of casts of the old weight
         change = self.asked(x)[0] - returned
         wanted = (double(self.matrix) - before) @ double(x)
-        slack = 0.1 * wanted.norm() + 8 * rounding(x.dtype) ** 0.75 * returned.norm()
+        slack = 0.1 * wanted.norm() + 2 * rounding(x.dtype) ** 0.75 * returned.norm()
         return bool((change - wanted).norm() <= slack)
 
 

@@ -2441,12 +2441,12 @@ def test_weights_in_one_place_are_shared(find):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_small_edit_that_a_layer_does_not_return_is_taken_back(dtype):
-    """An update of 2 % of the weight, of a layer that has kept a copy of the old one."""
+    """An update of 0.8 % of the weight, of a layer that has kept a copy of the old one."""
     model = nn.Sequential(nn.Linear(512, 512, bias=False)).to(dtype)
     old = model[0].weight.detach().clone()
     u, r = torch.randn(2, 512, generator=generator())
     dW = torch.outer(r, u)
-    dW = 0.02 * dW / dW.norm() * old.double().norm()
+    dW = 0.008 * dW / dW.norm() * old.double().norm()
     with edited(model, {"0": dW}):
         assert not torch.equal(model[0].weight, old)
     model[0].forward = lambda x: x @ old.T
