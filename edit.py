@@ -690,9 +690,11 @@ def layer_of(model: nn.Module, name: str) -> Layer:
     raise ValueError(f"{name} is no linear layer: it does not map what it is handed by its weight")
 
 
-def same_memory(p: Tensor | None, weight: Tensor) -> bool:
+def same_memory(p: Tensor | None, weight: Tensor | None) -> bool:
     """Whether a parameter is the weight, or lies in the same place."""
-    return p is not None and (p is weight or p.data_ptr() == weight.data_ptr() != 0)
+    if p is None or weight is None:
+        return False
+    return p is weight or p.data_ptr() == weight.data_ptr() != 0
 
 
 class Adapted(nn.Module):
@@ -768,7 +770,8 @@ def apply_edit(model: nn.Module, updates: dict[str, Tensor]) -> dict[str, Tensor
             # asked for the longest row of dW, an input that dW changes: an old weight would show
             row = double(dW[dW.norm(dim=1).argmax()])
             x = (row / row.abs().max().clamp(min=torch.finfo(row.dtype).tiny)).to(W)
-            new = cast(double(W) + double(dW).to(double(W).device), W)
+            before = double(W)
+            new = cast(before + double(dW).to(before.device), W)
             with evaluation_mode(layer.module):
                 is_returned = layer.write(new, x)
             if not is_returned:

@@ -204,13 +204,7 @@ def split(
         )
     real = head < graph.n_answers  # clones are numbered last
     asked = composed & real[first]
-    masks = {
-        "train": train,
-        "id": asked & both_id & ~train,
-        "ood": asked & ood1 & ood2,
-        "ood_first": asked & ood1 & ~ood2,
-        "ood_second": asked & ood2 & ~ood1,
-    }
+    masks = sets_of(asked, ood1, ood2, train)
     facts = torch.stack([head, relation, tail], 1)
     queries = torch.stack([head, graph.n_entities + relation], 1)
     return Paths(
@@ -225,6 +219,17 @@ def split(
         real=real,
         masks=masks,
     )
+
+
+def sets_of(asked: Tensor, ood1: Tensor, ood2: Tensor, train: Tensor) -> dict[str, Tensor]:
+    """{name of SPLITS: mask [n_paths]}: those trained, and others asked, by which facts are OOD."""
+    return {
+        "train": train,
+        "id": asked & ~ood1 & ~ood2 & ~train,
+        "ood": asked & ood1 & ood2,
+        "ood_first": asked & ood1 & ~ood2,
+        "ood_second": asked & ood2 & ~ood1,
+    }
 
 
 def random_share(mask: Tensor, share: float, generator: torch.Generator) -> Tensor:

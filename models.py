@@ -190,20 +190,19 @@ class ReadWinners(torch.autograd.Function):
         d_score = 2 * score * (read @ grad[:, :, None])[:, :, 0]
         # dx_n = sum_g ds_ng K[j_ng]
         dx = F.embedding_bag(slot, K, per_sample_weights=d_score, mode="sum")
+        row = torch.arange(len(x), device=x.device)[:, None].expand_as(slot)
+        index = torch.stack([slot.flatten(), row.flatten()])
+        sizes = (len(K), len(x))
         dK, dV = None, None
         if ctx.needs_input_grad[1]:
-            dK = at_winners(d_score, slot, len(K)) @ x
+            dK = at_winners(index, d_score, sizes) @ x
         if ctx.needs_input_grad[2]:
-            dV = (at_winners(score.square(), slot, len(K)) @ grad).T
+            dV = (at_winners(index, score.square(), sizes) @ grad).T
         return dx, dK, dV, None
 
 
-def at_winners(weight: Tensor, slot: Tensor, n_slots: int) -> Tensor:
-    """A sparse matrix [n_slots, n]: weight [n, top_k] where slot [n, top_k] says, else 0."""
-    n = len(slot)
-    row = torch.arange(n, device=slot.device)[:, None].expand_as(slot)
-    index = torch.stack([slot.flatten(), row.flatten()])
-    sizes = (n_slots, n)
+def at_winners(index: Tensor, weight: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """A sparse matrix [slots, n]: weight [n, top_k] at the winners, index [2, n * top_k], else 0."""
     return torch.sparse_coo_tensor(index, weight.flatten(), sizes, check_invariants=False)
 
 

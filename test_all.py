@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import doctest
 import gzip
+import inspect
 import json
 import os
 import platform
@@ -2375,6 +2376,14 @@ def test_a_model_that_overwrites_what_it_returns_is_read_as_it_was():
     for i in (1, 3):
         at = editing.site(model.double(), str(i), 0, tokens)
         close(at.values, at.keys @ model[i].weight.T, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["double", "Layer", "any_input", "rounding", "same_memory", "evaluation_mode"]
+)
+def test_what_both_files_hold_to_be_copied_alone_is_the_same(name):
+    sources = [inspect.getsource(getattr(module, name)) for module in (editing, curvature)]
+    assert sources[0] == sources[1]
 
 
 class Aside(nn.Module):
