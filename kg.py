@@ -681,12 +681,13 @@ def numbered(
     for (head, relation), tails in questions.items():
         for k, i in enumerate(place[head, relation][:most], 1):
             facts.append((head, f"{relation}#{k}", tails[i]))
-    n_first = len(questions)
+    n_later = len(facts) - len(questions)
     n_left_out = sum(len(tails) for tails in questions.values()) - len(facts)
-    notes.append(
-        f"{len(facts) - n_first} triples are tails number 2 to {most}, of relations r#2, ...; "
-        f"{n_left_out} beyond are left out"
-    )
+    if n_later or n_left_out:
+        notes.append(
+            f"{n_later} triples are tails number 2 to {most}, of relations r#2, ...; "
+            f"{n_left_out} beyond are left out"
+        )
     return facts
 
 

@@ -1401,8 +1401,9 @@ def read_results(folder: Path) -> list[dict]:
         result = read_json(file, remedy)
         expected = {"arch", "seed", "accuracy", "grokked_at", "seconds", "config"}
         parts = {"arch", "data", "model", "recipe"}
-        is_run = expected <= result.keys() and parts <= result["config"].keys()
-        require(is_run and result["arch"] in ARCHS, f"{file}: not the results of a run; {remedy}")
+        is_run = expected <= result.keys() and isinstance(result["config"], dict)
+        is_run = is_run and parts <= result["config"].keys() and result["arch"] in ARCHS
+        require(is_run, f"{file}: not the results of a run; {remedy}")
         found.append(result)
     require(found, f"--report {folder}: no results.json in it or below it; train a run first")
     return found

@@ -176,6 +176,9 @@ def test_numbered_tails_are_facts_of_relations_of_their_own(several, tmp_path):
         kg.from_triples(several, tails="numbered", most_tails=n).facts[0, 0].item() for n in (1, 5)
     }
     assert len(first) == 1, "the k-th tail does not depend on how many are kept"
+    single = tmp_path / "single.tsv"
+    single.write_text("a\tr\tb\nb\tr\ta\n")
+    assert kg.from_triples(single, tails="numbered").notes == []
 
 
 def test_reciprocal_facts_are_added_where_they_have_one_tail(several):
@@ -3318,7 +3321,8 @@ def test_results_without_a_checkpoint_are_kept(copied, capsys):
     assert "no ckpt.pt" in refused(capsys, *TINY, "--out", copied, "--resume")
     found = results_of(copied)
     assert "edits" in found
-    for damaged in ({"config": {"a": 1}}, found | {"config": {}}, found | {"arch": "mine"}):
+    configs = [{"config": {"a": 1}}, found | {"config": {}}, found | {"config": 7}]
+    for damaged in [*configs, found | {"arch": "mine"}]:
         (copied / "results.json").write_text(json.dumps(damaged))
         assert "not the results of a run" in refused(capsys, "--report", copied)
 
