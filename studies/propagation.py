@@ -12,7 +12,8 @@ Three parts, in the cells and at the sizes that the training options name:
     python -m studies.propagation --arch all --seeds 5 --out runs/propagation    # 4 minutes a run
 
 Writes "propagation", "locate" and "when" into results.json. The site is chosen before anything is
-scored (minedit.a_priori_site).
+scored, and the shrinkage of C there, by edits of other facts, for the edits of every site
+(minedit.site_for_edits).
 
 [1] Niu 2026, arXiv 2606.20737.   [2] Meng et al. 2022, ROME, arXiv 2202.05262.
 """
@@ -47,10 +48,18 @@ class Case(NamedTuple):
     probes: minedit.EditProbes
     shared: tuple[kg.Probes, kg.Probes] | None  # hop 1, hop 2 on what all four cells answer right
     chosen: minedit.APriori
+    shrink: float  # of C, at every site
 
 
-def make_case(run: Run, model: Model, n_edits: int, common: tuple[Tensor, Tensor] | None) -> Case:
-    """`common`: the facts and paths that all cells of the seed answer right, if they are known."""
+def make_case(
+    run: Run,
+    model: Model,
+    n_edits: int,
+    common: tuple[Tensor, Tensor] | None,
+    shrink: float | str = 0.0,
+) -> Case:
+    """`common`: the facts and paths that all cells of the seed answer right, if they are known.
+    `shrink`: see `minedit.site_for_edits`."""
     paths, generator = run.paths, run.stream()
     known = minedit.what_is_known(model, paths)
     fact, new, _ = kg.draw_edits(paths, n_edits, generator)
@@ -60,8 +69,14 @@ def make_case(run: Run, model: Model, n_edits: int, common: tuple[Tensor, Tensor
         hop1, _ = kg.hop1_probes(paths, fact, new, *common, known.asked)
         hop2, _ = kg.hop2_probes(paths, fact, new, *common, known.asked)
         shared = (hop1, hop2)
-    chosen = minedit.a_priori_site(model, paths, fact, known.facts, run.stream())
-    return Case(known, minedit.requests_for(paths, fact, new), probes, shared, chosen)
+    chosen, at, _ = minedit.site_for_edits(run, model, known, fact, shrink)
+    requests = minedit.requests_for(paths, fact, new)
+    return Case(known, requests, probes, shared, chosen, at.shrink)
+
+
+def gather(run: Run, model: Model, case: Case, site: State) -> editing.Site:
+    """Keys, values and C at a site, C shrunk as for all edits of this case."""
+    return editing.shrunk(minedit.gather(run, model, site), case.shrink)
 
 
 def distance_to_values(values: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
@@ -106,7 +121,7 @@ def kinds_of_edit(at_chosen_site: bool) -> list[tuple[str, str]]:
 def edit_site(run: Run, model: Model, case: Case, site: State) -> list[dict]:
     """The entries of all kinds of edit at one site."""
     paths, known, requests = run.paths, case.known, case.requests
-    at = minedit.gather(run, model, site)
+    at = gather(run, model, case, site)
     head, relation, _ = paths.facts.T
     row = at.keys.abs().argmax(-1)  # the slot of the key's largest entry
     groups = {"same_subject": head, "same_relation": relation, "same_row": row}
@@ -159,18 +174,27 @@ def edit_both_copies(run: Run, model: Model, case: Case) -> dict | None:
     """Without sharing, a fact seems to be held twice: where its own question finds it, and in the
     last store, where compositions look for it as second hop, under other keys. The entry of edits
     of both; the compositions that lend the second copy its key are not asked. None for the cells
-    that share."""
-    if run.config.loop or run.config.memory:
+    that share, and where there is one store."""
+    if run.config.loop or run.config.memory or len(stores(run.config)) == 1:
         return None
     lent, probes = set_apart(case.probes, run.stream())
-    first = rome_edits(run, model, case, case.chosen.site)
+    first = rome_edits(run, model, case, site_of_first_copy(run, case))
     second = edit_second_copy(run, model, case, lent)
     return entry_of_several(model, [first, second], probes, "both copies")
 
 
+def site_of_first_copy(run: Run, case: Case) -> State:
+    """The chosen site; where that is the last store, the one before it with the largest effect."""
+    *earlier, last = stores(run.config)
+    if case.chosen.site != last:
+        return case.chosen.site
+    effects = case.chosen.effects[:-1]
+    return earlier[effects.index(max(effects))]
+
+
 def rome_edits(run: Run, model: Model, case: Case, site: State) -> minedit.Edits:
     """By ROME with a prototype at one site."""
-    at = minedit.gather(run, model, site)
+    at = gather(run, model, case, site)
     return minedit.make_edits(model, run.paths, case.known.facts, case.requests, at, site.at_pass)
 
 
@@ -189,7 +213,7 @@ def edit_second_copy(run: Run, model: Model, case: Case, lent: kg.Probes) -> min
     are answered by the wanted tail; where there are none, nothing is changed."""
     site = stores(run.config)[-1]
     paths, known, requests = run.paths, case.known, case.requests
-    at = minedit.gather(run, model, site)
+    at = gather(run, model, case, site)
     keys = at.keys.clone()
     lent_keys, _ = editing.last_token(model, site.module, site.call, lent.tokens)
     for edit in lent.edit.unique():
@@ -283,7 +307,7 @@ def study(run: Run, model: Model, args, common: tuple[Tensor, Tensor] | None):
     """All three parts for one trained model."""
     print(f"\n{run.arch}, seed {run.seed}:")
     began = time.perf_counter()
-    case = make_case(run, model, args.n_edits, common)
+    case = make_case(run, model, args.n_edits, common, shrink="auto")
     site = case.chosen.site
     run.results["a_priori"] = {"site": site.module, "call": site.call, "pass": site.at_pass}
     run.results["a_priori"] |= {"effects": case.chosen.effects, "n": case.chosen.n}

@@ -418,8 +418,9 @@ def relearning_table(groups: list[Group]) -> Table | None:
 
     legend = """\
 after further steps of training of the ablated model with the old exceptions, and with other wrong
-answers to the same questions"""
-    return mean_table(groups, entries, same("of", "step"), REMAINING, legend, ("true",))
+answers to those that were lost. lost: of the lost ones, those that get the answer that is trained"""
+    shares = {"lost": "lost"} | REMAINING
+    return mean_table(groups, entries, same("of", "step"), shares, legend, ("lost",))
 
 
 def vision_table(groups: list[Group]) -> Table | None:

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_the_second_copy_has_the_keys_and_values_of_compositions(tmp_path, monke
     )
     assert propagation.edit_both_copies(run, model, case)["site"] == "both copies"
     first, second = made[0][0]
-    assert first.at.name == case.chosen.site.module
+    assert first.at.name == propagation.site_of_first_copy(run, case).module
     assert (second.at.name, second.at_pass) == ("blocks.1.feed_forward.down", 1)
     _, kept = made[2]  # hop 2, after direct and hop 1
     W, asked, n_lent = second.at.layer.weight, set(kept.path.tolist()), []
@@ -217,6 +218,34 @@ def test_what_all_four_cells_know_is_scored_apart(tmp_path):
                 assert 0 <= e["probes_hop1_shared"] <= e["probes_hop1"]
         shared.append(entries)
     assert len(shared) == 4
+
+
+def test_the_first_copy_is_in_another_store_than_the_second(tmp_path):
+    run = toy_run(tmp_path, "--arch", "dense", "--depth", "3")
+    model = run.train()
+    case = propagation.make_case(run, model, 3, None)
+    first, second, last = models.stores(run.config)
+    for chosen, wanted in ((first, first), (second, second), (last, first)):
+        a_priori = minedit.APriori(chosen, [0.4, 0.3, 0.5], 10)
+        mine = case._replace(chosen=a_priori)
+        assert propagation.site_of_first_copy(run, mine) == wanted
+    single = toy_run(tmp_path / "b", "--arch", "dense", "--depth", "1")
+    assert propagation.edit_both_copies(single, model, case) is None
+
+
+def test_every_site_is_shrunk_as_the_chosen_one(tmp_path):
+    run = toy_run(tmp_path, "--arch", "dense")
+    model = run.train()
+    case = propagation.make_case(run, model, 3, None, shrink=2.0)
+    for site in models.stores(run.config):
+        C = minedit.gather(run, model, site).C
+        entries = propagation.edit_site(run, model, case, site)
+        assert {entry["shrink"] for entry in entries} == {2.0}
+        at = propagation.gather(run, model, case, site)
+        close(at.C, C + 2 * C.diagonal().mean() * torch.eye(len(C)).double(), 1e-9)
+    chosen = propagation.make_case(run, model, 3, None, shrink="auto").shrink
+    fact = case.requests.fact
+    assert chosen == minedit.site_for_edits(run, model, case.known, fact, "auto").at.shrink
 
 
 def test_a_target_is_pulled_to_the_values_of_the_store(world):
@@ -1180,6 +1209,7 @@ def test_the_ablation_study(tmp_path, arch, n_images):
     first = found["relearning"]["old"][0]
     for name in ("recited", "true", "id"):
         assert first[name] == found["chosen"][name], "relearning starts where the ablation ended"
+    assert first["lost"] in (0, None), "what was lost is not recited"
     assert found["before"]["removed"] == 0 and len(found["sweep"]) == len(ablation.KEEPS)
     weights = checkpoint(folder)["average"]
     assert run_study(ablation, *options) == 0
@@ -1342,15 +1372,47 @@ def test_the_sweep_removes_more_the_less_is_kept(tmp_path):
 
 def test_other_answers_are_wrong_and_new(tmp_path):
     run = ablation.prepare(ablation_args(tmp_path / "n"))[0]
-    child, paths = ablation.with_other_answers(run), run.paths
-    exceptions = paths.masks["exceptions"]
+    paths = run.paths
+    exceptions = paths.masks["exceptions"].nonzero().flatten()
+    assert len(exceptions) > 20
+    which = torch.zeros(len(paths.tokens), dtype=torch.bool).index_fill(0, exceptions[::2], True)
+    child = ablation.with_other_answers(run, which)
     true = paths.facts[paths.second, 2]
-    assert exceptions.sum() > 20
-    assert torch.equal(child.paths.two_hop[~exceptions], paths.two_hop[~exceptions])
+    assert torch.equal(child.paths.two_hop[~which], paths.two_hop[~which])
     for answers in (true, paths.two_hop):
-        assert (child.paths.two_hop != answers)[exceptions].all()
-    assert child.paths.two_hop[exceptions].unique().numel() > 5, "any entity"
+        assert (child.paths.two_hop != answers)[which].all()
+    assert child.paths.two_hop[which].unique().numel() > 5, "any entity"
     assert run.paths is paths
+
+
+def test_other_answers_are_all_alike_likely(tmp_path):
+    run = ablation.prepare(ablation_args(tmp_path / "n"))[0]
+    n, n_rows = run.task.graph.n_answers, 20000
+    true = torch.zeros(n_rows, dtype=torch.long)
+    run.paths = SimpleNamespace(true_two_hop=true, two_hop=true + 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "replace", lambda paths, two_hop: two_hop)
+        answers = ablation.with_other_answers(run, true == 0).paths
+    counts = answers.bincount(minlength=n) / n_rows
+    assert counts[0] == counts[2] == 0
+    others = counts[[i for i in range(n) if i not in (0, 2)]]
+    assert (others - 1 / (n - 2)).abs().max() < 0.01
+
+
+def test_lost_exceptions_were_recited_before_and_are_no_more(tmp_path):
+    run = ablation.prepare(ablation_args(tmp_path / "n", "--arch", "lmc"))[0]
+    model = run.fresh().model
+    before = minedit.predict(model, run.paths)[1]
+    is_recited = torch.arange(len(before)) % 3 > 0
+    run.paths = replace(run.paths, two_hop=torch.where(is_recited, before, before + 1))
+    values = model.memory.values.weight.detach()
+    lost = ablation.lost_exceptions(run, model, {"memory.values": 0 * values})
+    with editing.edited(model, {"memory.values": -values}):
+        after = minedit.predict(model, run.paths)[1]
+    exceptions = run.paths.masks["exceptions"]
+    assert torch.equal(lost, exceptions & is_recited & (after != before))
+    assert 0 < lost.sum() < (exceptions & is_recited).sum()
+    assert torch.equal(minedit.predict(model, run.paths)[1], before), "the model is as it was"
 
 
 @pytest.mark.slow
