@@ -43,7 +43,7 @@ from studies.images import images_stage
 from studies.training import further
 
 KEEPS = (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.87, 0.8, 0.7, 0.5)
-LEARNED_KEEPS = (0.995, 0.99, 0.95, 0.85)  # share of a layer's weights that a learned mask keeps
+LEARNED_KEEPS = (0.99, 0.95)  # share of a layer's weights that a learned mask keeps
 FORGET_WEIGHTS = (0.03, 0.1, 0.3)  # of the loss on exceptions against that on the mixture
 RELEARNING = (0, 10, 20, 40, 80, 160, 320, 640)  # further steps
 REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)

@@ -130,7 +130,7 @@ def plan(umls: Path | None) -> list[Job]:
     sparse = every_cell("--out-degree 19")
     transfer = "-m studies.transfer --eval-every 50"
     jobs += each("transfer", sparse, 5, [transfer], "transfer transfer_gentle", 6)
-    jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 9)
+    jobs += each("ablate", every_cell(), 5, ["-m studies.ablation"], "ablation", 18)
     exceptions = every_cell() | every_cell("--label-noise 0.02", "-few")
     both = ["minedit.py --ablate", "-m studies.attention"]
     jobs += each("exceptions", exceptions, 3, both, "ablate attention", 4)
