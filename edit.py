@@ -341,10 +341,12 @@ def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
 def add_sparse_gram(total: Tensor, K: Tensor, m: int) -> Tensor:
     """`add_gram` where at most m entries of a key of K [n, d_in] are not 0 (64 winners of 2048
     slots or more), by the products of these: m^2 a key, not d_in^2."""
-    flat = (total if total.is_contiguous() else total.mT).view(-1)  # K^T K is symmetric
+    in_rows = total if total.is_contiguous() else total.mT  # K^T K is symmetric
+    flat = in_rows.view(-1)
     chunk = max(1, min(1024, 2**22 // max(1, m) ** 2))  # 32 MiB of products
     for part in K.split(chunk):
-        place = (part != 0).byte().topk(m).indices  # [key, m], all entries that are not 0
+        is_entry = (part != 0).byte()
+        place = is_entry.topk(m).indices  # [key, m], all entries that are not 0
         value = double(part.gather(1, place))
         place = place.to(total.device)
         products = value[:, :, None] * value[:, None]  # [key, m, m]

@@ -259,7 +259,8 @@ def list_paths(
     if int(n_all.sum()) > len(first):
         generator = torch.Generator().manual_seed(CONTINUED + seed)
         start = (torch.rand(len(head), generator=generator) * n_all).long()  # of each fact
-        place = (start[first] + place * n_all[first] // n_rows[first]) % n_all[first]
+        evenly = place * n_all[first] // n_rows[first]  # over its slice
+        place = (start[first] + evenly) % n_all[first]
     composed = out_degree[tail[first]] > 0
     second = torch.where(composed, slice_start[tail[first]] + place, -1)
     return first, second

@@ -206,9 +206,11 @@ def bundles(prefix: Tensor, widest: int = 32) -> Tensor:
     index = torch.arange(len(prefix), device=prefix.device)
     begins = begins_run(prefix)
     start = begins.nonzero().flatten()
-    place = index - start[begins.cumsum(0) - 1]  # in its run
+    run = begins.cumsum(0) - 1  # the number of its run, from 0
+    place = index - start[run]  # in its run
     width = min(int(place.max()) + 1, widest)
-    row = (place % width == 0).cumsum(0) - 1
+    begins_row = place % width == 0
+    row = begins_row.cumsum(0) - 1  # the number of its row
     rows = torch.full((int(row[-1]) + 1, width), -1, device=prefix.device)
     rows[row, place % width] = index
     return rows
