@@ -9,8 +9,9 @@ A job is what one process computes, one run or the four cells of a seed. Runs ar
 (runs/all), where a killed one goes on from its last evaluation; of a finished one the three small
 files are copied, with rounded numbers, into --results, where `--list` and `python -m
 studies.report` look for it. So parts that ran on several machines are put together by copying their
-results/. A run is done, whichever commit made it; `--list` names the commits of all. UMLS is not in this repository: its runs want --umls FILE. What is no run of a seed, the
-figures of speed and of GPT-2, has commands of its own: studies.bench, studies.gpu, studies.gpt2.
+results/. A run that names a commit is done, whichever that is; `--list` names the commits of all.
+UMLS is not in this repository: its runs want --umls FILE. What is no run of a seed, the figures of
+speed and of GPT-2, has commands of its own: studies.bench, studies.gpu, studies.gpt2.
 """
 
 import json
