@@ -184,7 +184,7 @@ def test_the_second_copy_has_the_keys_and_values_of_compositions(tmp_path, monke
     )
     assert propagation.edit_both_copies(run, model, case)["site"] == "both copies"
     first, second = made[0][0]
-    assert first.at.name == propagation.site_of_first_copy(run, case).module
+    assert first.at.name == "blocks.0.feed_forward.down"
     assert (second.at.name, second.at_pass) == ("blocks.1.feed_forward.down", 1)
     _, kept = made[2]  # hop 2, after direct and hop 1
     W, asked, n_lent = second.at.layer.weight, set(kept.path.tolist()), []
