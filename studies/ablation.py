@@ -273,14 +273,40 @@ def with_other_answers(run: Run, which: Tensor) -> Run:
 
 def relearn(run: Run, state: dict, questions: Questions, lost: Tensor) -> list[dict]:
     """What is answered after further steps, trained as the last ones were, from the weights of
-    `state`; "lost": of the exceptions `lost` [n_paths], bool, those that get the run's answer."""
+    `state`: by the run's answers, "recited" of all exceptions and "lost" of those in `lost`
+    [n_paths], bool."""
+    exceptions, told = run.paths.masks["exceptions"], run.paths.two_hop
     asked = copy.copy(questions)
-    asked.paths = questions.paths | {"lost": (lost, run.paths.two_hop)}
+    asked.paths = questions.paths | {"recited": (exceptions, told), "lost": (lost, told)}
     at = [n for n in RELEARNING if n <= run.recipe.memorize]
     curve = []
     for moment in further(run, state, at, run.recipe.steps):
         curve.append({"step": moment.steps} | asked.measure(moment.model))
     return curve
+
+
+def relearn_both(run: Run, model: Model, ablated: dict[str, Tensor], questions: Questions) -> dict:
+    """From the ablated weights: the old answers of the exceptions lost by them, and as a control
+    other answers, told in their place at the same steps."""
+    lost = lost_exceptions(run, model, ablated)
+    with curvature.ablated(model, ablated):
+        state = {name: p.clone() for name, p in model.state_dict().items()}
+    return {
+        "old": relearn(run, state, questions, lost),
+        "other": relearn(with_other_answers(run, lost), state, questions, lost),
+    }
+
+
+def sweep_of(
+    model: Model, questions: Questions, spectrum: curvature.Spectrum, layers: list[str]
+) -> list[Outcome]:
+    """K-FAC at every share of mass in KEEPS, one share in all layers."""
+    found = []
+    for keep in KEEPS:
+        ablated = edited(model, "kfac", spectrum, layers, keep)
+        matched = f"alike {keep}"
+        found.append(outcome(model, questions.measure, ablated, "kfac", matched, keep=keep))
+    return found
 
 
 def strengths(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -315,20 +341,8 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
     best, before = found.best, found.outcomes[0]
     layers = list(found.weights)
     found.outcomes.append(learned_outcome(model, questions, mixture, layers))
-    sweep = []
-    for keep in KEEPS:
-        ablated = edited(model, "kfac", spectrum, names, keep)
-        matched = f"alike {keep}"
-        sweep.append(outcome(model, questions.measure, ablated, "kfac", matched, keep=keep))
-    lost = lost_exceptions(run, model, found.weights)
-    with curvature.ablated(model, found.weights):
-        state = {name: p.clone() for name, p in model.state_dict().items()}
-    child = with_other_answers(run, lost)
-    anew = Questions(child, batches, weights, args.arithmetic)
-    relearning = {
-        "old": relearn(run, state, questions, lost),
-        "other": relearn(child, state, anew, lost),
-    }
+    sweep = sweep_of(model, questions, spectrum, names)
+    relearning = relearn_both(run, model, found.weights, questions)
     tasks = tasks_kept(before, best)
     print(
         f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses\n"
