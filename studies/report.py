@@ -239,20 +239,22 @@ def mass_table(groups: list[Group]) -> Table | None:
         found = []
         for part in ("sweep", "edits", "layers"):
             for entry in lookup(run, f"mass.{part}") or []:
-                found.append(entry | {"of": part})
+                tried = entry["strength"] if part == "sweep" else None
+                found.append(entry | {"of": part, "tried": tried})
         return found
 
-    words = same("of", "method", "target", "n", "strength", "threshold", "blocks")
-    shares = SCORES | dict(condition="cond", residual_left="left", residual_predicted="pred")
+    words = same("of", "method", "target", "n", "tried", "threshold", "blocks")
+    shares = {"strength": "strength"} | SCORES
+    shares |= dict(condition="cond", residual_left="left", residual_predicted="pred")
     shares |= {"largest_cosine": "cos", "relative_norm": "norm", "seconds": "s"}
     legend = """\
-n: edits at once. strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning. eff: new
-answers; para: by the relation's other token. spec: other facts that keep theirs. score: harmonic
-mean in percent (-: no solution). as papers: that of ES, PS, the new answer likelier than the old,
-and NS, that of an unedited fact of the relation likelier than the new. cond: of the system. left:
-mean |r - dW k| / |r|, pred: predicted. cos: largest of two directions. norm: |dW| / |W|. s:
-seconds, with targets and C."""
-    return mean_table(groups, entries, words, shares, legend)
+n: edits at once. strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning, mean over
+runs (tried: one to choose from, on other facts). eff: new answers; para: by the relation's other
+token. spec: other facts that keep theirs. score: harmonic mean in percent (-: no solution). as
+papers: that of ES, PS, the new answer likelier than the old, and NS, that of an unedited fact of
+the relation likelier than the new. cond: of the system. left: mean |r - dW k| / |r|, pred:
+predicted. cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C."""
+    return mean_table(groups, entries, words, shares, legend, ("score", "paraphrase"))
 
 
 def capacity_table(groups: list[Group]) -> Table | None:
