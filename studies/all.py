@@ -203,12 +203,20 @@ def used(found: dict) -> dict:
     return {key: value for key, value in found.items() if key not in UNUSED}
 
 
+def in_lines(content: dict) -> bytes:
+    """As JSON, a line for each entry."""
+    lines = []
+    for key, value in content.items():
+        lines.append(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
 def collect(folder: Path, to: Path):
     """Copy what the report reads of a run."""
     to.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "results.json"):
         content = json.loads((folder / name).read_text(), object_hook=used)
-        minedit.write_atomically(to / name, rounded(content))
+        minedit.write_atomically(to / name, in_lines(rounded(content)))
     lines = (folder / "log.jsonl").read_text().splitlines()
     log = "".join(json.dumps(rounded(json.loads(line))) + "\n" for line in lines)
     minedit.write_atomically(to / "log.jsonl", log.encode())

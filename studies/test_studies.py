@@ -2648,3 +2648,12 @@ def test_numbers_are_rounded_to_five_digits():
     value = {"a": [0.123456789, 12345678, None], "b": {"c": 1234567.89}, "d": "0.123456789"}
     rounded = {"a": [0.12346, 12345678, None], "b": {"c": 1234600.0}, "d": "0.123456789"}
     assert everything.rounded(value) == rounded
+
+
+def test_collected_results_have_a_line_for_each_entry():
+    content = {"a": [1, {"b": None}], "c": {"d": 0.5}, "e": 'a "word"'}
+    text = everything.in_lines(content).decode()
+    assert json.loads(text) == content
+    assert len(text.splitlines()) == len(content) + 2
+    with pytest.raises(ValueError):
+        everything.in_lines({"a": float("nan")})
