@@ -46,7 +46,9 @@ class Panels:
 
     def n_runs(self, panel: str) -> str:
         """Runs behind a point: "5", or "1 to 5"."""
-        counts = {len(found) for values in self.values[panel].values() for found in values.values()}
+        counts = set()
+        for values in self.values[panel].values():
+            counts |= {len(found) for found in values.values()}
         few, many = min(counts), max(counts)
         return str(many) if few == many else f"{few} to {many}"
 

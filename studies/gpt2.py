@@ -279,7 +279,9 @@ def ablate_repeated(editor: Editor, sentences: Tensor, repeated: Tensor) -> tupl
     """Before, and with one share of curvature mass kept in all feed-forward layers: that at which
     most facts of one half are left beyond the sentences; the other half of both is scored."""
     model = editor.model.model  # names of layers are its own
-    layers = [name.replace("c_proj", kind) for name in editor.layers for kind in ("c_fc", "c_proj")]
+    layers = []
+    for name in editor.layers:
+        layers += [name.replace("c_proj", "c_fc"), name]
     data = torch.cat([sentences, repeated.repeat(len(sentences) // len(repeated) // 5, 1)])
     batches = []
     for part in data.split(256):

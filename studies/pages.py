@@ -100,7 +100,9 @@ def cut(whole: Table, part: Part) -> Table:
     kept = range(len(heads))
     if part.columns is not None:
         kept = [column_index(column, heads, text) for column in part.columns]
-    cells = [tuple(row[i] for i in kept) for row in [tuple(heads), *rows]]
+    cells = []
+    for row in [tuple(heads), *rows]:
+        cells.append(tuple(row[i] for i in kept))
     made = table_of(cells, whole.legend)
     require(made is not None, f"{text}: no row of the table is so")
     return made
@@ -193,7 +195,9 @@ def is_known(number: str, known: list[float]) -> bool:
 def unknown_numbers(section: str, tables: Tables) -> list[str]:
     """The numbers of a section's text that are in none of its tables."""
     named = [found[1] for found in BLOCK.finditer(section)] + COMMENT.findall(section)
-    known = [x for text in named for x in tables.numbers(text)]
+    known = []
+    for text in named:
+        known += tables.numbers(text)
     asked = [x for x in NUMBER.findall(prose_of(section)) if "." in x or x.endswith("%")]
     return [x for x in asked if not is_known(x, known)]
 

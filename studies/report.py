@@ -353,7 +353,8 @@ def controls_table(groups: list[Group]) -> Table | None:
             true = [gain["true"] for gain in gains]
             row = [group.name, *kind, mean(true), cell(min(true)), cell(max(true))]
             row.append(f"{sum(x > 0 for x in true)} of {len(true)}")
-            row += [mean([gain[key] for gain in gains]) for key in ("id", "open_book")]
+            for key in ("id", "open_book"):
+                row.append(mean([gain[key] for gain in gains]))
             rows.append(tuple(row))
     legend = """\
 what the better of K-FAC and EK-FAC has more than a control: of exceptions answered right after all
@@ -559,7 +560,9 @@ def report(groups: list[Group]):
         made = make(groups)
         if made is not None:
             print(f"\n{made}")
-    runs = [run for group in groups for run in group.runs]
+    runs = []
+    for group in groups:
+        runs += group.runs
     absent = []
     for key in ENTRIES:
         n = sum(not run.get(key) for run in runs)
@@ -578,8 +581,10 @@ def command(args):
         results = Results(args.folders[0])
         print(f"{summary_table(known, results)}\n\n{claims_table(known, results)}")
         return
-    other = [find(folder) for find in FILES.values() for folder in args.folders]
-    other = [str(made) for made in other if made is not None]
+    other = []
+    for find in FILES.values():
+        made = [find(folder) for folder in args.folders]
+        other += [str(table) for table in made if table is not None]
     if other and not any(list(folder.rglob("results.json")) for folder in args.folders):
         print("\n\n".join(other))  # no run
         return
