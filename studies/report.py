@@ -235,25 +235,29 @@ def by_number(groups: list[Group], score: str, legend: str) -> Table | None:
 
 
 def mass_table(groups: list[Group]) -> Table | None:
+    settings = same("strength", "threshold")
+
     def entries(run: dict) -> list[dict]:
         found = []
         for part in ("sweep", "edits", "layers"):
             for entry in lookup(run, f"mass.{part}") or []:
-                tried = entry["strength"] if part == "sweep" else None
+                setting = [entry[name] for name in settings if name in entry]
+                tried = " ".join(str(x) for x in setting) if part == "sweep" else None
                 found.append(entry | {"of": part, "tried": tried})
         return found
 
-    words = same("of", "method", "target", "n", "tried", "threshold", "blocks")
-    shares = {"strength": "strength"} | SCORES
+    words = same("of", "method", "target", "n", "tried", "blocks")
+    shares = settings | SCORES
     shares |= dict(condition="cond", residual_left="left", residual_predicted="pred")
     shares |= {"largest_cosine": "cos", "relative_norm": "norm", "seconds": "s"}
     legend = """\
-n: edits at once. strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning, mean over
-runs (tried: one to choose from, on other facts). eff: new answers; para: by the relation's other
-token. spec: other facts that keep theirs. score: harmonic mean in percent (-: no solution). as
-papers: that of ES, PS, the new answer likelier than the old, and NS, that of an unedited fact of
-the relation likelier than the new. cond: of the system. left: mean |r - dW k| / |r|, pred:
-predicted. cos: largest of two directions. norm: |dW| / |W|. s: seconds, with targets and C."""
+n: edits at once. strength: lam of MEMIT, ridge of AlphaEdit, bound of the fine-tuning; threshold:
+of AlphaEdit; means over runs (tried: those to choose from, on other facts). eff: new answers; para:
+by the relation's other token. spec: other facts that keep theirs. score: harmonic mean in percent
+(-: no solution). as papers: that of ES, PS, the new answer likelier than the old, and NS, that of
+an unedited fact of the relation likelier than the new. cond: of the system. left: mean
+|r - dW k| / |r|, pred: predicted. cos: largest of two directions. norm: |dW| / |W|. s: seconds,
+with targets and C."""
     return mean_table(groups, entries, words, shares, legend, ("score", "paraphrase"))
 
 
