@@ -8,9 +8,9 @@ A block of a page says of which table it is a part, and of which runs:
 
     ```text results/main edits method=rome|row pass=0 columns=arch|method|hop_2
 
-edits_table of studies/report.py, of the runs in results/main: its rows in which the column "method"
-has "rome" or "row" and "pass" has "0", and of these three columns. Blanks are written _, and hop_2
-is also the column "hop 2 (lowest)". `bare` leaves out the legend. In the same words a comment of one
+edits_table of studies/edit_tables.py, of the runs in results/main: its rows in which the column
+"method" has "rome" or "row" and "pass" has "0", and of these three columns. Blanks are written _,
+and hop_2 is also the column "hop 2 (lowest)". `bare` leaves out the legend. In the same words a comment of one
 line, <!-- results/main edits ... -->, names a table that a paragraph takes numbers from without
 showing it.
 
@@ -55,7 +55,7 @@ class Part:
 def parse(text: str) -> Part:
     """UserError where it asks for no table."""
     folder, *words = text.split()
-    require(words, f"{text}: names no table of studies/report.py")
+    require(words, f"{text}: names no table")
     name, *options = words
     part = Part(text, folder, name, {}, None, False)
     for option in options:
@@ -124,7 +124,9 @@ class Tables:
         elif name == "claims":
             found = summary_table(read_claims(path / "claims.tsv"), Results(path))
         else:
-            require(name in self.makers, f"{part.text}: studies/report.py has no {name}_table")
+            require(
+                name in self.makers, f"{part.text}: there is no {name}_table in studies/*_tables.py"
+            )
             if folder not in self.groups:
                 self.groups[folder] = read_groups([path])
             found = self.makers[name](self.groups[folder])

@@ -34,9 +34,11 @@ from studies import (
     ablation,
     bench,
     capacity,
+    circuit_tables,
     circuits,
     claims,
     controls,
+    edit_tables,
     figures,
     gpt2,
     gpu,
@@ -1432,7 +1434,7 @@ def test_controls_in_the_attention_change_it_as_much(tmp_path, monkeypatch):
     mine = [r for r in records if r["method"] == "kfac"]
     assert mine == [r for r in in_the_core if r["method"] == "kfac"]
     groups = runs.read_groups([tmp_path / "r"])
-    methods = {row[1] for row in report.exceptions_table(groups).rows[1:]}
+    methods = {row[1] for row in circuit_tables.exceptions_table(groups).rows[1:]}
     assert methods == {"before", "kfac", "ekfac", "learnt", *controls.CONTROLS}
 
 
@@ -1991,8 +1993,8 @@ def test_a_graphed_step_is_the_step(tmp_path):
     ],
 )
 def test_mann_whitney_against_divisions_counted_by_hand(x, y, p):
-    assert report.mann_whitney(list(x), list(y)) == pytest.approx(p)
-    assert report.mann_whitney(list(y), list(x)) == pytest.approx(p)
+    assert edit_tables.mann_whitney(list(x), list(y)) == pytest.approx(p)
+    assert edit_tables.mann_whitney(list(y), list(x)) == pytest.approx(p)
 
 
 @pytest.mark.parametrize(
@@ -2302,7 +2304,7 @@ def test_controls_are_compared_run_by_run():
     for true in (0.75, 0.25):
         chosen = {"true": true, "id": 1.0, "open_book": 0.5}
         several.append({"ablate": {"chosen": chosen, "entries": [*same, entry]}})
-    found = report.controls_table([runs.Group("lmc", "lmc", several)])
+    found = circuit_tables.controls_table([runs.Group("lmc", "lmc", several)])
     kind = ("lmc", "svd", "own")
     assert found.rows[1:] == [(*kind, "0.000", "-0.250", "0.250", "1 of 2", "0.250", "-0.500")]
 
@@ -2427,7 +2429,7 @@ def test_each_method_is_shown_at_its_best_share_among_those_that_keep_id():
     controls = [entry | {"method": "svd", "id": 0.5}]
     controls += [entry | {"method": "activations", "true": 0.8, "id": 1.0}]
     run = {"exceptions": rows, "attention": controls}
-    table = report.best_table([runs.Group("lmc", "lmc", [run])])
+    table = circuit_tables.best_table([runs.Group("lmc", "lmc", [run])])
     heads = table.rows[0]
     method, true = heads.index("method"), heads.index("true")  # of one run: no lowest
     found = {row[method]: row[true] for row in table.rows[1:]}
