@@ -170,14 +170,14 @@ def record_batch(
     generator: torch.Generator | None,
 ) -> Recorded:
     """One forward and one backward pass: see `kronecker_factors`."""
-    seen = []
+    seen = []  # of each call, g: the zero that is added to its output
 
     def watch(name, _, arguments, keywords, output):
         if not torch.is_grad_enabled():
             raise ValueError(f"{name!r} runs under torch.no_grad: no gradient reaches it")
         zero = torch.zeros_like(output, requires_grad=True)  # g is the gradient at this zero
         a = (*arguments, *keywords.values())[0]
-        seen.append((name, a.detach().clone(), zero))  # the model may overwrite it
+        seen.append(Call(name, a.detach().clone(), zero))  # the model may overwrite a
         return output + zero
 
     with ExitStack() as undo:
@@ -189,14 +189,14 @@ def record_batch(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not logits.detach().softmax(-1).isfinite().all():  # -inf, a class ruled out, is no harm
         raise ValueError("the logits are not finite; look for inf or nan in weights and inputs")
-    zeros = [zero for _, _, zero in seen]
+    zeros = [call.g for call in seen]
     gradients = [torch.zeros_like(zero) for zero in zeros]
     if seen and len(logits):
         if labels == "sampled":
             gold = sample_labels(logits, generator)
         total = len(logits) * loss(logits, gold)  # loss = 1/N sum_n loss_n, g is of the sum
         gradients = torch.autograd.grad(total, zeros, materialize_grads=True)
-    calls = [Call(name, a, g) for (name, a, _), g in zip(seen, gradients)]
+    calls = [call._replace(g=g) for call, g in zip(seen, gradients)]
     n_examples = min(len(targets), len(output))  # one of them may be flattened
     return Recorded(calls, (targets != -100).reshape(output.shape[:-1]), n_examples)
 
@@ -366,13 +366,16 @@ def by_example(call: Call, n: int) -> tuple[Tensor, Tensor]:
     """a [n, position, d_in] and g [n, position, d_out] of a call on n examples."""
     n_rows = call.a.shape[:-1].numel()
     if n_rows % n:
-        raise ValueError(f"{call.name!r} is handed {n_rows} positions for {n} examples")
+        raise ValueError(
+            f"{call.name!r} is handed {n_rows} positions for {n} examples; EK-FAC cannot tell whose "
+            "they are: leave the layer out"
+        )
     return call.a.reshape(n, -1, call.a.shape[-1]), call.g.reshape(n, -1, call.g.shape[-1])
 
 
 def squared_sums(a: Tensor, g: Tensor, most: int = 2**24) -> Tensor:
-    """sum_n (sum_s g_s a_s^T)^2 [d_out, d_in] for a [n, s, d_in], g [n, s, d_out], with at most
-    `most` entries at a time."""
+    """sum_n (sum_s g_s a_s^T)^2 [d_out, d_in] for a [n, s, d_in], g [n, s, d_out], by as many
+    examples at a time as have `most` entries together, one at least."""
     total = a.new_zeros(g.shape[-1], a.shape[-1])
     chunk = max(1, most // total.numel())
     for a_part, g_part in zip(a.split(chunk), g.split(chunk)):
@@ -464,11 +467,15 @@ def layer_of(model: nn.Module, name: str) -> Layer:
         raise ValueError(f"{name!r} is no layer of the model; such are {names[:8]}") from None
     weight = module._parameters.get("weight")
     if weight is None and isinstance(getattr(module, "weight", None), Tensor):
-        raise ValueError(f"the weight of {name!r} is computed (weight_norm, pruning, ...)")
+        raise ValueError(
+            f"the weight of {name!r} is computed (weight_norm, pruning, ...); make it a parameter"
+        )
     for other, user in model.named_modules():
         if user is not module and any(same_memory(p, weight) for p in user._parameters.values()):
-            raise ValueError(f"{name!r} shares its weight with {other!r}")
+            raise ValueError(f"{name!r} shares its weight with {other!r}; give one a copy first")
     if weight is not None and weight.dim() == 2:
+        if not weight.isfinite().all():
+            raise ValueError(f"the weight of {name!r} holds a value that is not finite")
         with evaluation_mode(module):
             for matrix in (weight, weight.mT):
                 layer = Layer(module, weight, matrix)
@@ -523,7 +530,7 @@ def check_gradients():
 def ablated(model: nn.Module, weights: dict[str, Tensor]):
     """`with ablated(model, {"memory.values": W2}):` these weights inside, after it bit for bit the
     old ones. ValueError, and no change, where a weight does not fit or is not finite, or where the
-    layer does not map by it."""
+    layer does not return what was written; TypeError where it is no linear layer."""
     layers = {name: layer_of(model, name) for name in weights}
     old = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     for name, W in weights.items():

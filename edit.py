@@ -94,10 +94,11 @@ def second_moment(K: Tensor) -> Tensor:
 
 
 class Whitening(NamedTuple):
-    """C = L L^T. With keys in whitened coordinates, X = K L^-T, ordinary ones have the second
-    moment I and K C^-1 K^T = X X^T: the wide spectrum of C is in L alone. No inverse is formed."""
+    """C + ridge I = L L^T. With keys in whitened coordinates, X = K L^-T, ordinary ones have the
+    second moment I and K C^-1 K^T = X X^T: the wide spectrum of C is in L alone. No inverse is
+    formed."""
 
-    C: Tensor  # [d_in, d_in], as given or with the ridge
+    C: Tensor  # [d_in, d_in], without the ridge
     L: Tensor  # [d_in, d_in], lower triangular
     ridge: float
 
@@ -123,11 +124,14 @@ def whiten(C: Tensor | Whitening) -> Whitening:
         return C
     C = double(C)
     check_symmetric(C)
+    if not torch.equal(C, C.T):
+        C = (C + C.T) / 2  # Cholesky reads one triangle, the check of an update reads both
     for ridge in ridges(C):
+        shifted = C
         if ridge:
-            C = C.clone()
-            C.diagonal().add_(ridge)
-        L, failed = torch.linalg.cholesky_ex(C)
+            shifted = C.clone()
+            shifted.diagonal().add_(ridge)
+        L, failed = torch.linalg.cholesky_ex(shifted)
         if not failed and (ridge or not is_singular(L)):
             return Whitening(C, L, ridge)
     raise ValueError("C is no second moment: an eigenvalue is negative, or all are 0 or not finite")
@@ -230,7 +234,7 @@ def memit_update(
     the equation as it stands, for wide layers (`direct_update`). `carried`, K_p^T K_p [d_in, d_in]
     of all keys written before, is added to lam C: with residuals on W as edited so far, batches one
     after another add up to the update of all at once. Raises ValueError for a bad request.
-    `diagnostics` gets the ridge, `outcome` (of W, if given) and `diagnose`."""
+    `diagnostics` gets the ridge, `outcome` (of W, if given) and, but for "direct", `diagnose`."""
     if form not in (None, "primal", "dual", "direct"):
         raise ValueError(
             f"form must be 'primal', 'dual', 'direct' or None for the smaller system, got {form!r}"
@@ -244,7 +248,7 @@ def memit_update(
     X = white.keys(K)  # whitened: lam C + K^T K = L (lam I + X^T X) L^T
     dual = is_dual(X) if form is None else form == "dual"
     dW = white.back(least_squares(X, double(R), lam, dual)).T
-    check_normal_equations(dW, K, R, white.C, lam)
+    check_normal_equations(dW, K, R, white.C, lam, white.ridge)
     dW = finish(dW, R, K, R, W, diagnostics, ridge=white.ridge)
     if diagnostics is not None:
         diagnostics |= diagnose(R, X, white.directions(X), lam, dual)
@@ -323,12 +327,11 @@ SPARSE = 32  # keys are used as sparse ones where 1 in so many entries, at most,
 def add_gram(total: Tensor | None, K: Tensor) -> Tensor:
     """total + K^T K for keys K [..., d_in], in place where there is a total, float64; of sparse
     keys by the entries alone that are not 0. Raises ValueError as `second_moment`."""
-    are_keys = K.dim() > 1 and K.numel() > 0
-    if not are_keys or not all(part.isfinite().all() for part in K.flatten(0, -2).split(1024)):
-        raise ValueError(
-            f"keys must be finite and [n, d_in] with n >= 1, got shape {list(K.shape)}"
-        )
+    if K.dim() < 2 or K.numel() == 0:
+        raise ValueError(f"keys must be [n, d_in] with n >= 1, got shape {list(K.shape)}")
     K = K.flatten(0, -2)
+    if not all(part.isfinite().all() for part in K.split(1024)):
+        raise ValueError("keys must be finite; look for inf or nan in weights and inputs")
     if total is None:
         total = double(K[:1]).new_zeros(K.shape[1], K.shape[1])
     most = max(int(part.count_nonzero(1).max()) for part in K.split(1024))
@@ -470,7 +473,7 @@ def check_requests(
         )
     check_each(K.isfinite().all(1), "its key holds a value that is not finite")
     check_each(R.isfinite().all(1), "its residual or value holds a value that is not finite")
-    check_each((K != 0).any(1), "a key of zeros cannot be edited: the layer returns 0 for it")
+    check_each((K != 0).any(1), "its key is zero, for which W k is 0 whatever W is; leave it out")
 
 
 def check_shape(name: str, matrix: Tensor | None, height: int, width: int):
@@ -668,10 +671,11 @@ def layer_of(model: nn.Module, name: str) -> Layer:
     """The layer of that name, which way round it is found by asking it. ValueError where there is
     none, where it is no linear layer, where its weight is computed, so that what is written there
     would be lost, where another module uses it too, or where it is not finite."""
+    root = model.get_submodule("")  # of an `Adapted` the model within, whose names these are
     try:
-        module = model.get_submodule(name)
+        module = root.get_submodule(name)
     except AttributeError:
-        names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+        names = [n for n, module in root.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(f"{name} is no layer of the model; such are {names[:8]}") from None
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
@@ -681,9 +685,12 @@ def layer_of(model: nn.Module, name: str) -> Layer:
         )
     if not weight.isfinite().all():
         raise ValueError(f"the weight of {name} holds a value that is not finite")
-    for other, user in model.named_modules():
+    for other, user in root.named_modules():
         if user is not module and any(same_memory(p, weight) for p in user._parameters.values()):
-            raise ValueError(f"{name} shares its weight with {other}: an edit would change both")
+            raise ValueError(
+                f"{name} shares its weight with {other}: an edit would change both; give one of "
+                "them a copy first"
+            )
     with evaluation_mode(module):
         for matrix in (weight, weight.mT):
             layer = Layer(module, weight, matrix)
@@ -701,7 +708,7 @@ def same_memory(p: Tensor | None, weight: Tensor | None) -> bool:
 
 class Adapted(nn.Module):
     """Any model as it is called here, adapted(tokens) -> logits, by call(model, tokens); names of
-    layers are the model's own: Adapted(gpt2, lambda m, t: m(input_ids=t, attention_mask=t != 0)).
+    layers are the model's own: Adapted(gpt2, lambda m, t: m(input_ids=t, attention_mask=t != PAD)).
     """
 
     def __init__(self, model: nn.Module, call):
@@ -746,9 +753,11 @@ def evaluation_mode(model: nn.Module):
 
 
 def check_gradients():
-    """RuntimeError where no gradient can be taken, nor of what is recorded now."""
+    """RuntimeError where no gradient can be taken, nor later of a tensor that is made now."""
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("gradients are needed: use torch.no_grad, not torch.inference_mode")
+        raise RuntimeError(
+            "no gradient passes through what torch.inference_mode makes: use no_grad"
+        )
 
 
 # --- Putting an edit into a model -----------------------------------------------------------------
@@ -875,6 +884,12 @@ def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor,
             "the layer is not called when the model reads these tokens (a compiled model does not "
             "tell: use the one that it was made from)"
         )
+    shapes = sorted({tuple(key.shape) for key in inputs})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the layer is handed {shapes} by its calls; each must read all tokens (switch a cache "
+            "of keys and values off)"
+        )
     return torch.stack(inputs), torch.stack(outputs)
 
 
@@ -886,7 +901,7 @@ def at_call(model: nn.Module, name: str, call: int, tokens: Tensor) -> tuple[Ten
     return inputs[call], outputs[call]
 
 
-def check_call(layer: str | nn.Module, call: int, n_calls: int):
+def check_call(layer: str, call: int, n_calls: int):
     """ValueError unless the layer has a call of that number in a forward pass."""
     if not 0 <= call < n_calls:
         raise ValueError(
@@ -933,7 +948,7 @@ class Moment:
         for part in tokens.split(self.chunk):
             keys, _ = record(self.model, self.layer, part)  # [call, batch, token, d_in]
             if call is not None:
-                check_call(self.layer, call, len(keys))
+                check_call(type(self.layer).__name__, call, len(keys))
                 keys = keys[call : call + 1]
             if self.pad is not None:
                 keys = keys[:, part != self.pad]  # [call, token, d_in]
@@ -1005,9 +1020,11 @@ def prompts(
     padding on the left the model must be told the positions too, or it counts the padding."""
     if not texts:
         raise ValueError("there is no prompt")
+    if len(answers) != len(texts):
+        raise ValueError(f"there are {len(answers)} answers for {len(texts)} prompts")
     if subject is not None and len(subject) != len(texts):
         raise ValueError(f"there are {len(subject)} subjects for {len(texts)} prompts")
-    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+    for i, (text, answer) in enumerate(zip(texts, answers)):
         place = 0 if subject is None else subject[i]
         if not text or not answer or not 0 <= place < len(text):
             raise ValueError(f"prompt {i}: it needs tokens, an answer and a subject within it")
@@ -1037,15 +1054,15 @@ class Site:
     C: Tensor  # [d_in, d_in] second moment of ordinary keys
     keys: Tensor  # [n_facts, d_in] at the last token of each fact's query
     values: Tensor  # [n_facts, d_out], W k, without a bias
-    shrink: float = 0.0  # C holds this share of its mean eigenvalue more in every direction
+    shrink: float = 0.0  # what C was shrunk by, see `shrunk`
 
 
 def shrunk(at: Site, shrink: float) -> Site:
     """The site with C + shrink * mean eigenvalue * I for C, towards a multiple of the identity
-    (Ledoit & Wolf 2004): the edit recognises keys that are *near* its own too. From 0 (ROME) to
-    infinity (for ROME the least change of W; of MEMIT's lam it is a multiple, too) locality is
-    traded for what follows from the fact; few keys for many dimensions need more. Raises ValueError
-    where shrink is negative or the site is shrunk."""
+    (Ledoit & Wolf 2004): the edit recognises keys that are *near* its own too. From shrink 0 (ROME)
+    towards infinity (the least change of W) locality is traded for what follows from the fact; few
+    keys for many dimensions need more. For MEMIT it raises lam as well: trace(C) grows by the
+    factor 1 + shrink. Raises ValueError where shrink is negative or the site is shrunk."""
     if not 0 <= shrink < float("inf") or at.shrink:
         raise ValueError(f"shrink an unshrunk site by 0 or more, got {shrink} after {at.shrink}")
     identity = torch.eye(len(at.C), dtype=at.C.dtype, device=at.C.device)
@@ -1072,14 +1089,13 @@ def site(
     position) each, a key is the mean over all, and the value that of this very key. `chunk`: how
     many inputs are read at a time."""
     layer = layer_of(model, name)
-    bias = getattr(layer.module, "bias", None)
+    has_bias = len(list(layer.module.parameters())) > 1
     keys, values = last_token(model, name, call, queries, chunk, position)
     if phrasings:
         others = [last_token(model, name, call, t, chunk, place)[0] for t, place in phrasings]
         keys = torch.stack([keys, *others]).mean(0)
+    if phrasings or has_bias:  # else the outputs are W k
         values = keys @ layer.matrix.detach().mT
-    elif bias is not None:
-        values = values - bias.detach()
     moment = Moment(model, layer.module, chunk, pad).add(queries)
     if ordinary is not None:
         moment.add(ordinary, call)
@@ -1334,7 +1350,8 @@ def prompt_pairs(
     `place` alone and in answers [P]; the first of each is in the mask clean_rows [P], if given. No
     row is in two pairs: they can be counted, and drawn anew in a bootstrap. generator: a CPU one.
     """
-    others = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], 1)
+    others = tokens.clone()
+    others[:, place] = 0  # in every row, so that the other tokens alone tell rows apart
     context = others.unique(dim=0, return_inverse=True)[1]  # [P]: equal where the others are
     order = torch.randperm(len(tokens), generator=generator).to(tokens.device)
     order = order[context[order].argsort(stable=True)]  # same context: neighbours, in random order
@@ -1364,7 +1381,7 @@ def interchange(
         new = other  # [batch, d]
         if basis is not None:
             mine = x[:, token]
-            apart = (other - mine)[..., None]  # [batch, d, 1]
+            apart = (other - mine)[..., None].to(basis)  # [batch, d, 1]
             new = mine + (basis @ (basis.mT @ apart))[..., 0]  # x + B B^T (x_other - x)
         return x.select_scatter(new.to(x), 1, token)
 

@@ -34,7 +34,6 @@ and more.
 """
 
 import gzip
-import io
 import unicodedata
 import zlib
 from dataclasses import dataclass, field, fields, replace
@@ -46,8 +45,10 @@ from torch import Tensor
 
 SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
 
+MOST_ENTRIES = 2**27  # of a table of facts, 1 GiB
+
 # Streams of random numbers of a seed s: 4 s graph (of seed 0 also the order of numbered tails and
-# clones), 4 s + 1 split, 4 s + 2 weights, 4 s + 3 batches; and, far from these:
+# clones), 4 s + 1 split, 4 s + 2 weights, 4 s + 3 batches, -s - 1 the stages of minedit.py; and, far from these:
 SAMPLED, CONTINUED, WRONG = 2**58, 2**59, 2**62  # + s: `sampled`, `list_paths`, `with_exceptions`
 
 
@@ -95,7 +96,8 @@ def from_table(facts) -> KnowledgeGraph:
 
 def composes(facts: Tensor) -> bool:
     """Whether two facts of a table [n_entities, n_relations] meet."""
-    return bool((facts[facts[facts >= 0]] >= 0).any())
+    is_head = (facts >= 0).any(1)  # [n_entities]
+    return bool(is_head[facts[facts >= 0]].any())
 
 
 def synthetic(
@@ -111,6 +113,7 @@ def synthetic(
             "a synthetic graph needs 2 entities, 1 relation and an out-degree of 1..n_relations, "
             f"got {n_entities} entities, {n_relations} relations, out-degree {out_degree}"
         )
+    check_entries(n_entities, n_relations)
     generator = torch.Generator().manual_seed(4 * seed)
     tails = torch.randint(n_entities - 1, (n_entities, n_relations), generator=generator)
     tails += tails >= torch.arange(n_entities)[:, None]  # skip the head itself
@@ -152,11 +155,10 @@ class Paths:
         return torch.where(self.second >= 0, self.facts[self.second, 2], -100)
 
     def to(self, device) -> "Paths":
-        moved = {"masks": {name: mask.to(device) for name, mask in self.masks.items()}}
-        for column in fields(self):
-            if column.name != "masks":
-                moved[column.name] = getattr(self, column.name).to(device)
-        return Paths(**moved)
+        masks = {name: mask.to(device) for name, mask in self.masks.items()}
+        names = [column.name for column in fields(self) if column.name != "masks"]
+        columns = {name: getattr(self, name).to(device) for name in names}
+        return Paths(**columns, masks=masks)
 
 
 def split(
@@ -171,7 +173,7 @@ def split(
     are trained (both rounded to whole numbers). Paths of clones are trained, not asked. Cost and
     memory are linear in the number of paths; where there are more than `most_paths`, every fact
     keeps m continuations at most, as many as fit, one at least (`list_paths`). Raises ValueError
-    where no path would be trained."""
+    for a share out of range, and where no path would be trained."""
     if not 0 <= ood_fraction < 1 or not 0 < train_fraction <= 1:
         raise ValueError(
             "ood_fraction must be in [0, 1) and train_fraction in (0, 1], "
@@ -462,7 +464,8 @@ def usable(
 
 
 def random_rows(rows: Tensor, n_edits: int, n: int, generator: torch.Generator) -> Tensor:
-    """For each of n_edits, n of the rows, at random and without repetition: [n_edits, n]."""
+    """For each of n_edits, n of the rows, at random and without repetition: [n_edits, n], or all of
+    them where they are fewer."""
     if n_edits == 0:
         return rows.new_zeros(0, n)
     place = [torch.randperm(len(rows), generator=generator)[:n] for _ in range(n_edits)]
@@ -550,7 +553,8 @@ def read_triples(*files) -> Triples:
         notes.append(f"{n_comments} lines that begin with # look like triples: skipped")
     alike = near_duplicates(tails)
     if alike:
-        notes.append(f"names that differ in case, blanks or quotes alone: {', '.join(alike[:3])}")
+        names = ", ".join(alike[:3])
+        notes.append(f"{len(alike)} names differ from others in case, blanks or quotes: {names}")
     return Triples(tails, n, notes)
 
 
@@ -567,13 +571,13 @@ def what_is_wrong(line: str, parts: list[str]) -> str | None:
 
 def lines_of(path: Path) -> list[bytes]:
     """The lines of a file, decompressed if it is a .gz; ValueError where that fails."""
-    file = io.BytesIO(path.read_bytes())
-    if path.suffix != ".gz":
-        return file.readlines()
-    try:
-        return gzip.GzipFile(fileobj=file).readlines()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged, or not compressed by gzip ({error})") from None
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: damaged, or not compressed by gzip ({error})") from None
+    return content.split(b"\n")
 
 
 def decoded(raw: bytes, where: str) -> str:
@@ -692,7 +696,13 @@ def numbered(
     return facts
 
 
-MOST_ENTRIES = 2**27  # of a table of facts, 1 GiB
+def check_entries(n_entities: int, n_relations: int):
+    """ValueError where a table of facts would have more than MOST_ENTRIES."""
+    if n_entities * n_relations > MOST_ENTRIES:
+        raise ValueError(
+            f"{n_entities} entities and {n_relations} relations are too many for a table of "
+            f"facts of {MOST_ENTRIES} at most; of a file: are head, relation and tail in this order?"
+        )
 
 
 def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> KnowledgeGraph:
@@ -704,11 +714,7 @@ def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> Knowledge
         head = entity.setdefault(h, len(entity))
         tail = entity.setdefault(t, len(entity))
         rows.append((head, relation.setdefault(r, len(relation)), tail))
-    if len(entity) * len(relation) > MOST_ENTRIES:
-        raise ValueError(
-            f"{len(entity)} entities and {len(relation)} relations are too many for a table of "
-            f"facts of {MOST_ENTRIES} at most; are head, relation and tail in this order?"
-        )
+    check_entries(len(entity), len(relation))
     heads, columns, tails = torch.tensor(rows).T
     table = torch.full((len(entity), len(relation)), -1)
     table[heads, columns] = tails
@@ -717,11 +723,13 @@ def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> Knowledge
 
 def with_clones(graph: KnowledgeGraph, n: int, seed: int = 0) -> KnowledgeGraph:
     """The graph with n clones of every entity that has facts: the same relations, each tail drawn
-    from the tails of its relation. ValueError where an entity is named as a clone would be."""
+    from the tails of its relation. ValueError where an entity is named as a clone would be, or where
+    there are too many."""
     generator = torch.Generator().manual_seed(seed)
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
     tail = graph.facts[head, relation]
     heads, row = head.unique(return_inverse=True)  # row [n_facts]: of its head in `heads`
+    check_entries(graph.n_entities + n * len(heads), graph.n_relations)
     tables, names = [graph.facts], list(graph.entities)
     for i in range(1, n + 1):
         table = torch.full((len(heads), graph.n_relations), -1)

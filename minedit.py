@@ -21,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -406,7 +407,7 @@ class Known(NamedTuple):
     two_hop: Tensor  # [n_paths]
     facts: Tensor  # [n_facts], bool: facts that it knows, but for OOD ones
     right: Tensor  # [n_paths], bool: paths that it answers right
-    asked: Tensor  # [n_paths], bool: paths of two ID facts, held out or trained (no exceptions)
+    asked: Tensor  # [n_paths], bool: paths of two ID facts (no exceptions, none of a clone)
 
 
 def what_is_known(model: Model, paths: kg.Paths) -> Known:
@@ -456,6 +457,7 @@ class Run:
         self.watched = kg.sampled(self.paths, MOST_WATCHED, self.seed)  # paths of evaluations
         self.n_paths = {name: int(mask.sum()) for name, mask in self.paths.masks.items()}
         settings = {"model": asdict(self.config), "recipe": asdict(self.recipe)}
+        self.version = version()
         self.identity = {"arch": self.arch, "seed": self.seed, "data": self.task.data} | settings
 
     @property
@@ -482,7 +484,12 @@ class Run:
         return tokens[order.to(self.device)]
 
     def fresh(self) -> Training:
-        return Training(self.config, self.recipe, self.seed, self.device)
+        try:
+            return Training(self.config, self.recipe, self.seed, self.device)
+        except (MemoryError, RuntimeError) as error:
+            n = f"{count_parameters(self.config):,} parameters"
+            why = str(error).split("\n")[0]
+            raise UserError(f"{self.out}: no model of {n} ({why}); lower its sizes") from None
 
     def train(self, on_evaluation=None, compiled: bool = False) -> Model:
         """Train until finished, from the checkpoint where there is one; returns the averaged model.
@@ -491,9 +498,9 @@ class Run:
             return self.train_on(on_evaluation, compiled)
 
     def train_on(self, on_evaluation, compiled: bool) -> Model:
+        training = self.training or self.fresh()
         if not (self.folder / "config.json").exists():  # that of a run to be replaced stays for now
             self.write_config()
-        training = self.training or self.fresh()
         forward = torch.compile(training.model) if compiled else training.model
         batches = self.make_batches(self.paths, self.recipe, training.generator)
         began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0)
@@ -550,7 +557,7 @@ class Run:
         write_atomically(self.folder / "results.json", self.results)
         print(
             f"memorized ({LABELS[fitted]} >= 0.99): {when(self.results['memorized_at'])}; "
-            f"grokked (OOD >= 0.9 on {self.n_paths['ood']} paths): "
+            f"grokked (OOD >= 0.9 on {int(self.watched.masks['ood'].sum())} paths): "
             f"{when(self.results['grokked_at'])}; "
             f"{last['seconds']:.0f} s, {self.results['peak_memory_mib']} MiB at most"
         )
@@ -592,7 +599,9 @@ class Run:
         at = f"at step {self.step} of {self.recipe.steps}"
         require(self.finished or resume, f"{self.out}: unfinished, {at}; use --resume or --retrain")
         if self.finished and results.exists():
-            self.results = read_json(results, "remove it and run the stages again")
+            found = read_json(results, "remove it and run the stages again")
+            if found.get("steps") == self.step:  # else of a shorter training
+                self.results = found
 
     def check_writable(self):
         """UserError unless the folder is there, or can be made, and can be written."""
@@ -656,7 +665,7 @@ class Run:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"{self.out}: another process is training there") from None
+                raise UserError(f"{self.out}: another process trains there; wait for it") from None
             try:
                 now = "another process has trained there in the meantime; start again"
                 require(self.written() == self.written_before, f"{self.out}: {now}")
@@ -677,7 +686,7 @@ class Run:
         """Write config.json and return it: what determines the training, compared when a folder is
         met again, and what is only recorded."""
         environment = {
-            "version": version(),
+            "version": self.version,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -754,7 +763,8 @@ def residual(
 ) -> tuple[Tensor, int]:
     """r [n, d_out] of each request: for "prototype" by the values of other `known_facts`
     [n_facts], bool; for "gradient", or where there is no prototype, sought through edits in the
-    directions u (`editing.gradient_residual`, with `options`). And how many had no prototype."""
+    directions u (`editing.gradient_residual`, with `options`; u None: in what the layer returns at
+    the site's call alone). And how many had no prototype."""
     if target not in ("prototype", "gradient"):
         raise ValueError(f"target must be 'prototype' or 'gradient', got {target!r}")
     if target == "gradient":
@@ -785,12 +795,12 @@ def edit_probes(
 ) -> EditProbes:
     """The probes of edits that give facts `fact` [n_edits] the tails `new`: every composition that
     can be asked, and n unrelated facts and compositions for each edit."""
-    usable = (known.facts, known.right, known.asked)
-    hop1, without = kg.hop1_probes(paths, fact, new, *usable)
-    hop2, without2 = kg.hop2_probes(paths, fact, new, *usable)
+    conditions = (known.facts, known.right, known.asked)
+    hop1, left_out1 = kg.hop1_probes(paths, fact, new, *conditions)
+    hop2, left_out2 = kg.hop2_probes(paths, fact, new, *conditions)
     facts = kg.unrelated_facts(paths, fact, known.one_hop, n, generator)
     compositions = kg.unrelated_paths(paths, fact, known.two_hop, known.asked, n, generator)
-    left_out = {reason: without[reason] + without2[reason] for reason in without}
+    left_out = {reason: n + left_out2[reason] for reason, n in left_out1.items()}
     direct = kg.questions(paths, fact, new)
     trained = paths.masks["train"][hop1.path]
     return EditProbes(direct, hop1, hop2, facts, compositions, trained, left_out)
@@ -961,6 +971,14 @@ class EditSite(NamedTuple):
     at: editing.Site  # what is gathered there, C shrunk
     shrinkage: Shrinkage | None  # how that was chosen; None where it was given
 
+    def entries(self) -> dict:
+        """For results.json: the site, and how the shrinkage was chosen, if it was."""
+        site, effects, n_traced = self.a_priori
+        entries = {"a_priori": site._asdict() | {"effects": effects, "n": n_traced}}
+        if self.shrinkage is not None:
+            entries["shrinkage"] = self.shrinkage._asdict() | {"tried": SHRINKS}
+        return entries
+
 
 def site_for_edits(
     run: Run, model: Model, known: Known, fact: Tensor, shrink: float | str
@@ -1004,10 +1022,12 @@ those of hop 1 that were not trained
 moved: answers about other facts, and to compositions without the fact, that changed"""
 
 
-def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> list[EditRecord]:
+def edit_stage(
+    run: Run, model: Model, n_edits: int, shrink: float | str
+) -> tuple[list[EditRecord], EditSite | None]:
     """Edit random ID facts one at a time, at the a-priori site, and ask what follows. `shrink`: of
-    C, or "auto", to choose it on other facts. The site, and how the shrinkage was chosen, are put
-    into `run.results`."""
+    C, or "auto", to choose it on other facts. Returns the site, too; None where there is no fact to
+    edit."""
     paths, generator = run.paths, run.stream()
     known = what_is_known(model, paths)
     fact, new, n_fixed = kg.draw_edits(paths, n_edits, generator)
@@ -1016,27 +1036,23 @@ def edit_stage(run: Run, model: Model, n_edits: int, shrink: float | str) -> lis
     if n_fixed:
         print(f"{n_fixed} ID facts cannot be edited: their relation has one tail only")
     if len(fact) == 0:
-        return []
+        return [], None
     probes = edit_probes(paths, known, fact, new, 100, generator)
-    a_priori, at, shrinkage = site_for_edits(run, model, known, fact, shrink)
-    site, effects, n_traced = a_priori
-    run.results["a_priori"] = site._asdict() | {"effects": effects, "n": n_traced}
-    run.results.pop("shrinkage", None)
-    if shrinkage is not None:
-        run.results["shrinkage"] = shrinkage._asdict() | {"tried": SHRINKS}
+    chosen = site_for_edits(run, model, known, fact, shrink)
+    site, at = chosen.a_priori.site, chosen.at
     requests = requests_for(paths, fact, new)
     records = []
     for method, target in CORE_EDITS:
         edits = make_edits(model, paths, known.facts, requests, at, site.at_pass, method, target)
-        if (method, target) == CORE_EDITS[0]:  # the others have the same prototypes
+        if (method, target) == CORE_EDITS[0]:  # the others with a prototype have the same
             tell_fallbacks(edits)
         records.append(score(model, edits, probes))
     print(f"compositions left out: {listed(probes.left_out)}")
     print(f"asked: {len(probes.hop1.edit)} of hop 1, {len(probes.hop2.edit)} of hop 2")
-    why = "" if shrinkage is None else ", as chosen on other facts"
+    why = "" if chosen.shrinkage is None else ", as chosen on other facts"
     print(f"\nat {at.name}, pass {site.at_pass}, C shrunk by {at.shrink:g}{why}:\n")
     print(record_table(records, EDIT_COLUMNS, EDIT_LEGEND))
-    return records
+    return records, chosen
 
 
 # --- Stage: a fact by name ------------------------------------------------------------------------
@@ -1064,6 +1080,7 @@ def named_edits(
 
 
 def number_of(name: str, names: list[str], kind: str) -> int:
+    name = unicodedata.normalize("NFC", name.strip())  # as kg.read_triples does
     require(name in names, f"--edit-fact: no {kind} {name!r}; the graph has {names[:5]}, ...")
     return names.index(name)
 
@@ -1076,7 +1093,9 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     known = what_is_known(model, paths)
     known_facts = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
     asked = (paths.second >= 0) & paths.real[paths.first]  # not those of clones
-    usable = (known_facts, known.right, asked)
+    if "exceptions" in paths.masks:
+        asked &= ~paths.masks["exceptions"]
+    conditions = (known_facts, known.right, asked)
     a_priori, at, _ = site_for_edits(run, model, known, fact, shrink)
     requests, at_pass = requests_for(paths, fact, new), a_priori.site.at_pass
     edits = make_edits(model, paths, known_facts, requests, at, at_pass)
@@ -1084,8 +1103,8 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     tell_fallbacks(edits)
     kinds = {
         "fact": kg.questions(paths, fact, new),
-        "first hop": kg.hop1_probes(paths, fact, new, *usable)[0],
-        "second hop": kg.hop2_probes(paths, fact, new, *usable)[0],
+        "first hop": kg.hop1_probes(paths, fact, new, *conditions)[0],
+        "second hop": kg.hop2_probes(paths, fact, new, *conditions)[0],
     }
     names = run.task.graph.entities + run.task.graph.relations
     rows = [("the edit in", "question", "before", "after", "should be", "")]
@@ -1182,7 +1201,10 @@ def mass_update(
     if len(requests) == 0:
         return torch.zeros_like(at.layer.weight), 1.0
     notes = {}
-    dW = memit(at.keys[requests.fact], r, at.C, lam, diagnostics=notes)
+    try:
+        dW = memit(at.keys[requests.fact], r, at.C, lam, diagnostics=notes)
+    except ValueError as error:
+        raise UserError(f"--lam {lam:g}: {error}") from None
     return dW, mean_relative(notes["residual_left"], r)
 
 
@@ -1475,7 +1497,6 @@ def when(step: int | None) -> str:
 # --- Files and machine ----------------------------------------------------------------------------
 
 
-@cache
 def version() -> str | None:
     """The commit of the checkout that this file is in, "-dirty" where a Python file of it was
     changed or added since; None where there is none."""
@@ -1649,7 +1670,11 @@ def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with an unfinished run")
     add("--retrain", action="store_true", help="train again, replacing what the folder holds")
     add("--compile", action="store_true", help="torch.compile the step's forward pass")
-    add("--quick", action="store_true", help="everything at toy size")
+    add(
+        "--quick",
+        action="store_true",
+        help="all at toy size; without --out in runs/quick, replaced",
+    )
     line = "head <tab> relation <tab> tail"
     triples = f"your graph, one triple per line: {line}"
     add("--triples", type=Path, nargs="+", metavar="FILE", help=triples)
@@ -1662,7 +1687,7 @@ def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
     add("--most-paths", type=int, default=1_000_000, help="sampled, if the graph has more")
     add("--entities", type=int, default=50, help="of the synthetic graph")
     add("--relations", type=int, default=20, help="of the synthetic graph")
-    add("--out-degree", type=int, help="facts per entity of it, None: one per relation")
+    add("--out-degree", type=int, help="facts per entity of it; None: one per relation")
     add("--ood-fraction", type=float, default=0.1, help="of facts: in no trained composition")
     add("--train-fraction", type=float, default=0.8, help="of ID paths: trained")
     add("--n-edits", type=int, default=64, help="number of facts for --edit")
@@ -1702,7 +1727,8 @@ def core_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv, presets: dict[str, dict]) -> argparse.Namespace:
     """Arguments, with the defaults of the first of `presets` {flag: defaults} that is asked for."""
     args = parser.parse_args(argv)
-    defaults = next((presets[flag] for flag in presets if getattr(args, flag)), {})
+    asked = [flag for flag in presets if getattr(args, flag)]
+    defaults = presets[asked[0]] if asked else {}
     if args.triples:
         defaults = TRIPLES | defaults | {"entities": None, "relations": None}
     parser.set_defaults(**defaults)
@@ -1714,7 +1740,7 @@ def check_options(args):
     for name in ("seeds", "n_edits", "edit_batch", "most_paths"):
         value = getattr(args, name)
         require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    require(0 <= args.seed < 2**60, f"--seed must be in 0..2^60, got {args.seed}")
+    require(0 <= args.seed < 2**56, f"--seed must be in 0..2^56 - 1, got {args.seed}")
     require(
         not (args.resume and args.retrain), "--resume goes on with a run, --retrain replaces it"
     )
@@ -1723,6 +1749,13 @@ def check_options(args):
         not (args.triples and any(x is not None for x in synthetic)),
         "--entities, --relations, --out-degree: for synthetic graphs, not with --triples",
     )
+    of_triples = args.reciprocal or args.clones or args.tails != "drop"
+    require(
+        bool(args.triples) or not of_triples, "--reciprocal, --clones, --tails: with --triples only"
+    )
+    for file in args.triples or []:  # what is not there is told when it is read
+        message = f"--triples {file}: no regular file, and it is read twice; save it as one"
+        require(file.is_file() or file.is_dir() or not file.exists(), message)
 
 
 def choose_device(name: str) -> torch.device:
@@ -1760,8 +1793,14 @@ def paths_of(args, graph: kg.KnowledgeGraph, seed: int) -> kg.Paths:
 
 
 def read_graph(args) -> kg.KnowledgeGraph:
-    options = {name.removeprefix("tail_"): getattr(args, name) for name in READING}
-    graph = kg.from_triples(*args.triples, **options)
+    graph = kg.from_triples(
+        *args.triples,
+        tails=args.tails,
+        most_tails=args.most_tails,
+        order=args.tail_order,
+        reciprocal=args.reciprocal,
+        clones=args.clones,
+    )
     sizes = f"{graph.n_entities} entities, {graph.n_relations} relations"
     files = ", ".join(map(str, args.triples))
     print(f"{files}: {int((graph.facts >= 0).sum())} facts, {sizes}")
@@ -1793,6 +1832,7 @@ def prepare(args, make_task=make_task, make_batches=None, check=None) -> list[Ru
             sizes |= {"feed_forward": args.feed_forward}
             for arch in archs:
                 config = Config(**ARCHS[arch], **sizes)
+                count_parameters(config)  # RuntimeError where a size overflows
                 folder = parent / f"{arch}-seed{seed}"
                 if args.out and is_alone:
                     folder = args.out
@@ -1832,6 +1872,8 @@ def trained_model(run: Run, args, on_evaluation=None) -> Model:
 def guarded(command, *arguments) -> int:
     """Run a command; its exit status, with one line on stderr where it is not 0."""
     keep_freed_memory()
+    if hasattr(sys.stdout, "reconfigure"):  # names that stdout cannot encode are escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(*arguments)
         return 0
@@ -1854,7 +1896,10 @@ def run_stages(run: Run, model: Model, args):
     --edit-fact, whose table is for the eye."""
     if args.edit:
         began = time.perf_counter()
-        records = edit_stage(run, model, args.n_edits, args.shrink)
+        records, chosen = edit_stage(run, model, args.n_edits, args.shrink)
+        run.results.pop("shrinkage", None)  # of edits made before
+        if chosen is not None:
+            run.results |= chosen.entries()
         run.add_results("edits", [record.entry() for record in records], began)
     if args.edit_fact:
         edit_fact_stage(run, model, args.edit_fact, args.shrink)
@@ -1873,7 +1918,7 @@ def check_stages(args, run: Run):
     if args.ablate:
         message = "--ablate needs --label-noise and --branches above 0"
         require(args.label_noise > 0 and args.branches > 0, message)
-        message = f"--label-noise {args.label_noise}: no exception"
+        message = f"--label-noise {args.label_noise}: no exception among so few paths; raise it"
         require(run.n_paths["exceptions"] > 0, message)
     require(0 < args.lam < math.inf, f"--lam must be positive and finite, got {args.lam}")
     named_edits(run.task.graph, run.paths, args.edit_fact or [])

@@ -56,12 +56,12 @@ class Config:
     d_ff: int = option(1024, "width of a private feed-forward")
     ff_top_k: int = option(64, "units of it that one token may use, 0: all")
     slots: int = option(1024, "rows of the shared memory")
-    top_k: int = option(64, "slots that one read may use")
+    top_k: int = option(64, "slots that one read may use, 0: all")
     addressing: str = option("groups", "groups: best of each of top_k; topk: top_k best; gelu: all")
 
     def __post_init__(self):
         sizes = ["n_entities", "n_relations", "d_model", "n_heads", "depth", "blocks", "d_ff"]
-        for name in sizes + ["slots", "top_k"]:
+        for name in [*sizes, "slots"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % (2 * self.n_heads):
@@ -82,6 +82,16 @@ class Config:
         if not fits:
             wanted = f"in 0..{width}, for 'groups' a divisor of it"
             raise ValueError(f"{top_k} must be {wanted}, got {k} of {n}")
+
+    @property
+    def n_calls(self) -> int:
+        """Calls of a block in a forward pass."""
+        return self.depth * self.blocks
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks with weights of their own."""
+        return self.blocks if self.loop else self.n_calls
 
     @property
     def private(self) -> bool:
@@ -293,8 +303,7 @@ class Model(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.n_entities + config.n_relations, config.d_model)
         self.memory = SharedMemory(config) if config.memory else None
-        n_blocks = config.blocks if config.loop else config.blocks * config.depth
-        self.blocks = nn.ModuleList(Block(config) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
         self.norm = nn.RMSNorm(config.d_model, elementwise_affine=False)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):  # std 1 / sqrt(d_in), a fifth where it writes to x
@@ -318,7 +327,7 @@ class Model(nn.Module):
         masked = (positions[:, None] <= positions).fill_diagonal_(False)  # [token, token]
         x = self.embedding(tokens)  # [batch, token, d_model]
         cos, sin = angle.cos().to(x), angle.sin().to(x)
-        for i in range(config.depth * config.blocks):  # pass i // config.blocks
+        for i in range(config.n_calls):  # pass i // config.blocks
             block = self.blocks[i % len(self.blocks)]  # looped: the same blocks again
             x = block(x, cos, sin, masked, self.memory)
         return F.linear(self.norm(x), self.embedding.weight[: config.n_entities])
@@ -335,11 +344,10 @@ class State(NamedTuple):
 
 def states(config: Config) -> list[State]:
     """What each block adds to the stream and the stream after it, in order."""
-    n_blocks = config.blocks if config.loop else config.blocks * config.depth
     found = []
-    for i in range(config.depth * config.blocks):
+    for i in range(config.n_calls):
         at_pass = i // config.blocks
-        block = f"blocks.{i % n_blocks}"
+        block = f"blocks.{i % config.n_blocks}"
         call = at_pass if config.loop else 0
         found.append(State(at_pass, "attention", f"{block}.attention", call))
         if config.memory:

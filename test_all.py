@@ -859,7 +859,7 @@ def test_a_dead_input_gets_no_weight(problem, name):
 
 
 BAD = {
-    "zeros": lambda p: (p.W, p.C, 0 * p.k, p.v),
+    "key is zero": lambda p: (p.W, p.C, 0 * p.k, p.v),
     "key holds a value that is not finite": lambda p: (p.W, p.C, p.k * float("nan"), p.v),
     "value holds a value that is not finite": lambda p: (p.W, p.C, p.k, p.v / 0),
     r"\[5, 9\]": lambda p: (p.W.T, p.C, p.k, p.v),
@@ -957,6 +957,24 @@ def test_a_moment_is_whitened_once_for_several_updates(problem):
     for options in ({}, {"form": "primal"}, {"form": "direct"}, {"carried": K.T @ K}):
         alike = memit_update(K, R, white, 2.0, **options)
         assert torch.equal(alike, memit_update(K, R, C, 2.0, **options))
+
+
+def test_a_whitened_moment_is_without_the_ridge_that_it_needed():
+    """So that an update by another form adds a ridge of its own, and says so."""
+    C, (K, R) = torch.diag(torch.tensor([1, 1, 0, 2, 1, 3, 1, 1, 1.0])).double(), requests_of(6)
+    white, notes = editing.whiten(C), {}
+    assert white.ridge > 0 and torch.equal(white.C, C)
+    memit_update(K, R, white, 1.0, form="direct", diagnostics=notes)
+    assert notes["ridge"] == white.ridge
+
+
+def test_a_moment_that_is_symmetric_up_to_rounding_will_do(problem):
+    K, R = requests_of(6)
+    spread = torch.diag(torch.logspace(-2, 2, 9).double())
+    C = spread @ problem.C @ spread
+    skew = 1e-7 * C.abs().max() * torch.ones(9, 9).double().triu(1)
+    lopsided, half = C + skew, (skew + skew.T) / 2
+    close(memit_update(K, R, lopsided, 1.0), memit_update(K, R, C + half, 1.0))
 
 
 @pytest.mark.parametrize("form", ["primal", "dual", "direct"])
@@ -1089,7 +1107,7 @@ def changed(x, value):
 
 
 BAD_BATCHES = {
-    "request 2: a key of zeros": lambda K, R, C: (changed(K, 0), R, C),
+    "request 2: its key is zero": lambda K, R, C: (changed(K, 0), R, C),
     "request 2: its key": lambda K, R, C: (changed(K, float("nan")), R, C),
     "request 2: its residual": lambda K, R, C: (K, changed(R, float("inf")), C),
     r"\[4, 9\] and \[3, 5\]": lambda K, R, C: (K, R[:3], C),
@@ -1402,6 +1420,13 @@ def test_a_site_that_is_handed_no_sequence_is_refused():
         editing.site(model, "2", 0, torch.zeros(3, 2, dtype=torch.long))
 
 
+def test_calls_of_different_shapes_are_refused():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+    model.forward = lambda tokens: model[1](model[1](model[0](tokens))[:, :1])  # as with a cache
+    with pytest.raises(ValueError, match=r"\(3, 1, 4\), \(3, 2, 4\)"):
+        editing.site(model, "1", 0, torch.zeros(3, 2, dtype=torch.long))
+
+
 def test_exceptions_are_no_probes(world):
     _, paths = world.model, world.paths
     noisy = kg.with_exceptions(paths, 0.5, world.model.config.n_entities, 0)
@@ -1635,6 +1660,15 @@ def test_interchange_in_a_plane_changes_that_component_alone(world, token, rest)
     assert torch.equal(new[:, rest], old[:, rest])
 
 
+def test_interchange_in_a_plane_of_another_dtype():
+    """torch.linalg has no bfloat16: a basis of such a model is float32."""
+    model, tokens = tiny_model().bfloat16(), torch.tensor([[1, 2, 12]])
+    B, other = torch.linalg.qr(torch.eye(16)[None, :, :2]).Q, torch.ones(1, 16).bfloat16()
+    with editing.interchange(model, "blocks.0", 0, 1, other, B):
+        new = editing.at_call(model, "blocks.0", 0, tokens)[1]
+    assert new.dtype == torch.bfloat16 and torch.equal(new[0, 1, :2], torch.ones(2).bfloat16())
+
+
 def test_tracing_finds_the_state_that_carries_the_answer(two_runs):
     """The runs differ at the last token alone: the stream there carries the answer, no earlier
     state does."""
@@ -1668,18 +1702,20 @@ def test_tracing_refuses_what_does_not_pair_up(n, site, words):
         editing.trace(two.model, two.clean, two.corrupted[:n], answer, [("blocks.0", site)])
 
 
-@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("place", [0, 1, 2, -1])
 def test_prompt_pairs_differ_in_one_token_and_the_answer(place):
     paths = tiny_paths()
     tokens, answers = paths.tokens, paths.two_hop
     clean, other = editing.prompt_pairs(tokens, answers, place, 30, generator())
     assert len(clean) > 10 and len(torch.cat([clean, other]).unique()) == 2 * len(clean)
-    assert ((tokens[clean] != tokens[other]) == (torch.arange(3) == place)).all()
+    assert ((tokens[clean] != tokens[other]) == (torch.arange(3) == place % 3)).all()
     assert (answers[clean] != answers[other]).all()
     mine = torch.arange(len(tokens)) % 3 == 0
     clean, _ = editing.prompt_pairs(tokens, answers, place, 30, generator(), mine)
     assert len(clean) and mine[clean].all()
     assert len(editing.prompt_pairs(tokens, 0 * answers, place, 30, generator())[0]) == 0
+    alone = torch.arange(6)[:, None]  # prompts of one token
+    assert len(editing.prompt_pairs(alone, torch.arange(6), 0, 30, generator())[0]) == 3
 
 
 # --- curvature.py: factors ------------------------------------------------------------------------
@@ -2373,6 +2409,24 @@ def test_values_are_without_the_bias_so_that_rome_is_exact():
     close(returned, v + model.down[1].bias, 1e-10)
 
 
+def test_values_are_without_a_bias_of_another_name():
+    model = nn.Sequential(nn.Embedding(5, 4), Shifted(4, 4))
+    at = editing.site(model, "1", 0, torch.tensor([[3]]))
+    assert torch.equal(at.values, at.keys @ model[1].weight.T)
+
+
+class Shifted(nn.Module):
+    """A linear layer whose bias, a large one, has another name."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in, generator=generator()))
+        self.b = nn.Parameter(torch.full((d_out,), 1000.0))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.b)
+
+
 def test_a_model_that_overwrites_what_it_returns_is_read_as_it_was():
     model = nn.Sequential(nn.Embedding(12, 6), nn.Linear(6, 8), nn.ReLU(True), nn.Linear(8, 12))
     tokens = torch.randint(12, (6, 3), generator=generator())
@@ -2449,6 +2503,23 @@ def test_weights_in_one_place_are_shared(find):
         find(model, "0")
     with pytest.raises(ValueError, match="no layer of the model; such are"):
         find(model, "2")
+
+
+@pytest.mark.parametrize("find", [editing.layer_of, curvature.layer_of])
+def test_a_weight_that_is_not_finite_is_named(find):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.data[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="weight of .*0.* holds a value that is not finite"):
+        find(model, "0")
+
+
+def test_layers_of_an_adapted_model_have_its_names():
+    model = editing.Adapted(Gpt(), lambda m, t: m(t))
+    with pytest.raises(ValueError, match=r"such are \['up.0'"):
+        editing.layer_of(model, "model.up.0")
+    model.model.down[1].weight = model.model.down[0].weight
+    with pytest.raises(ValueError, match="shares its weight with down.1"):
+        editing.layer_of(model, "down.0")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -2971,6 +3042,30 @@ def test_a_run_that_is_trained_again_has_the_environment_of_its_last_training(tm
     assert results_of(tmp_path / "r")["config"] == config
 
 
+def test_results_of_a_shorter_training_are_not_taken_for_those_of_this_one(tmp_path):
+    """As they stand where a run that was trained further is interrupted between two files."""
+    run = toy_run(tmp_path, *TINY)
+    run.train()
+    run.summarize()
+    assert toy_run(tmp_path, *TINY).results == json.loads(json.dumps(run.results))
+    file = run.folder / "results.json"
+    file.write_text(json.dumps(run.results | {"steps": run.step - 1}))
+    assert toy_run(tmp_path, *TINY).results == {}
+
+
+def test_exceptions_are_not_asked_of_a_named_edit(tmp_path, monkeypatch):
+    run, asked, probes = toy_run(tmp_path, *TINY, "--label-noise", "0.5"), [], kg.hop2_probes
+
+    def watched(*arguments):
+        asked.append(arguments[-1])
+        return probes(*arguments)
+
+    monkeypatch.setattr(kg, "hop2_probes", watched)
+    minedit.edit_fact_stage(run, run.train(), [["e3", "r1", "e2"]], 0.0)
+    exceptions = run.paths.masks["exceptions"]
+    assert exceptions.any() and asked[0].any() and not (asked[0] & exceptions).any()
+
+
 def test_a_named_edit_leaves_nothing_in_the_results(tmp_path):
     run = toy_run(tmp_path, *TINY)
     model = run.train()
@@ -2989,13 +3084,10 @@ def test_runs_on_the_same_triples_at_two_places_are_of_one_group():
 def test_the_version_is_the_commit_where_there_is_one(monkeypatch):
     git = ["git", "-C", str(Path(minedit.__file__).parent), "rev-parse", "HEAD"]
     found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
-    minedit.version.cache_clear()
     version = minedit.version()
     assert version is None if not found else found.startswith(version.removesuffix("-dirty"))
-    minedit.version.cache_clear()
     monkeypatch.setenv("PATH", "")
     assert minedit.version() is None
-    minedit.version.cache_clear()
 
 
 def test_a_run_is_repeatable_and_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
@@ -3156,7 +3248,11 @@ BAD_OPTIONS = {
     "--edi": "--edi",
     "--seeds 0": "--seeds must be at least 1",
     "--seed 9223372036854775808": "--seed must be in",
-    "--entities 10000000000": "memory",
+    "--entities 10000000000": "too many for a table",
+    "--triples results/countries.tsv --clones 10000000": "too many for a table",
+    "--arch loop --d-ff 6400000000000000000": "overflow",
+    "--clones 3": "with --triples only",
+    "--tails numbered": "with --triples only",
     "--edit-fact e0 r0 nobody": "nobody",
     "--edit-fact e0 r99 e1": "r99",
     "--device cuda": "cuda",
@@ -3188,6 +3284,37 @@ def test_bad_input_is_one_line_before_any_training(capsys, tmp_path, options):
     out = [] if "--out" in options else ["--out", tmp_path / "x"]
     assert BAD_OPTIONS[options] in refused(capsys, *out, *options.split())
     assert not (tmp_path / "x").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused(capsys, tmp_path):
+    options = ["--arch", "loop", "--d-ff", 64 * 10**12, "--out", tmp_path / "x"]
+    assert "lower its sizes" in refused(capsys, *options)
+    assert not list((tmp_path / "x").iterdir())
+
+
+def test_a_lam_for_which_there_is_no_solution_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(minedit, "WIDE", 8)
+    options = ["--mass-edit", "--lam", 1e-300, "--device", "cpu", *TINY]
+    assert "--lam 1e-300: " in refused(capsys, *options, "--out", tmp_path / "x")
+
+
+def test_a_name_is_found_in_any_form_of_unicode():
+    assert minedit.number_of(" Kyo\u0304to ", ["Kobe", "Ky\u014dto"], "entity") == 1
+
+
+def test_names_that_stdout_cannot_encode_are_escaped():
+    code = "import minedit; minedit.guarded(print, 'Ky\u014dto')"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, env=environment, capture_output=True
+    )
+    assert done.stdout.strip() == b"Ky\\u014dto", done.stderr
+
+
+def test_triples_out_of_a_pipe_are_refused(capsys, tmp_path):
+    """They are read twice, the second time to tell this graph from another."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "no regular file" in refused(capsys, "--triples", tmp_path / "pipe")
 
 
 def test_a_folder_with_another_run_or_something_else_is_left_as_it_is(copied, tmp_path, capsys):
