@@ -25,7 +25,7 @@ import copy
 import itertools
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -226,12 +226,14 @@ def layer_groups(names: list[str]) -> dict[str, list[str]]:
     return {kind: [n for n in names if n.endswith(ends)] for kind, ends in GROUPS.items()}
 
 
-def learned_outcome(
-    model: Model, questions: Questions, mixture: list, layers: list[str]
-) -> Outcome:
-    """A mask of weights, learned on half of the exceptions among the choosing paths; the share that
-    it keeps, and how much forgetting weighs, are chosen on the rest of these paths."""
-    paths = questions.run.paths
+def learned_outcome(model: Model, questions: Questions, layers: list[str]) -> Outcome:
+    """A mask of weights, learned to forget half of the exceptions among the choosing paths and to
+    keep a mixture without any; the share that it keeps, and how much forgetting weighs, are chosen
+    on the rest of these paths."""
+    run, paths = questions.run, questions.run.paths
+    answers = torch.where(paths.masks["exceptions"], -100, paths.two_hop)
+    batches = run.make_batches(replace(paths, two_hop=answers), run.recipe, run.stream(run.device))
+    keep = batches.mixture(25)
     rows = questions.choosing
     is_exception = paths.masks["exceptions"][rows]
     learned_on = rows[is_exception][::2]
@@ -243,7 +245,7 @@ def learned_outcome(
     options = {}
     for weight, share in itertools.product(FORGET_WEIGHTS, LEARNED_KEEPS):
         options[weight, share] = learned_mask(
-            model, forget, mixture, F.cross_entropy, layers, share, steps=50, weight=weight
+            model, forget, keep, F.cross_entropy, layers, share, steps=50, weight=weight
         )
     chosen, weights = search(model, judge.value, {"all": options}, 1)
     return outcome(model, questions.measure, weights, "learned", "own", strengths=chosen)
@@ -340,7 +342,7 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
     )
     best, before = found.best, found.outcomes[0]
     layers = list(found.weights)
-    found.outcomes.append(learned_outcome(model, questions, mixture, layers))
+    found.outcomes.append(learned_outcome(model, questions, layers))
     sweep = sweep_of(model, questions, spectrum, names)
     relearning = relearn_both(run, model, found.weights, questions)
     tasks = tasks_kept(before, best)
@@ -356,10 +358,7 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
         "chosen": best.entry(),
         "entries": [o.entry() for o in found.outcomes],
         "sweep": [o.entry() for o in sweep],
-        "tasks": {
-            t.task: {"paper": t.paper, "before": t.before, "after": t.after, "kept": t.kept}
-            for t in tasks
-        },
+        "tasks": {t.task: asdict(t) for t in tasks},
         "relearning": relearning,
     }
 
@@ -428,6 +427,10 @@ def prepare(args) -> list[Run]:
         value = getattr(args, name)
         option = name.replace("_", "-")
         minedit.require(0 <= value < 1e6, f"--{option} must be 0 or more, got {value}")
+    message = (
+        f"--images must be 0, or 20 at least, of which a tenth is mislabeled, got {args.images}"
+    )
+    minedit.require(args.images == 0 or args.images >= 20, message)
     if args.triples:
         minedit.require(args.arithmetic == 0, "--arithmetic: for synthetic graphs, not --triples")
     else:

@@ -5,7 +5,8 @@ paths per second, the same step in plainer formulations, the share of the FLOP/s
 products reach here, and how fast evaluation, edits and K-FAC factors are.
 
     plain    exact top-k and no fused operation, as one would write it first
-    rows     and every path a row of its own, in which its fact is computed anew
+    rows     and every path a row of its own, in which its fact is computed anew (with --branches 2
+             and more; with one path a fact it would be plain)
     gpt2     the same task, sizes and batch through Hugging Face transformers' GPT-2, randomly
              initialised, AdamW (only where transformers is installed)
 
@@ -118,6 +119,9 @@ def gpt2_stepper(run: Run) -> Callable | None:
             n_layer=config.depth * config.blocks,
             n_head=config.n_heads,
             n_inner=config.d_ff,
+            resid_pdrop=0.0,  # as in the run
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
     ).to(run.device)
     optimizer = torch.optim.AdamW(gpt2.parameters(), lr=1e-3)
@@ -185,7 +189,7 @@ class Cell(NamedTuple):
     ms: float
     paths_per_second: float
     plain: tuple[float, float, float]
-    rows: tuple[float, float, float]
+    rows: tuple[float, float, float] | None
     gpt2: tuple[float, float, float] | None
     of_shape: float  # share of the achievable FLOP/s
     of_square: float
@@ -198,7 +202,8 @@ def measure(run: Run, plain_run: Run, peak: dict[str, float]) -> Cell:
     """`plain_run`: the same with addressing "topk"."""
     tasks = {"step": stepper(run)}
     tasks["plain"] = plainly(stepper(plain_run))
-    tasks["rows"] = plainly(stepper(plain_run, Rows))
+    if run.recipe.branches > 1:
+        tasks["rows"] = plainly(stepper(plain_run, Rows))
     gpt2 = gpt2_stepper(run)
     if gpt2 is not None:
         tasks["gpt2"] = gpt2
@@ -209,7 +214,10 @@ def measure(run: Run, plain_run: Run, peak: dict[str, float]) -> Cell:
         tasks["step"]()
     step = statistics.median(seconds["step"])
     rate = counter.get_total_flops() / step
-    ratios = {name: ratio(seconds[name], seconds["step"]) for name in ("plain", "rows")}
+    ratios = {}
+    for name in ("plain", "rows", "gpt2"):
+        if name in seconds:
+            ratios[name] = ratio(seconds[name], seconds["step"])
     n_paths = run.recipe.batch * run.recipe.branches
     speeds = [others[name].units / statistics.median(seconds[name]) for name in others]
     return Cell(
@@ -217,8 +225,8 @@ def measure(run: Run, plain_run: Run, peak: dict[str, float]) -> Cell:
         1000 * step,
         n_paths / step,
         ratios["plain"],
-        ratios["rows"],
-        ratio(seconds["gpt2"], seconds["step"]) if gpt2 is not None else None,
+        ratios.get("rows"),
+        ratios.get("gpt2"),
         rate / peak["shape"],
         rate / peak["square"],
         *speeds,
@@ -284,7 +292,8 @@ def command(args):
     if cells[0].gpt2 is None:
         print("gpt2: not timed, transformers is not installed (pip install transformers)")
     threads = by_threads(runs["lmc"])
-    print(minedit.listed({f"threads: {ms:.1f} ms a step (lmc)": n for n, ms in threads.items()}))
+    for n_threads, ms in threads.items():
+        print(f"{n_threads} threads: {ms:.1f} ms a step (lmc)")
     device = runs["lmc"].device
     peak_mib = minedit.peak_memory_mib(device)
     print(f"{peak_mib} MiB at most, on {minedit.device_name(device)}")

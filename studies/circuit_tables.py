@@ -39,7 +39,7 @@ def ablation_table(groups: list[Group]) -> Table | None:
     legend = """\
 recited, true: exceptions answered as trained, and right; train: other trained; book: open book.
 matched: strengths of its own choice in q+k, v+out, address, store (highest true - recited of other
-paths); as many components (parts), as large a change (norm) as kfac or ekfac; one keep (alike)."""
+paths, held-out ones spared); as many components (parts), as large a change (norm) as kfac or ekfac; one keep (alike)."""
     return mean_table(groups, entries, same("method", "matched"), REMAINING, legend, ("true",))
 
 
@@ -100,6 +100,8 @@ and by what is shown here, for all methods alike"""
         by_method = {}
         for entry in (lookup(run, "exceptions") or []) + (lookup(run, "attention") or []):
             by_method.setdefault(entry["method"], []).append(entry)
+        if "before" not in by_method:  # studies.attention without minedit.py --ablate
+            return []
         found = []
         for several in by_method.values():
             kept = [e for e in several if e["id"] >= 0.99 * by_method["before"][0]["id"]]

@@ -269,7 +269,7 @@ def swap_bridges(
             if path.n_right and part in ("whole", "visible"):
                 shares[f"{part}_right"] = share_of(follows[both])
         path.swap.append(shares)
-    for part in shares:
+    for part in path.swap[0]:
         setattr(path, part, max(swap[part] for swap in path.swap))
 
 
@@ -331,7 +331,7 @@ def correlation(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def worth_of(run: Run, model: Model, n_edits: int) -> dict:
-    """Edits as of --edit (ROME, prototype, a-priori site), and ID accuracy after EK-FAC at 0.99."""
+    """Edits (ROME, prototype, a-priori site, C as it is), and ID accuracy after EK-FAC at 0.99."""
     paths, known = run.paths, minedit.what_is_known(model, run.paths)
     fact, new, _ = kg.draw_edits(paths, n_edits, run.stream())
     probes = minedit.edit_probes(paths, known, fact, new, 0, run.stream())

@@ -35,16 +35,21 @@ def read_claims(file: Path) -> list[Claim]:
     return [Claim(*line.split("\t")) for line in file.read_text().splitlines()[1:]]
 
 
+def figure_at(run: dict, place: str) -> float | None:
+    """What stands at a place; a step that never came is infinite."""
+    value = lookup(run, place)
+    return math.inf if value is None and place.startswith("step_") else value
+
+
 def figure_of(run: dict, figure: str) -> float | None:
-    """Our figure for a claim, None where the run has none; a step that never came is infinite."""
+    """Our figure for a claim, None where the run has none."""
     first, *rest = figure.split()
-    value = lookup(run, first)
+    value = figure_at(run, first)
     if not rest:
-        never = first.startswith("step_") and value is None
-        return math.inf if never else value
+        return value
     sign, second = rest
-    other = lookup(run, second)
-    if value is None or other is None or (sign == "/" and other == 0):
+    other = figure_at(run, second)
+    if value is None or other in (None, math.inf) or (sign == "/" and other == 0):
         return None
     return {"-": operator.sub, "/": operator.truediv}[sign](value, other)
 
@@ -144,8 +149,10 @@ def summary_table(claims: list[Claim], results: Results) -> Table | None:
             else:
                 row.append("-" if claim.cells == "-" else "")
         rows.append(tuple(row))
-    legend = "+: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, or"
-    return table_of(rows, f"{legend} one run; - alone: cannot be tested here")
+    legend = """\
++: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, or one run; -
+alone: cannot be tested here"""
+    return table_of(rows, legend)
 
 
 def claims_table(claims: list[Claim], results: Results) -> Table | None:

@@ -35,8 +35,9 @@ def headline_table(groups: list[Group]) -> Table | None:
         hop2 = mean([edit.get("hop2") for edit in edits], lowest=True)
         moved = mean([edit.get("unrelated_one_hop_moved") for edit in edits])
         rows.append((group.name, len(group.runs), ood, hop1, hop2, moved))
-    legend = "edits: ROME, prototype, a-priori site. OOD: accuracy on compositions of facts in no"
-    return table_of(rows, f"{legend} trained one")
+    legend = """\
+edits: ROME, prototype, a-priori site. OOD: accuracy on compositions of facts in no trained one"""
+    return table_of(rows, legend)
 
 
 def accuracy_table(groups: list[Group]) -> Table | None:
@@ -150,8 +151,9 @@ def seeds_table(groups: list[Group]) -> Table | None:
                 is_other = other in hop2 and other != arch
                 row.append(cell(mann_whitney(hop2[arch], hop2[other])) if is_other else "")
             rows.append(tuple(row))
-    legend = "prototype, a-priori site, on what all four cells know. p: exact two-sided "
-    return table_of(rows, f"{legend}Mann-Whitney, hop 2")
+    legend = """\
+prototype, a-priori site, on what all four cells know. p: exact two-sided Mann-Whitney, hop 2"""
+    return table_of(rows, legend)
 
 
 def paired_table(groups: list[Group]) -> Table | None:
@@ -264,7 +266,7 @@ MEMIT of n facts in one update. eff: new answers; para: by the relation's other 
 facts that keep their answers; score: harmonic mean, percent; as papers: that of ES, PS, the new
 answer likelier than the old, and NS, that of an unedited fact of the relation likelier than the
 new; left: mean |r - dW k| / |r|, pred: predicted; norm: |dW| / |W|; seconds for keys and C,
-targets, the solution"""
+targets, the solution (in stores of 4096 slots and fewer without whitening C, which is done once)"""
     lowest = ("score", "paraphrase")
     entries = entries_at("capacity.edits")
     return mean_table(groups, entries, same("slots", "n"), shares, legend, lowest)

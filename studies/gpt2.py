@@ -288,7 +288,12 @@ def ablate_repeated(editor: Editor, sentences: Tensor, repeated: Tensor) -> tupl
         targets = part[:, 1:].masked_fill(part[:, 1:] == PAD, -100)
         batches.append((part[:, :-1], targets))
     factors = curvature.kronecker_factors(
-        model, batches, F.cross_entropy, layers, generator=torch.Generator().manual_seed(0)
+        model,
+        batches,
+        F.cross_entropy,
+        layers,
+        generator=torch.Generator().manual_seed(0),
+        positions="counted",  # no padding
     )
     spectra = {n: (curvature.eigen(A), curvature.eigen(G)) for n, (A, G) in factors.items()}
     halves = slice(None, None, 2), slice(1, None, 2)
@@ -440,7 +445,7 @@ def edit_pretrained(args):
         whole = tokenizer(prompt + gap + answer)["input_ids"]
         made = editing.prompts([text], [whole[len(text) :]], tokenizer.pad_token_id or 0, [place])
         usual = editing.site(reader, args.layer, 0, made.tokens, position=made.position)
-        usual.C += shared
+        usual.C = shared  # holds that of this prompt, too
         at = editing.shrunk(usual, args.shrink)
         request = requests_of(made, torch.tensor([0]))
         notes, u = {}, editing.direction("rome", at, request)

@@ -4,7 +4,7 @@
               with the step as a CUDA graph, of one seed and of five side by side
     step      ms of a training step: eager, torch.compile, and as a CUDA graph
     seeds     loss and gradient of five seeds, one after another and as one model (torch.func)
-    memit     10 000 edits in one update: C, solve, check; random keys of the mass-edit size
+    memit     10 000 edits in one update: C, solve, check; random keys of 2048 dimensions
     kfac      factors, eigenbases and EK-FAC masses of all layers of the LMC
 
     python -m studies.gpu --device cuda --out results        # under eight minutes
@@ -233,7 +233,7 @@ def seeds_batched(run: Run, n_seeds: int = 5) -> dict:
 
 
 def memit(run: Run, n: int, d_in: int, d_out: int) -> dict:
-    """Seconds of n edits of random keys, C of as many ordinary ones included."""
+    """Seconds of n edits of random keys, C of 2 d_in ordinary ones included."""
     generator = torch.Generator(run.device).manual_seed(0)
     sizes = {"generator": generator, "device": run.device}
     K, X = torch.randn(n, d_in, **sizes), torch.randn(2 * d_in, d_in, **sizes)

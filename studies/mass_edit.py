@@ -4,7 +4,7 @@ Trains a model of 20 000 facts (facts alone, no compositions), every relation un
 edits up to half of them at the first read of its first store, by
 
     memit, emmet, alphaedit   in closed form, for all facts at once
-    rome                      one fact after another
+    rome                      one fact after another, with values sought on the unedited model
     finetune                  constrained fine-tuning, Adam with a bound on every entry of dW
 
 with a value for each fact that is a prototype, sought by gradient with our settings, or sought with
@@ -25,6 +25,8 @@ all of them (in stores of 4096 units at most). Scored are efficacy (new answer),
 relation's other name), specificity (1000 facts that are never edited) and their harmonic mean; and
 the same as the papers count, where an answer need not be given, but be likelier than one other: the
 new one than the old, and for facts of the same relation that are never edited theirs than the new.
+(The neighbours of CounterFact also have the edited fact's old answer, which is harder; here hardly
+any two facts of a relation have the same.)
 
     python -m studies.mass_edit --arch all --slots 2048 --d-ff 2048 --seeds 3 --out runs/mass
     python -m studies.mass_edit --counts 10000 --methods memit emmet rome finetune --out runs/peers

@@ -89,8 +89,9 @@ class Scores:
     paraphrase: float | None = None  # the same, asked by the relation's other name
     specificity: float | None = None  # facts never edited that keep their answers
     score: float | None = None  # harmonic mean of the three, in percent
-    # the same as the papers count: the new answer is likelier than the old one, by either name, and
-    # for a fact of the same relation that is never edited its own than the new one of the request
+    # nearly as the papers count (see studies/mass_edit.py): the new answer is likelier than the old
+    # one, by either name, and for a fact of the same relation that is never edited its own than the
+    # new one of the request
     new_likelier: float | None = None
     new_likelier_paraphrase: float | None = None
     own_likelier: float | None = None

@@ -315,7 +315,8 @@ def study(run: Run, model: Model, args, common: tuple[Tensor, Tensor] | None):
     began = time.perf_counter()
     run.add_results("locate", locate_stage(run, model, case.known, args.n_edits), began)
     began = time.perf_counter()
-    run.add_results("when", when_stage(run, model, case.known, args.n_edits), began)
+    found = when_stage(run, model, case.known, args.n_edits, case.shrink)
+    run.add_results("when", found, began)
 
 
 def command(args):

@@ -1243,6 +1243,25 @@ def test_what_an_ablation_asks_for_is_true(tmp_path):
     assert not questions.scored[questions.choosing].any(), "what chooses is not scored"
 
 
+def test_a_learned_mask_is_asked_to_keep_no_exception(tmp_path, monkeypatch):
+    run = ablation.prepare(ablation_args(tmp_path / "n"))[0]
+    batches = run.make_batches(run.paths, run.recipe, generator())
+    questions = ablation.Questions(run, batches, torch.ones(len(run.paths.facts)), 1)
+    exceptions = {tuple(row) for row in run.paths.tokens[run.paths.masks["exceptions"]].tolist()}
+    told = {"forget": [], "keep": []}
+
+    def learned_mask(model, forget, keep, *_, **__):
+        for name, batches in (("forget", forget), ("keep", keep)):
+            for tokens, targets in batches:
+                told[name] += [tuple(row) for row in tokens[targets[:, 2] >= 0, :3].tolist()]
+        return {}
+
+    monkeypatch.setattr(ablation, "learned_mask", learned_mask)
+    ablation.learned_outcome(run.fresh().model, questions, [])
+    assert told["forget"] and exceptions.issuperset(told["forget"])
+    assert told["keep"] and exceptions.isdisjoint(told["keep"])
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -1251,6 +1270,7 @@ def test_what_an_ablation_asks_for_is_true(tmp_path):
         ("--arithmetic 5", "--arithmetic must be at most --relations, got 5"),
         ("--zipf -1", "--zipf must be 0 or more"),
         ("--open-book -3", "--open-book must be 0 or more"),
+        ("--images 9", "--images must be 0, or 20 at least"),
         ("--label-noise 1e-3", "too few exceptions, 0"),
         ("--label-noise 8e-3", "too few exceptions, 1"),
         ("--label-noise 8e-3 --seed 7", "too few exceptions, 1"),
@@ -2093,6 +2113,14 @@ def test_a_verdict_says_whether_the_interval_crosses_an_end(values, verdict):
     assert found.verdict == verdict
 
 
+def test_a_step_that_never_came_is_infinite_in_a_ratio_too():
+    run = {"step_ood": None, "step_id": 400, "step_train": 200}
+    assert claims.figure_of(run, "step_id / step_train") == 2
+    assert claims.figure_of(run, "step_ood") == claims.figure_of(run, "step_ood / step_id")
+    assert claims.figure_of(run, "step_ood") == float("inf")
+    assert claims.figure_of(run, "step_id / step_ood") is None
+
+
 def test_claims_read_the_folder_that_they_name(tmp_path):
     source = HERE / "results" / "edits"
     for seed in (0, 1):
@@ -2434,6 +2462,8 @@ def test_each_method_is_shown_at_its_best_share_among_those_that_keep_id():
     method, true = heads.index("method"), heads.index("true")  # of one run: no lowest
     found = {row[method]: row[true] for row in table.rows[1:]}
     assert found == {"before": "0.100", "kfac": "0.600", "activations": "0.800"}
+    alone = {"exceptions": None, "attention": controls}  # without minedit.py --ablate
+    assert circuit_tables.best_table([runs.Group("lmc", "lmc", [alone])]) is None
 
 
 def test_figures_of_ablations_tell_recited_from_right():

@@ -97,9 +97,9 @@ def actions(n_calls: int) -> dict[str, list[int] | None]:
     return found
 
 
-def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> dict:
-    """Edits that act at some calls of their layer alone; then the first of them with its answer
-    held as it was."""
+def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int, shrink: float) -> dict:
+    """Edits, C shrunk, that act at some calls of their layer alone; then the first of them with its
+    answer held as it was."""
     generator, paths, config = run.stream(), run.paths, run.config
     fact, new, _ = kg.draw_edits(paths, n_edits, generator)
     requests = minedit.requests_for(paths, fact, new)
@@ -115,7 +115,7 @@ def when_stage(run: Run, model: Model, known: minedit.Known, n_edits: int) -> di
     sites.sort(key=lambda site: site != chosen)  # the chosen one first
     written, held = [], None
     for site in sites:
-        at = minedit.gather(run, model, site)
+        at = editing.shrunk(minedit.gather(run, model, site), shrink)
         edits = minedit.make_edits(model, paths, known.facts, requests, at, site.at_pass)
         n_calls = len(sites) if is_shared and site == chosen else 0  # 0: "always" alone
         hits = {}
