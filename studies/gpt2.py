@@ -226,10 +226,10 @@ class Editor:
 
 
 def edit_many(editor: Editor, n: int, generator) -> list[Score]:
-    """lam is chosen on half of the facts, the other half is scored."""
+    """n facts in one update; lam is chosen on half of the facts, the other half is scored, and n
+    are half of either at most."""
     order = torch.randperm(len(editor.facts), generator=generator).tolist()
     half = len(order) // 2
-    n = min(n, half // 2)
     choosing, scored = order[:half], order[half:]
     new = {i: tail for i, tail in zip(order, editor.wanted(order, generator))}
     found = []
@@ -387,13 +387,16 @@ def study(args) -> dict:
     save(model, words, args.out, transformers)
     reader = adapted(model)
     known = right(reader, make_prompts(words, facts, PHRASINGS[0], [f.tail for f in facts]))
+    n_known = int(known.sum())
+    print(f"{n_known} of {len(facts)} facts are known")
+    require(n_known >= 4, f"--steps {args.steps}: {n_known} facts are known; train longer")
     editor = Editor(reader, words, [fact for fact, knows in zip(facts, known) if knows])
-    print(f"{int(known.sum())} of {len(facts)} facts are known")
-    scores = edit_many(editor, args.edits, generator)
+    n = min(args.edits, n_known // 4)
+    scores = edit_many(editor, n, generator)
     rows = [("MEMIT", "facts", "lam", "efficacy", "paraphrase", "specificity", "score", "s")]
     for s in scores:
         shares = (s.efficacy, s.paraphrase, s.specificity, s.mean(), s.seconds)
-        rows.append((s.method, args.edits, s.lam, *map(cell, shares)))
+        rows.append((s.method, n, s.lam, *map(cell, shares)))
     print("\n" + table(rows))
     traced = trace_layers(editor, generator)
     for name, rise in traced.items():
@@ -405,7 +408,8 @@ def study(args) -> dict:
     print("\n" + table(rows))
     return {
         "facts": len(facts),
-        "known": int(known.sum()),
+        "known": n_known,
+        "n": n,
         "edits": [s._asdict() | {"score": s.mean()} for s in scores],
         "trace": traced,
         "ablation": {"before": before._asdict(), "after": after._asdict()},
@@ -424,6 +428,7 @@ def edit_pretrained(args):
     reader = adapted(model.eval())
     lines = [line.split("\t") for line in args.prompts.read_text().splitlines() if line.strip()]
     for line in lines:
+        line[0] = line[0].rstrip()  # a blank at its end would belong to the answer's first token
         fine = len(line) == 3 and line[1] and line[1] in line[0] and line[2].strip()
         require(fine, f"--prompts: a prompt, its subject, an answer, with tabs, not {line}")
     try:
@@ -441,8 +446,7 @@ def edit_pretrained(args):
         place = len(tokenizer(prompt[:end])["input_ids"]) - 1
         if args.at == "last":
             place = len(text) - 1
-        gap = "" if prompt.endswith(" ") else " "
-        whole = tokenizer(prompt + gap + answer)["input_ids"]
+        whole = tokenizer(f"{prompt} {answer}")["input_ids"]
         made = editing.prompts([text], [whole[len(text) :]], tokenizer.pad_token_id or 0, [place])
         usual = editing.site(reader, args.layer, 0, made.tokens, position=made.position)
         usual.C = shared  # holds that of this prompt, too
