@@ -367,8 +367,8 @@ def by_example(call: Call, n: int) -> tuple[Tensor, Tensor]:
     n_rows = call.a.shape[:-1].numel()
     if n_rows % n:
         raise ValueError(
-            f"{call.name!r} is handed {n_rows} positions for {n} examples; EK-FAC cannot tell whose "
-            "they are: leave the layer out"
+            f"{call.name!r} is handed {n_rows} positions for {n} examples; EK-FAC cannot tell "
+            "whose they are: leave the layer out"
         )
     return call.a.reshape(n, -1, call.a.shape[-1]), call.g.reshape(n, -1, call.g.shape[-1])
 
@@ -521,9 +521,9 @@ def evaluation_mode(model: nn.Module):
 
 
 def check_gradients():
-    """RuntimeError where no gradient can be taken, nor of what is recorded now."""
+    """RuntimeError in torch.inference_mode: no gradient reaches a tensor made there, even later."""
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("gradients are needed: use torch.no_grad, not torch.inference_mode")
+        raise RuntimeError("no gradient reaches what torch.inference_mode makes: use torch.no_grad")
 
 
 @contextmanager

@@ -231,7 +231,8 @@ def memit_update(
     MEMIT [4], equation 14. K [n, d_in], R [n, d_out], C [d_in, d_in], lam > 0 -> dW [d_out, d_in].
     C is a mean: all ordinary keys together weigh as much as lam requests. Keys may coincide. `form`
     is "dual", "primal" or None, the smaller system, with keys in whitened coordinates; or "direct",
-    the equation as it stands, for wide layers (`direct_update`). `carried`, K_p^T K_p [d_in, d_in]
+    the equation as it stands, for wide layers and a C that is symmetric to the last digit
+    (`direct_update`). `carried`, K_p^T K_p [d_in, d_in]
     of all keys written before, is added to lam C: with residuals on W as edited so far, batches one
     after another add up to the update of all at once. Raises ValueError for a bad request.
     `diagnostics` gets the ridge, `outcome` (of W, if given) and, but for "direct", `diagnose`."""
@@ -753,11 +754,9 @@ def evaluation_mode(model: nn.Module):
 
 
 def check_gradients():
-    """RuntimeError where no gradient can be taken, nor later of a tensor that is made now."""
+    """RuntimeError in torch.inference_mode: no gradient reaches a tensor made there, even later."""
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "no gradient passes through what torch.inference_mode makes: use no_grad"
-        )
+        raise RuntimeError("no gradient reaches what torch.inference_mode makes: use torch.no_grad")
 
 
 # --- Putting an edit into a model -----------------------------------------------------------------
@@ -869,7 +868,8 @@ def added(
 @torch.no_grad()
 def record(model: nn.Module, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Input and output (of a layer: keys and values), each [call, batch, token, d], of all calls of
-    the module on the tokens. Raises ValueError where it is never called."""
+    the module on the tokens. Raises ValueError where it is never called, or where its calls are
+    handed different shapes."""
     check_gradients()
     inputs, outputs = [], []
 
@@ -1089,13 +1089,14 @@ def site(
     position) each, a key is the mean over all, and the value that of this very key. `chunk`: how
     many inputs are read at a time."""
     layer = layer_of(model, name)
-    has_bias = len(list(layer.module.parameters())) > 1
+    with evaluation_mode(layer.module):
+        has_bias = bool(layer.asked(any_input(layer))[1].any())
     keys, values = last_token(model, name, call, queries, chunk, position)
     if phrasings:
         others = [last_token(model, name, call, t, chunk, place)[0] for t, place in phrasings]
         keys = torch.stack([keys, *others]).mean(0)
     if phrasings or has_bias:  # else the outputs are W k
-        values = keys @ layer.matrix.detach().mT
+        values = keys.to(layer.matrix) @ layer.matrix.detach().mT
     moment = Moment(model, layer.module, chunk, pad).add(queries)
     if ordinary is not None:
         moment.add(ordinary, call)
@@ -1381,7 +1382,7 @@ def interchange(
         new = other  # [batch, d]
         if basis is not None:
             mine = x[:, token]
-            apart = (other - mine)[..., None].to(basis)  # [batch, d, 1]
+            apart = (other.to(basis) - mine.to(basis))[..., None]  # [batch, d, 1]
             new = mine + (basis @ (basis.mT @ apart))[..., 0]  # x + B B^T (x_other - x)
         return x.select_scatter(new.to(x), 1, token)
 

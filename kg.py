@@ -48,7 +48,8 @@ SPLITS = ("train", "id", "ood", "ood_first", "ood_second")
 MOST_ENTRIES = 2**27  # of a table of facts, 1 GiB
 
 # Streams of random numbers of a seed s: 4 s graph (of seed 0 also the order of numbered tails and
-# clones), 4 s + 1 split, 4 s + 2 weights, 4 s + 3 batches, -s - 1 the stages of minedit.py; and, far from these:
+# clones), 4 s + 1 split, 4 s + 2 weights, 4 s + 3 batches, -s - 1 the stages of minedit.py; and,
+# far from these:
 SAMPLED, CONTINUED, WRONG = 2**58, 2**59, 2**62  # + s: `sampled`, `list_paths`, `with_exceptions`
 
 
@@ -554,7 +555,7 @@ def read_triples(*files) -> Triples:
     alike = near_duplicates(tails)
     if alike:
         names = ", ".join(alike[:3])
-        notes.append(f"{len(alike)} names differ from others in case, blanks or quotes: {names}")
+        notes.append(f"{len(alike)} pairs of names differ in case, blanks or quotes alone: {names}")
     return Triples(tails, n, notes)
 
 
@@ -701,7 +702,7 @@ def check_entries(n_entities: int, n_relations: int):
     if n_entities * n_relations > MOST_ENTRIES:
         raise ValueError(
             f"{n_entities} entities and {n_relations} relations are too many for a table of "
-            f"facts of {MOST_ENTRIES} at most; of a file: are head, relation and tail in this order?"
+            f"facts of {MOST_ENTRIES} at most; are head, relation and tail of a file in this order?"
         )
 
 
@@ -723,8 +724,8 @@ def from_facts(facts: list[tuple[str, str, str]], notes: list[str]) -> Knowledge
 
 def with_clones(graph: KnowledgeGraph, n: int, seed: int = 0) -> KnowledgeGraph:
     """The graph with n clones of every entity that has facts: the same relations, each tail drawn
-    from the tails of its relation. ValueError where an entity is named as a clone would be, or where
-    there are too many."""
+    from the tails of its relation. ValueError where an entity is named as a clone would be, or
+    where there are too many."""
     generator = torch.Generator().manual_seed(seed)
     head, relation = (graph.facts >= 0).nonzero(as_tuple=True)
     tail = graph.facts[head, relation]

@@ -641,6 +641,8 @@ class Run:
             training.load_state_dict(state)
             if not all(p.isfinite().all() for p in training.average.parameters()):
                 raise ValueError("its weights are not finite")
+        except UserError:  # of `fresh`: there is no room for the model
+            raise
         except Exception as error:  # unpickling can raise anything
             why = " ".join(str(error).split())[:80] or type(error).__name__
             message = f"{path}: not a checkpoint of this run ({why}); {INSTEAD}"
@@ -800,7 +802,7 @@ def edit_probes(
     hop2, left_out2 = kg.hop2_probes(paths, fact, new, *conditions)
     facts = kg.unrelated_facts(paths, fact, known.one_hop, n, generator)
     compositions = kg.unrelated_paths(paths, fact, known.two_hop, known.asked, n, generator)
-    left_out = {reason: n + left_out2[reason] for reason, n in left_out1.items()}
+    left_out = {reason: count + left_out2[reason] for reason, count in left_out1.items()}
     direct = kg.questions(paths, fact, new)
     trained = paths.masks["train"][hop1.path]
     return EditProbes(direct, hop1, hop2, facts, compositions, trained, left_out)

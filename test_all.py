@@ -1663,10 +1663,10 @@ def test_interchange_in_a_plane_changes_that_component_alone(world, token, rest)
 def test_interchange_in_a_plane_of_another_dtype():
     """torch.linalg has no bfloat16: a basis of such a model is float32."""
     model, tokens = tiny_model().bfloat16(), torch.tensor([[1, 2, 12]])
-    B, other = torch.linalg.qr(torch.eye(16)[None, :, :2]).Q, torch.ones(1, 16).bfloat16()
+    B, other = torch.eye(16)[None, :, :2], normal(1, 16).bfloat16()
     with editing.interchange(model, "blocks.0", 0, 1, other, B):
         new = editing.at_call(model, "blocks.0", 0, tokens)[1]
-    assert new.dtype == torch.bfloat16 and torch.equal(new[0, 1, :2], torch.ones(2).bfloat16())
+    assert new.dtype == torch.bfloat16 and torch.equal(new[0, 1, :2], other[0, :2])
 
 
 def test_tracing_finds_the_state_that_carries_the_answer(two_runs):
@@ -2409,19 +2409,24 @@ def test_values_are_without_the_bias_so_that_rome_is_exact():
     close(returned, v + model.down[1].bias, 1e-10)
 
 
-def test_values_are_without_a_bias_of_another_name():
-    model = nn.Sequential(nn.Embedding(5, 4), Shifted(4, 4))
+@pytest.mark.parametrize("is_buffer", [False, True])
+def test_values_are_without_a_bias_of_another_name_or_kind(is_buffer):
+    model = nn.Sequential(nn.Embedding(5, 4), Shifted(4, 4, is_buffer))
     at = editing.site(model, "1", 0, torch.tensor([[3]]))
     assert torch.equal(at.values, at.keys @ model[1].weight.T)
 
 
 class Shifted(nn.Module):
-    """A linear layer whose bias, a large one, has another name."""
+    """A linear layer whose bias, a large one, has another name, or is a buffer."""
 
-    def __init__(self, d_in, d_out):
+    def __init__(self, d_in, d_out, is_buffer):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(d_out, d_in, generator=generator()))
-        self.b = nn.Parameter(torch.full((d_out,), 1000.0))
+        bias = torch.full((d_out,), 1000.0)
+        if is_buffer:
+            self.register_buffer("b", bias)
+        else:
+            self.b = nn.Parameter(bias)
 
     def forward(self, x):
         return F.linear(x, self.weight, self.b)
@@ -3290,6 +3295,17 @@ def test_a_model_that_does_not_fit_is_refused(capsys, tmp_path):
     options = ["--arch", "loop", "--d-ff", 64 * 10**12, "--out", tmp_path / "x"]
     assert "lower its sizes" in refused(capsys, *options)
     assert not list((tmp_path / "x").iterdir())
+
+
+def test_a_checkpoint_is_not_at_fault_where_its_model_does_not_fit(tmp_path, monkeypatch, capsys):
+    assert run_main(*TINY, "--out", tmp_path / "x") == 0
+
+    def too_large(*_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(minedit, "Training", too_large)
+    error = refused(capsys, *TINY, "--out", tmp_path / "x")
+    assert "lower its sizes" in error and "not a checkpoint" not in error
 
 
 def test_a_lam_for_which_there_is_no_solution_is_named(capsys, tmp_path, monkeypatch):

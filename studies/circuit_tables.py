@@ -39,7 +39,8 @@ def ablation_table(groups: list[Group]) -> Table | None:
     legend = """\
 recited, true: exceptions answered as trained, and right; train: other trained; book: open book.
 matched: strengths of its own choice in q+k, v+out, address, store (highest true - recited of other
-paths, held-out ones spared); as many components (parts), as large a change (norm) as kfac or ekfac; one keep (alike)."""
+paths, held-out ones spared); as many components (parts), as large a change (norm) as kfac or ekfac;
+one keep (alike)."""
     return mean_table(groups, entries, same("method", "matched"), REMAINING, legend, ("true",))
 
 

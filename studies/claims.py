@@ -150,8 +150,8 @@ def summary_table(claims: list[Claim], results: Results) -> Table | None:
                 row.append("-" if claim.cells == "-" else "")
         rows.append(tuple(row))
     legend = """\
-+: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, or one run; -
-alone: cannot be tested here"""
++: in the range of results/claims.tsv; -: not; ?: the interval crosses its border, or one run;
+- alone: cannot be tested here"""
     return table_of(rows, legend)
 
 

@@ -226,8 +226,8 @@ class Editor:
 
 
 def edit_many(editor: Editor, n: int, generator) -> list[Score]:
-    """n facts in one update; lam is chosen on half of the facts, the other half is scored, and n
-    are half of either at most."""
+    """n facts in one update, a quarter of all at most; lam is chosen on half of the facts, the other
+    half is scored."""
     order = torch.randperm(len(editor.facts), generator=generator).tolist()
     half = len(order) // 2
     choosing, scored = order[:half], order[half:]

@@ -1,8 +1,8 @@
 """Images with wrong labels: the ablation on another kind of model, after Merullo et al. 2025, part
 of studies/ablation.py.
 
-A vision transformer of two blocks learns eight shapes in 24 passes, by which it has memorized most
-of a tenth of its labels that are wrong; then its feed-forward layers are ablated by curvature and by
+A vision transformer of two blocks learns eight shapes with a tenth of the labels wrong; after 24
+passes it has memorized most of these. Then its feed-forward layers are ablated by curvature and by
 controls.
 """
 

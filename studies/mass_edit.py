@@ -25,8 +25,8 @@ all of them (in stores of 4096 units at most). Scored are efficacy (new answer),
 relation's other name), specificity (1000 facts that are never edited) and their harmonic mean; and
 the same as the papers count, where an answer need not be given, but be likelier than one other: the
 new one than the old, and for facts of the same relation that are never edited theirs than the new.
-(The neighbours of CounterFact also have the edited fact's old answer, which is harder; here hardly
-any two facts of a relation have the same.)
+(The neighbours of CounterFact have the edited fact's old answer, too, which is harder; here a fact
+drawn from the relation has it once in a thousand.)
 
     python -m studies.mass_edit --arch all --slots 2048 --d-ff 2048 --seeds 3 --out runs/mass
     python -m studies.mass_edit --counts 10000 --methods memit emmet rome finetune --out runs/peers

@@ -10,9 +10,9 @@ A block of a page says of which table it is a part, and of which runs:
 
 edits_table of studies/edit_tables.py, of the runs in results/main: its rows in which the column
 "method" has "rome" or "row" and "pass" has "0", and of these three columns. Blanks are written _,
-and hop_2 is also the column "hop 2 (lowest)". `bare` leaves out the legend. In the same words a comment of one
-line, <!-- results/main edits ... -->, names a table that a paragraph takes numbers from without
-showing it.
+and hop_2 is also the column "hop 2 (lowest)". `bare` leaves out the legend. In the same words a
+comment of one line, <!-- results/main edits ... -->, names a table that a paragraph takes numbers
+from without showing it.
 
 A number of a page's text with a decimal point or a percent sign is to be in a table of its section,
 rounded or not. What the papers say stands in quotes (> ...), settings in `code`: these are not

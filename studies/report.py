@@ -4,9 +4,8 @@
     python -m studies.report results --claims             # the papers' claims beside ours
     python -m studies.report results/main --plot --out runs/figures
 
-A row is the mean over runs that differ in the seed alone. The tables are in
-studies/edit_tables.py and studies/circuit_tables.py, the claims in studies/claims.py, the figures in
-studies/figures.py.
+A row is the mean over runs that differ in the seed alone. The tables are in studies/edit_tables.py
+and studies/circuit_tables.py, the claims in studies/claims.py, the figures in studies/figures.py.
 """
 
 import sys

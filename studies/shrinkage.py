@@ -14,7 +14,7 @@ prototype at the site of --edit:
 
 Writes "tradeoff" into results.json; a minute a run beside the training. The curve is of the facts
 that --edit scores, with fewer compositions: it shows what --shrink auto, which chooses on other
-facts and tries 30, too, could have reached with 10 and less.
+facts, could have reached (it tries 30, too; the curve ends at 10).
 
 [1] Meng et al. 2022, ROME, arXiv 2202.05262, section 3.1: a key over random prefixes.
 [2] Gupta et al. 2024, arXiv 2403.07175: key and residual of one and the same key, as here.
