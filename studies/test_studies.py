@@ -2036,7 +2036,7 @@ def made_up_loop(seed, **more):
     run["circuits"] = {
         "same": {"id": {"memorized": {"r": 0.95}}},
         "id": {"facts": path | {"whole": 0.1}, "end": path},
-        "ood": {"before": path, "end": path | {"visible_right": 0.99}},
+        "ood": {"memorized": path, "end": path | {"visible_right": 0.99}},
     }
     run["transfer"] = {"end": end}
     return run | more
@@ -2054,7 +2054,7 @@ VERDICTS = {
     "[2] OOD steps / ID": ("3.750", "3.500..4.000", "-", "differs"),
     "[2] OOD comes": ("0.990", "0.985..0.994", "2000", "agrees"),
     "[2] r2 is read": ("0.000", "0.000..0.000", "-", "differs"),
-    "[2] ungrokked": ("-0.040", "-0.040..-0.040", "-", "agrees"),
+    "[2] just memorized": ("-0.040", "-0.040..-0.040", "-", "agrees"),
     "[2] grokked": ("0.990", "0.959..0.998", "160", "agrees ?"),
     "[8] ID paths": ("0.950", "0.950..0.950", "-", "agrees"),
     "[8] after grokking: old->new": ("0.500", "0.478..0.522", "2000", "differs"),
