@@ -232,10 +232,10 @@ def memit_update(
     C is a mean: all ordinary keys together weigh as much as lam requests. Keys may coincide. `form`
     is "dual", "primal" or None, the smaller system, with keys in whitened coordinates; or "direct",
     the equation as it stands, for wide layers and a C that is symmetric to the last digit
-    (`direct_update`). `carried`, K_p^T K_p [d_in, d_in]
-    of all keys written before, is added to lam C: with residuals on W as edited so far, batches one
-    after another add up to the update of all at once. Raises ValueError for a bad request.
-    `diagnostics` gets the ridge, `outcome` (of W, if given) and, but for "direct", `diagnose`."""
+    (`direct_update`). `carried`, K_p^T K_p [d_in, d_in] of all keys written before, is added to
+    lam C: with residuals on W as edited so far, batches one after another add up to the update of
+    all at once. Raises ValueError for a bad request. `diagnostics` gets the ridge, `outcome` (of W,
+    if given) and, but for "direct", `diagnose`."""
     if form not in (None, "primal", "dual", "direct"):
         raise ValueError(
             f"form must be 'primal', 'dual', 'direct' or None for the smaller system, got {form!r}"

@@ -150,6 +150,11 @@ class Paths:
             )
 
     @property
+    def is_exception(self) -> Tensor:
+        """[n_paths], bool: trained with a wrong answer (`with_exceptions`)."""
+        return self.masks.get("exceptions", torch.zeros_like(self.masks["train"]))
+
+    @property
     def true_two_hop(self) -> Tensor:
         """[n_paths]: the tail of the second fact, of exceptions (`with_exceptions`) too; -100 where
         there is none."""

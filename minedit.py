@@ -25,7 +25,7 @@ import unicodedata
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -414,8 +414,7 @@ def what_is_known(model: Model, paths: kg.Paths) -> Known:
     one_hop, two_hop = predict(model, paths)
     facts = (one_hop == paths.facts[:, 2]) & ~paths.ood_fact
     asked = (paths.masks["train"] | paths.masks["id"]) & paths.real[paths.first]
-    if "exceptions" in paths.masks:
-        asked &= ~paths.masks["exceptions"]
+    asked &= ~paths.is_exception
     return Known(one_hop, two_hop, facts, two_hop == paths.two_hop, asked)
 
 
@@ -457,8 +456,12 @@ class Run:
         self.watched = kg.sampled(self.paths, MOST_WATCHED, self.seed)  # paths of evaluations
         self.n_paths = {name: int(mask.sum()) for name, mask in self.paths.masks.items()}
         settings = {"model": asdict(self.config), "recipe": asdict(self.recipe)}
-        self.version = version()
         self.identity = {"arch": self.arch, "seed": self.seed, "data": self.task.data} | settings
+
+    @cached_property
+    def version(self) -> str | None:
+        """`version`, as it is when config.json is first written."""
+        return version()
 
     @property
     def out(self) -> str:
@@ -1095,8 +1098,7 @@ def edit_fact_stage(run: Run, model: Model, wanted: list[list[str]], shrink: flo
     known = what_is_known(model, paths)
     known_facts = known.one_hop == paths.facts[:, 2]  # here OOD facts and paths count too
     asked = (paths.second >= 0) & paths.real[paths.first]  # not those of clones
-    if "exceptions" in paths.masks:
-        asked &= ~paths.masks["exceptions"]
+    asked &= ~paths.is_exception
     conditions = (known_facts, known.right, asked)
     a_priori, at, _ = site_for_edits(run, model, known, fact, shrink)
     requests, at_pass = requests_for(paths, fact, new), a_priori.site.at_pass

@@ -116,7 +116,7 @@ def gpt2_stepper(run: Run) -> Callable | None:
             vocab_size=config.n_entities + config.n_relations,
             n_positions=8,
             n_embd=config.d_model,
-            n_layer=config.depth * config.blocks,
+            n_layer=config.n_calls,
             n_head=config.n_heads,
             n_inner=config.d_ff,
             resid_pdrop=0.0,  # as in the run
