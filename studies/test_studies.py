@@ -119,10 +119,17 @@ def test_an_abbreviated_option_is_refused(capsys):
 # --- propagation ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def propagated(tmp_path_factory):
+    """The folder of the study of propagation in all four cells."""
+    folder = tmp_path_factory.mktemp("propagation")
+    assert run_study(propagation, *TINY, "--arch", "all", "--out", folder) == 0
+    return folder
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-def test_propagation_edits_every_store_and_pass(tmp_path, arch):
-    assert run_study(propagation, *TINY, "--arch", arch, "--out", tmp_path / "p") == 0
-    found = results_of(tmp_path / "p")
+def test_propagation_edits_every_store_and_pass(propagated, arch):
+    found = results_of(propagated / f"{arch}-seed0")
     entries = found["propagation"]["edits"]
     several = [e["site"] for e in entries if e["pass"] is None]
     assert several == (["every store", "both copies"] if arch == "dense" else [])
@@ -209,12 +216,10 @@ def test_the_second_copy_has_the_keys_and_values_of_compositions(tmp_path, monke
     assert n_lent
 
 
-@pytest.mark.slow
-def test_what_all_four_cells_know_is_scored_apart(tmp_path):
-    assert run_study(propagation, *TINY, "--arch", "all", "--out", tmp_path) == 0
+def test_what_all_four_cells_know_is_scored_apart(propagated):
     shared = []
     for arch in ARCHS:
-        entries = results_of(tmp_path / f"{arch}-seed0")["propagation"]["edits"]
+        entries = results_of(propagated / f"{arch}-seed0")["propagation"]["edits"]
         for e in entries:
             if e["pass"] is not None:
                 assert 0 <= e["probes_hop1_shared"] <= e["probes_hop1"]
@@ -535,7 +540,7 @@ def test_relations_are_asked_by_two_names():
 
 @pytest.mark.parametrize("arch", ["lmc", "dense"])
 def test_mass_edits_count_every_request(tmp_path, arch):
-    sizes = "--entities 20 --relations 4 --steps 300 --slots 64 --batch 64 --branches 0"
+    sizes = "--entities 20 --relations 4 --steps 120 --slots 64 --batch 64 --branches 0"
     options = [*TINY[4:], *sizes.split(), "--arch", arch, "--out", tmp_path / "m"]
     assert run_study(mass_edit, *options) == 0
     mass = results_of(tmp_path / "m")["mass"]
@@ -644,7 +649,7 @@ def test_one_solution_serves_several_targets_side_by_side(mass_runs, monkeypatch
 @pytest.fixture(scope="module")
 def mass_runs(tmp_path_factory):
     """{arch: (run, model)} of 80 facts, every relation under two names."""
-    sizes = "--entities 20 --relations 4 --steps 300 --slots 64 --d-ff 64 --batch 64 --branches 0"
+    sizes = "--entities 20 --relations 4 --steps 120 --slots 64 --d-ff 64 --batch 64 --branches 0"
     runs = {}
     for arch in ("lmc", "dense"):
         options = [*TINY[4:], *sizes.split(), "--arch", arch]
@@ -1197,29 +1202,43 @@ def tables_in(folder):
 
 
 ABLATION = [*TINY, "--label-noise", "0.2", "--arithmetic", "1", "--open-book", "4"]
-ABLATION += ["--memorize", "5", "--images", "0"]
+ABLATION += ["--memorize", "5", "--images", "0", "--quick"]  # quick: fewer strengths are tried
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch, n_images", [("dense", 60), ("lmc", 0)])
-def test_the_ablation_study(tmp_path, arch, n_images):
-    folder = tmp_path / "run"
-    options = [*ABLATION, "--arch", arch, "--images", n_images, "--out", folder]
-    assert run_study(ablation, *options) == 0
+@pytest.fixture(scope="module")
+def ablation_runs(tmp_path_factory):
+    """The folder of the study of ablation in Dense, with images, and in LMC."""
+    folder = tmp_path_factory.mktemp("ablation")
+    for arch, n_images in (("dense", 60), ("lmc", 0)):
+        options = [*ABLATION, "--arch", arch, "--images", n_images, "--out", folder / arch]
+        assert run_study(ablation, *options) == 0
+    return folder
+
+
+@pytest.mark.parametrize("arch", ["dense", "lmc"])
+def test_the_ablation_study(ablation_runs, tmp_path, arch):
+    folder = ablation_runs / arch
     found = results_of(folder)["ablation"]
-    assert ("vision" in found) == bool(n_images)
+    assert ("vision" in found) == (arch == "dense")
     first = found["relearning"]["old"][0]
     for name in ("recited", "true", "id"):
         assert first[name] == found["chosen"][name], "relearning starts where the ablation ended"
     assert first["lost"] in (0, None), "what was lost is not recited"
-    assert found["before"]["removed"] == 0 and len(found["sweep"]) == len(ablation.KEEPS)
-    weights = checkpoint(folder)["average"]
-    assert run_study(ablation, *options) == 0
-    for name, weight in checkpoint(folder)["average"].items():
-        assert torch.equal(weight, weights[name])
-    assert results_of(folder)["ablation"]["chosen"] == found["chosen"]
+    assert found["before"]["removed"] == 0
     everything.collect(folder, tmp_path / "kept")
     assert tables_in(folder) == tables_in(tmp_path / "kept")
+
+
+def test_the_ablation_study_leaves_the_model_and_finds_the_same_again(ablation_runs, tmp_path):
+    first, again = ablation_runs / "lmc", tmp_path / "again"
+    shutil.copytree(first, again)
+    assert run_study(ablation, *ABLATION, "--arch", "lmc", "--out", again) == 0
+    weights = checkpoint(again)["average"]
+    for name, weight in checkpoint(first)["average"].items():
+        assert torch.equal(weight, weights[name])
+    before, after = results_of(first)["ablation"], results_of(again)["ablation"]
+    for name in ("chosen", "sweep", "relearning"):
+        assert after[name] == before[name]
 
 
 def ablation_args(folder, *options):
@@ -1383,10 +1402,9 @@ def test_ablations_are_chosen_by_paths_of_every_kind_that_they_may_harm(tmp_path
     assert weights[middle].max() < weights[frequent].min()
 
 
-@pytest.mark.slow
-def test_the_sweep_removes_more_the_less_is_kept(tmp_path):
-    assert run_study(ablation, *ABLATION, "--arch", "loop", "--out", tmp_path / "run") == 0
-    sweep = results_of(tmp_path / "run")["ablation"]["sweep"]
+@pytest.mark.parametrize("arch", ["dense", "lmc"])
+def test_the_sweep_removes_more_the_less_is_kept(ablation_runs, arch):
+    sweep = results_of(ablation_runs / arch)["ablation"]["sweep"]
     removed = [entry["removed"] for entry in sweep]
     assert removed == sorted(removed) and 0 < removed[0] < removed[-1] < 1
     assert [entry["keep"] for entry in sweep] == list(ablation.KEEPS)
