@@ -40,7 +40,8 @@ from edit import row_update, second_moment
 from models import ARCHS, Config, Model
 
 HERE = Path(__file__).parent
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # toy sizes gain nothing by more
+# toy sizes gain nothing by more threads, here and in the commands that tests start
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 TINY = "--entities 10 --relations 4 --d-model 16 --n-heads 2 --d-ff 32 --slots 32 --top-k 4"
 TINY = (TINY + " --ff-top-k 8 --depth 2 --steps 20 --eval-every 10 --batch 16 --n-edits 4").split()
 TINY += ["--device", "cpu"]
@@ -3118,19 +3119,19 @@ def test_a_run_is_repeatable_and_resumes_bit_for_bit(finished, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    command = [sys.executable, "minedit.py", *TINY, "--steps", "200", "--out"]
-    options = {"cwd": HERE, "stdout": subprocess.DEVNULL}
-    killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed)], **options)
+    options = [*TINY, "--steps", "200", "--out"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "minedit.py", *options, str(killed)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL)
     while not (killed / "ckpt.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
     assert checkpoint(killed)["step"] < 200
-    subprocess.run([*command, str(killed), "--resume"], check=True, **options)
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, **options)
-    same_weights(checkpoint(killed), checkpoint(tmp_path / "whole"))
+    assert run_main(*options, killed, "--resume") == 0
+    assert run_main(*options, whole) == 0
+    same_weights(checkpoint(killed), checkpoint(whole))
 
 
 def test_a_checkpoint_does_not_depend_on_the_order_of_parameters(tmp_path):
