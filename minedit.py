@@ -1819,28 +1819,8 @@ def prepare(args, make_task=make_task, make_batches=None, check=None) -> list[Ru
     check_options(args)
     if make_batches is None:
         make_batches = Batches if args.branches else FactBatches
-    device = choose_device(args.device)
-    archs = list(ARCHS) if args.arch == "all" else [args.arch]
-    parent = args.out or Path("runs/quick" if args.quick else "runs")
-    is_alone = len(archs) * args.seeds == 1
-    runs = []
     try:
-        graph = read_graph(args) if args.triples else None
-        if args.batch is None:  # a quarter of the facts
-            args.batch = min(1024, max(384, int((graph.facts >= 0).sum()) // 4))
-        recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
-        for seed in range(args.seed, args.seed + args.seeds):
-            task = make_task(args, seed, graph)
-            sizes = {f.name: getattr(args, f.name) for f in fields(Config) if f.metadata}
-            sizes |= {"n_entities": task.graph.n_entities, "n_relations": task.n_relations}
-            sizes |= {"feed_forward": args.feed_forward}
-            for arch in archs:
-                config = Config(**ARCHS[arch], **sizes)
-                count_parameters(config)  # RuntimeError where a size overflows
-                folder = parent / f"{arch}-seed{seed}"
-                if args.out and is_alone:
-                    folder = args.out
-                runs.append(Run(folder, arch, seed, task, config, recipe, device, make_batches))
+        runs = planned_runs(args, make_task, make_batches)
     except (ValueError, MemoryError, RuntimeError) as error:  # of kg.py, models.py; too large
         message = str(error).split("\n")[0] or "not enough memory for these sizes"
         raise UserError(message) from None
@@ -1851,6 +1831,45 @@ def prepare(args, make_task=make_task, make_batches=None, check=None) -> list[Ru
     for run in runs:
         run.open_folder(args.resume, retrain)
     return runs
+
+
+def planned_runs(args, make_task, make_batches) -> list[Run]:
+    """A run for each seed and cell; no folder is touched. ValueError, MemoryError or RuntimeError
+    for what cannot be."""
+    device = choose_device(args.device)
+    graph = read_graph(args) if args.triples else None
+    if args.batch is None:  # a quarter of the facts
+        args.batch = min(1024, max(384, int((graph.facts >= 0).sum()) // 4))
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    runs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        task = make_task(args, seed, graph)
+        for arch in archs_of(args):
+            config = config_of(args, arch, task)
+            count_parameters(config)  # RuntimeError where a size overflows
+            folder = folder_of(args, arch, seed)
+            runs.append(Run(folder, arch, seed, task, config, recipe, device, make_batches))
+    return runs
+
+
+def archs_of(args) -> list[str]:
+    return list(ARCHS) if args.arch == "all" else [args.arch]
+
+
+def config_of(args, arch: str, task: Task) -> Config:
+    """The sizes that were asked for, in a cell."""
+    sizes = {f.name: getattr(args, f.name) for f in fields(Config) if f.metadata}
+    sizes |= {"n_entities": task.graph.n_entities, "n_relations": task.n_relations}
+    return Config(**ARCHS[arch], **sizes, feed_forward=args.feed_forward)
+
+
+def folder_of(args, arch: str, seed: int) -> Path:
+    """--out itself for a single run, a folder in it, or in runs/, for each of several."""
+    is_alone = len(archs_of(args)) * args.seeds == 1
+    if args.out and is_alone:
+        return args.out
+    parent = args.out or Path("runs/quick" if args.quick else "runs")
+    return parent / f"{arch}-seed{seed}"
 
 
 def announce(run: Run):
