@@ -6,6 +6,10 @@ Train a small transformer on a knowledge graph until it composes facts it never 
 The recipe: Muon for the hidden matrices and AdamW for the embedding, constant rates, strong weight
 decay, label smoothing, facts weighed above compositions, a moving average of the weights. What was
 tried for it, and what did not work, is in results/RECIPE.md.
+
+At a first reading: Training, Evaluation, and the stages, of which the first one (edits, one at a
+time) is the heart. A run and its folder, the report, files and machine, and the command line hold
+nothing of the subject; they are there so that no training is lost and no wrong option goes unsaid.
 """
 
 import argparse
