@@ -227,11 +227,12 @@ def regimes_table(groups: list[Group]) -> Table | None:
         "accuracy.ood": "OOD",
         "circuits.ood.end.bridge": "bridge",
         "circuits.ood.end.visible": "visible",
+        "circuits.id.end.visible": "of ID",
         "circuits.fake": "fake",
     }
     legend = """\
-at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. fake: OOD >= 0.9, visible
-less than half of that of ID queries"""
+at: steps to 0.99, 0.99, 0.9. bridge, visible: OOD queries, end. of ID: visible, ID queries; fake:
+OOD >= 0.9, visible less than half of that of ID queries"""
     lowest = ("circuits.ood.end.visible",)
 
     def entries(run: dict) -> list[dict]:
