@@ -127,6 +127,7 @@ def propagated(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_propagation_edits_every_store_and_pass(propagated, arch):
     found = results_of(propagated / f"{arch}-seed0")
@@ -216,6 +217,7 @@ def test_the_second_copy_has_the_keys_and_values_of_compositions(tmp_path, monke
     assert n_lent
 
 
+@pytest.mark.slow
 def test_what_all_four_cells_know_is_scored_apart(propagated):
     shared = []
     for arch in ARCHS:
@@ -1205,16 +1207,22 @@ ABLATION = [*TINY, "--label-noise", "0.2", "--arithmetic", "1", "--open-book", "
 ABLATION += ["--memorize", "5", "--images", "0", "--quick"]  # quick: fewer strengths are tried
 
 
+def run_ablation(arch, folder):
+    n_images = 60 if arch == "dense" else 0
+    options = [*ABLATION, "--arch", arch, "--images", n_images, "--out", folder]
+    assert run_study(ablation, *options) == 0
+
+
 @pytest.fixture(scope="module")
 def ablation_runs(tmp_path_factory):
     """The folder of the study of ablation in Dense, with images, and in LMC."""
     folder = tmp_path_factory.mktemp("ablation")
-    for arch, n_images in (("dense", 60), ("lmc", 0)):
-        options = [*ABLATION, "--arch", arch, "--images", n_images, "--out", folder / arch]
-        assert run_study(ablation, *options) == 0
+    for arch in ("dense", "lmc"):
+        run_ablation(arch, folder / arch)
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["dense", "lmc"])
 def test_the_ablation_study(ablation_runs, tmp_path, arch):
     folder = ablation_runs / arch
@@ -1229,10 +1237,14 @@ def test_the_ablation_study(ablation_runs, tmp_path, arch):
     assert tables_in(folder) == tables_in(tmp_path / "kept")
 
 
-def test_the_ablation_study_leaves_the_model_and_finds_the_same_again(ablation_runs, tmp_path):
-    first, again = ablation_runs / "lmc", tmp_path / "again"
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["dense", "lmc"])
+def test_the_ablation_study_leaves_the_model_and_finds_the_same_again(
+    ablation_runs, tmp_path, arch
+):
+    first, again = ablation_runs / arch, tmp_path / "again"
     shutil.copytree(first, again)
-    assert run_study(ablation, *ABLATION, "--arch", "lmc", "--out", again) == 0
+    run_ablation(arch, again)
     weights = checkpoint(again)["average"]
     for name, weight in checkpoint(first)["average"].items():
         assert torch.equal(weight, weights[name])
@@ -1402,6 +1414,7 @@ def test_ablations_are_chosen_by_paths_of_every_kind_that_they_may_harm(tmp_path
     assert weights[middle].max() < weights[frequent].min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["dense", "lmc"])
 def test_the_sweep_removes_more_the_less_is_kept(ablation_runs, arch):
     sweep = results_of(ablation_runs / arch)["ablation"]["sweep"]
