@@ -198,9 +198,11 @@ direct, hops: ROME, prototype, a-priori site. ablated: ID accuracy after EK-FAC 
 
 def transfer_table(groups: list[Group]) -> Table | None:
     kinds = same("new->old", "old->new", "new->new")
-    shares = kinds | {"ood": "OOD", "one_hop": "facts", "step_facts": "at"}
+    shares = kinds | {"ood": "OOD", "one_hop": "facts", "step_facts": "facts at"}
+    shares |= {"step_old->new": "old->new at", "step_new->new": "new->new at"}
     legend = """\
-compositions first fact -> second, none trained; OOD: the old set; facts: all, and step of 0.99"""
+compositions first fact -> second, none trained; OOD: the old set; facts: all
+at: step of 0.99 of the facts, of 0.9 of the compositions"""
     lowest = ("new->old", "old->new")
 
     def entries(run: dict) -> list[dict]:
