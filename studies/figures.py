@@ -8,6 +8,8 @@ these are drawn: as lines with their names at the ends, as bars with their names
 with the numbers in them. Means over runs; their range is a band or a stroke.
 """
 
+import io
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -409,6 +411,13 @@ SHOWN = {  # {folder of runs: the figures of it that README.md and FINDINGS.md s
 }
 
 
+def write_svg(figure, file: Path):
+    """With coordinates cut to hundredths of a point: finer ones cannot be seen."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    file.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", drawn.getvalue()))
+
+
 def draw(groups: list[Group], out: Path, figures: tuple = FIGURES):
     """Every one of the figures that the runs have results for, into `out`."""
     try:
@@ -427,5 +436,5 @@ def draw(groups: list[Group], out: Path, figures: tuple = FIGURES):
                 print(f"{make.__name__}: not drawn, no run has results for it")
                 continue
             file = out / f"{make.__name__}.svg"
-            figure.savefig(file, metadata={"Date": None})
+            write_svg(figure, file)
         print(file)
