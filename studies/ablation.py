@@ -38,7 +38,8 @@ import minedit
 from kg import SPLITS
 from minedit import Run, share_of
 from models import Model
-from studies.controls import Outcome, compare, edited, learned_mask, outcome, search, shares_of
+from studies.controls import Comparison, Outcome, compare, edited, learned_mask, outcome
+from studies.controls import search, shares_of
 from studies.images import images_stage
 from studies.training import further
 
@@ -317,39 +318,38 @@ def strengths(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return KEEPS[::every], REMOVED[::every]
 
 
-def ablation_stage(run: Run, model: Model, args) -> dict:
-    """All of it but the images."""
-    paths = run.paths
-    batches = run.make_batches(paths, run.recipe, run.stream(run.device))
-    weights = fact_weights(run, args.zipf)
-    questions = Questions(run, batches, weights, args.arithmetic)
-    questions.before = questions.chosen_by(model)
-    names = minedit.linear_layers(model)
-    mixture = batches.mixture(25)
-    began = time.perf_counter()
-    spectrum = minedit.spectrum_of(run, model, mixture, names)
-    seconds = round(time.perf_counter() - began, 2)
+def compare_methods(
+    run: Run, model: Model, questions: Questions, spectrum: curvature.Spectrum, args
+) -> Comparison:
+    """K-FAC, EK-FAC and every control, the learned mask last."""
+    layers = layer_groups(minedit.linear_layers(model))
     keeps, removed = strengths(args)
     found = compare(
-        model,
-        questions.measure,
-        questions.value,
-        spectrum,
-        layer_groups(names),
-        keeps,
-        removed,
-        run.stream(),
+        model, questions.measure, questions.value, spectrum, layers, keeps, removed, run.stream()
     )
-    best, before = found.best, found.outcomes[0]
-    layers = list(found.weights)
-    found.outcomes.append(learned_outcome(model, questions, layers))
-    sweep = sweep_of(model, questions, spectrum, names)
+    found.outcomes.append(learned_outcome(model, questions, list(found.weights)))
+    return found
+
+
+def ablation_stage(run: Run, model: Model, args) -> dict:
+    """All of it but the images."""
+    batches = run.make_batches(run.paths, run.recipe, run.stream(run.device))
+    questions = Questions(run, batches, fact_weights(run, args.zipf), args.arithmetic)
+    questions.before = questions.chosen_by(model)
+    layers = minedit.linear_layers(model)
+    mixture = batches.mixture(25)
+    began = time.perf_counter()
+    spectrum = minedit.spectrum_of(run, model, mixture, layers)
+    seconds = round(time.perf_counter() - began, 2)
+    found = compare_methods(run, model, questions, spectrum, args)
+    sweep = sweep_of(model, questions, spectrum, layers)
     relearning = relearn_both(run, model, found.weights, questions)
+    before, best = found.outcomes[0], found.best
     tasks = tasks_kept(before, best)
     print(
-        f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses\n"
-        f"{best.method} keeps {best.strengths}"
+        f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses"
     )
+    print(f"{best.method} keeps {best.strengths}")
     print(outcomes_table(found.outcomes + sweep))
     print(f"\n{minedit.record_table(tasks, TASK_COLUMNS, TASK_LEGEND)}")
     return {
