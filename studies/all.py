@@ -195,7 +195,7 @@ def rounded(value):
     return value
 
 
-UNUSED = ("lens", "trace", "swap", "curve", "bands")  # entries that no table or figure is made of
+UNUSED = ("lens", "trace", "swap", "curve", "states", "rise")  # no table or figure is made of these
 
 
 def used(found: dict) -> dict:

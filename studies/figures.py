@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from minedit import UserError
+from models import Config, states
 from studies.runs import Group, all_entries, at_moments, kind_of_edit, lookup
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; a mark and a dash for each
@@ -240,10 +241,10 @@ def locate(groups: list[Group]):
     panels = Panels()
     for group in groups:
         for run in group.runs:
-            found = lookup(run, "locate") or {"states": [], "effects": []}
-            for effect in found["effects"]:
-                for state, shares in zip(found["states"], effect["top1"] or []):
-                    row = f"{state['pass']} {state['part']}"
+            restored = states(Config(**run["config"]["model"]))
+            for effect in lookup(run, "locate.effects") or []:
+                for state, shares in zip(restored, effect["top1"] or []):
+                    row = f"{state.at_pass} {state.part}"
                     for word, share in zip(("h", "r1", "r2"), shares):
                         column = f"{effect['query'][:4]}: {effect['corrupted']}, {word}"
                         panels.add(group.name, row, column, share)

@@ -1756,7 +1756,7 @@ def test_the_circuits_study(tmp_path, arch):
         assert (path["visible_right"] is None) == (path["n_right"] == 0)
     assert runs.read_run(tmp_path / "run" / "results.json")["circuits"]
     everything.collect(tmp_path / "run", tmp_path / "kept")
-    used = [name for name in everything.UNUSED if name not in ("bands", "curve")]
+    used = [name for name in everything.UNUSED if name not in ("rise", "curve")]
     assert all(name in json.dumps(found) for name in used)
     assert not any(
         f'"{name}":' in json.dumps(results_of(tmp_path / "kept")) for name in everything.UNUSED
