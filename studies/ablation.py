@@ -319,13 +319,14 @@ def strengths(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def compare_methods(
-    run: Run, model: Model, questions: Questions, spectrum: curvature.Spectrum, args
+    model: Model, questions: Questions, spectrum: curvature.Spectrum, layers: list[str], args
 ) -> Comparison:
     """K-FAC, EK-FAC and every control, the learned mask last."""
-    layers = layer_groups(minedit.linear_layers(model))
+    groups = layer_groups(layers)
     keeps, removed = strengths(args)
+    stream = questions.run.stream()
     found = compare(
-        model, questions.measure, questions.value, spectrum, layers, keeps, removed, run.stream()
+        model, questions.measure, questions.value, spectrum, groups, keeps, removed, stream
     )
     found.outcomes.append(learned_outcome(model, questions, list(found.weights)))
     return found
@@ -341,15 +342,15 @@ def ablation_stage(run: Run, model: Model, args) -> dict:
     began = time.perf_counter()
     spectrum = minedit.spectrum_of(run, model, mixture, layers)
     seconds = round(time.perf_counter() - began, 2)
-    found = compare_methods(run, model, questions, spectrum, args)
+    found = compare_methods(model, questions, spectrum, layers, args)
     sweep = sweep_of(model, questions, spectrum, layers)
     relearning = relearn_both(run, model, found.weights, questions)
     before, best = found.outcomes[0], found.best
     tasks = tasks_kept(before, best)
     print(
-        f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses"
+        f"\n{run.n_paths['exceptions']} exceptions; {seconds:.1f} s for factors, bases and masses\n"
+        f"{best.method} keeps {best.strengths}"
     )
-    print(f"{best.method} keeps {best.strengths}")
     print(outcomes_table(found.outcomes + sweep))
     print(f"\n{minedit.record_table(tasks, TASK_COLUMNS, TASK_LEGEND)}")
     return {

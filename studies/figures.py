@@ -413,10 +413,15 @@ SHOWN = {  # {folder of runs: the figures of it that README.md and FINDINGS.md s
 
 
 def write_svg(figure, file: Path):
-    """With coordinates cut to hundredths of a point: finer ones cannot be seen."""
+    """With coordinates, which stand in quotes, cut to hundredths of a point: finer ones cannot be
+    seen. Numbers in the text are left as they are."""
+
+    def cut(attribute: re.Match) -> str:
+        return re.sub(r"(\d\.\d\d)\d+", r"\1", attribute[0])
+
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
-    file.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", drawn.getvalue()))
+    file.write_text(re.sub(r'"[^"]*"', cut, drawn.getvalue()))
 
 
 def draw(groups: list[Group], out: Path, figures: tuple = FIGURES):

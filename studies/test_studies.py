@@ -2442,6 +2442,20 @@ def drawn(make, groups):
     return found
 
 
+def test_a_drawing_has_short_coordinates_and_whole_numbers(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    ax = figure.subplots()
+    ax.plot([0.1, 0.23456, 0.7], [0.98765, 0.3, 0.4])
+    ax.text(0.2, 0.5, "0.98765")
+    with pytest.importorskip("matplotlib").rc_context({"svg.fonttype": "none"}):
+        figures.write_svg(figure, tmp_path / "some.svg")
+    text = (tmp_path / "some.svg").read_text()
+    assert ">0.98765<" in text
+    coordinates = " ".join(re.findall(r' d="([^"]*)"', text))
+    digits = [len(found) for found in re.findall(r"\.(\d+)", coordinates)]
+    assert digits and max(digits) == 2
+
+
 def test_a_figure_of_lines_shows_means_and_ranges():
     pytest.importorskip("matplotlib")
     entry = {"method": "memit", "target": "prototype", "direct": 1.0, "hop1": 0.9, "hop2": 0.5}
