@@ -1456,7 +1456,7 @@ def grouped(results: list[dict]) -> list[list[dict]]:
 def main_edit(result: dict) -> dict:
     """The entry of ROME with a prototype at the a-priori site, {} where there is none."""
     for entry in result.get("edits", []):
-        at_site = entry.get("a_priori", True) and not entry.get("near")  # early files hold others
+        at_site = entry.get("a_priori", True)  # studies.propagation edits other sites, too
         if at_site and (entry["method"], entry["target"]) == ("rome", "prototype"):
             return entry
     return {}

@@ -73,7 +73,7 @@ def whole_lines(lines: list[str]) -> list[dict]:
 
 
 def read_run(file: Path) -> dict:
-    """A results.json with what stands beside it, in one form whatever version wrote it; UserError
+    """A results.json with what stands beside it, in one form whichever program wrote it; UserError
     where it is not one."""
     remedy = "remove it or report another folder"
     result = minedit.read_json(file, remedy)
@@ -86,12 +86,8 @@ def read_run(file: Path) -> dict:
         result["edits"] = lookup(result, "propagation.edits") or result.get("edits", [])
         for entry in result["edits"]:
             entry.setdefault("a_priori", True)
-            if entry.get("near"):
-                entry["target"] = "near"
         result["exceptions"] = result.get("ablate")  # of the core; "ablation" is the study's
         result["ablate"] = result.get("ablation")
-        if isinstance(result["exceptions"], dict):  # of an early version of the study
-            result["ablate"], result["exceptions"] = result["exceptions"], None
         result["edit"] = minedit.main_edit(result)
         result["step_train"] = minedit.first_step(result["history"], train=0.99)
         result["step_id"] = minedit.first_step(result["history"], id=0.99)
