@@ -196,11 +196,22 @@ def rounded(value):
 
 
 UNUSED = ("lens", "trace", "swap", "curve", "states", "rise")  # no table or figure is made of these
+UNUSED_OF_SWEEPS = (  # of a strength that was tried the scores are kept
+    "site pass condition residual_left residual_predicted largest_cosine relative_norm ridge "
+    "null_space fallbacks seconds new_likelier new_likelier_paraphrase own_likelier paper_score"
+).split()
+
+
+def without(found: dict, names) -> dict:
+    return {key: value for key, value in found.items() if key not in names}
 
 
 def used(found: dict) -> dict:
-    """An object of a JSON file as it is read, without the entries of these names."""
-    return {key: value for key, value in found.items() if key not in UNUSED}
+    """An object of a JSON file as it is read, without what no table or figure is made of."""
+    found = without(found, UNUSED)
+    if "sweep" in found:
+        found["sweep"] = [without(entry, UNUSED_OF_SWEEPS) for entry in found["sweep"]]
+    return found
 
 
 def in_lines(content: dict) -> bytes:

@@ -1765,6 +1765,15 @@ def test_the_circuits_study(tmp_path, arch):
     assert said[0] == said[1]
 
 
+def test_what_is_kept_of_a_run_is_what_tables_are_made_of():
+    tried = {"strength": 100, "n": 10, "score": 96.7, "seconds": 8.5, "relative_norm": 0.1}
+    edit = {"n": 10, "score": 97.0, "seconds": 8.5}
+    text = json.dumps({"mass": {"sweep": [tried], "edits": [edit]}, "trace": [[0.5]]})
+    kept = json.loads(text, object_hook=everything.used)
+    score = {"strength": 100, "n": 10, "score": 96.7}
+    assert kept == {"mass": {"sweep": [score], "edits": [edit]}}
+
+
 def test_the_bridge_of_right_answers_is_looked_for_answer_by_answer(tmp_path):
     run = toy_run(tmp_path)
     model, paths = run.train(), run.paths
