@@ -86,8 +86,8 @@ def ticks_of(lines: dict[str, dict[str, list[float]]]) -> list[str]:
 
 
 def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", columns: int = 4):
-    """Means as marks on a line, their range as a band; the lines' names at their right ends, in the
-    last panel of a row that has the line."""
+    """Means as marks on a line, their range as a band; the lines' names to the right, as high as
+    their last points, in the last panel of a row that has the line."""
     figure, axes = new_figure(panels, columns, 2.9, 2.8)
     names = panels.lines()
     titles = list(panels.values)
@@ -105,7 +105,7 @@ def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", co
             low, high = [min(several) for several in found], [max(several) for several in found]
             ax.fill_between(x, low, high, color=COLOURS[i], alpha=0.15, lw=0)
             if not any(name in panels.values[title] for title in to_the_right):
-                ends[name] = (x[-1], middle[-1], COLOURS[i])
+                ends[name] = (len(ticks) - 1, middle[-1], COLOURS[i])
         label_ticks(ax, ticks)
         ax.set(xlabel=xlabel, ylim=(-0.04, 1.04))
         if place % columns == 0:
@@ -117,12 +117,12 @@ def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", co
 def label_ticks(ax, ticks: list[str]):
     """Every tick where they are few, every few where they are many; upright if long."""
     every = -(-len(ticks) // 10) if all(tick.isdigit() for tick in ticks) else 1
-    is_long = len("".join(ticks[::every])) > 24
+    is_long = len("".join(ticks[::every])) > 20
     ax.set_xticks(range(0, len(ticks), every), ticks[::every], rotation=90 if is_long else 0)
 
 
 def label_ends(ax, ends: dict[str, tuple[float, float, str]], gap: float = 0.075):
-    """The names of lines beside their last points, {name: (x, y, colour)}. Those that would overlap
+    """The names of lines beside points, {name: (x, y, colour)}. Those that would overlap
     are moved apart: each is `gap` below the one above it, at least."""
     above = 1.1
     heights = {}
