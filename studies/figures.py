@@ -117,7 +117,7 @@ def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", co
 def label_ticks(ax, ticks: list[str]):
     """Every tick where they are few, every few where they are many; upright if long."""
     every = -(-len(ticks) // 10) if all(tick.isdigit() for tick in ticks) else 1
-    is_long = len("".join(ticks[::every])) > 20
+    is_long = len(" ".join(ticks[::every])) > 27
     ax.set_xticks(range(0, len(ticks), every), ticks[::every], rotation=90 if is_long else 0)
 
 

@@ -2097,7 +2097,7 @@ VERDICTS = {
     "[2] just memorized": ("-0.040", "-0.040..-0.040", "-", "agrees"),
     "[2] grokked": ("0.990", "0.959..0.998", "160", "agrees ?"),
     "[8] ID paths": ("0.950", "0.950..0.950", "-", "agrees"),
-    "[8] after grokking: old->new": ("0.500", "0.478..0.522", "2000", "differs"),
+    "[8] new facts, end: old->new": ("0.500", "0.478..0.522", "2000", "differs"),
 }
 
 
@@ -2118,7 +2118,7 @@ def test_verdicts_follow_from_the_figures(text):
 
 def test_a_step_that_never_came_is_later_than_any():
     known = {c.text: c for c in claims.read_claims(HERE / "results" / "claims.tsv")}
-    claim = known["[2] steps to OOD, phi 3.6 (more than 14)"]
+    claim = known["[2] steps to OOD, phi 3.6 against 14"]
     late = made_up_loop(0, step_ood=2000)
     for runs_of_it, ours in (
         ([late, late], "2000"),
