@@ -105,12 +105,12 @@ def draw_lines(panels: Panels, xlabel: str, ylabel: str = "share of answers", co
             low, high = [min(several) for several in found], [max(several) for several in found]
             ax.fill_between(x, low, high, color=COLOURS[i], alpha=0.15, lw=0)
             if not any(name in panels.values[title] for title in to_the_right):
-                ends[name] = (len(ticks) - 1, middle[-1], COLOURS[i])
+                ends[name] = (middle[-1], COLOURS[i])
         label_ticks(ax, ticks)
         ax.set(xlabel=xlabel, ylim=(-0.04, 1.04))
         if place % columns == 0:
             ax.set_ylabel(ylabel)
-        label_ends(ax, ends)
+        label_ends(ax, len(ticks) - 1, ends)
     return figure
 
 
@@ -121,17 +121,17 @@ def label_ticks(ax, ticks: list[str]):
     ax.set_xticks(range(0, len(ticks), every), ticks[::every], rotation=90 if is_long else 0)
 
 
-def label_ends(ax, ends: dict[str, tuple[float, float, str]], gap: float = 0.075):
-    """The names of lines beside points, {name: (x, y, colour)}. Those that would overlap
-    are moved apart: each is `gap` below the one above it, at least."""
+def label_ends(ax, x: float, ends: dict[str, tuple[float, str]], gap: float = 0.075):
+    """The names of lines beside x, {name: (y, colour)}. Those that would overlap are moved apart:
+    each is `gap` below the one above it, at least."""
     above = 1.1
     heights = {}
-    for name in sorted(ends, key=lambda name: -ends[name][1]):
-        heights[name] = above = min(ends[name][1], above - gap)
+    for name in sorted(ends, key=lambda name: -ends[name][0]):
+        heights[name] = above = min(ends[name][0], above - gap)
     below = -0.1
     for name in reversed(heights):  # where they were moved out of the panel, up again
         heights[name] = below = max(heights[name], below + gap)
-    for name, (x, _, colour) in ends.items():
+    for name, (_, colour) in ends.items():
         place = {"va": "center", "fontsize": 8, "annotation_clip": False}
         place |= {"xytext": (12, 0), "textcoords": "offset points"}
         ax.annotate(name, (x, heights[name]), color=colour, **place)

@@ -2413,7 +2413,7 @@ def test_names_at_the_ends_of_lines_do_not_overlap():
     matplotlib = pytest.importorskip("matplotlib.figure")
     ax = matplotlib.Figure().add_subplot()
     heights = {"a": 1.0, "b": 1.0, "c": 0.99, "d": 0.2, "e": 0.0, "f": 0.01}
-    figures.label_ends(ax, {name: (3, y, "black") for name, y in heights.items()})
+    figures.label_ends(ax, 3, {name: (y, "black") for name, y in heights.items()})
     found = {text.get_text(): text.xy[1] for text in ax.texts}
     assert found["a"] == 1.0 and found["d"] == 0.2, "where there is room they stay"
     assert found["f"] > found["e"] > -0.05
